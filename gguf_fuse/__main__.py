@@ -1,0 +1,3 @@
+from gguf_fuse.cli import main
+
+main()

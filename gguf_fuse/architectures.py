@@ -1,0 +1,122 @@
+"""What each architecture's loader in llama.cpp reads: a table, and two look-ups.
+
+`general.architecture` names the loader. A file it cannot load is worse than no file, so only
+architectures that are known to read a fused `attn_qkv` are fused without being told to.
+
+Where the rows come from (column `source`), all for llama.cpp of November 2026:
+- measured: a random model was fused and both files loaded; the logits were bit-identical (or the
+  loader crashed, for the rows that say so).
+- source: read from the loader's source: it calls create_tensor_qkv and its graph build_qkv (or
+  requires separate or fused weights), not run.
+The first release that reads a fused file in place of a separate one is build b9093 (May 2026).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+FIRST_BUILD = "b9093 (May 2026)"
+
+Source = Literal["measured", "source", "none"]
+
+
+class Loader(Enum):
+    """What a loader does with `attn_qkv`; the value completes "its loader ..."."""
+
+    READS_FUSED = "reads fused Q, K and V"
+    NEEDS_SEPARATE = "needs separate Q, K and V"
+    CRASHES = "crashes on fused Q, K and V"
+    ALREADY_FUSED = "always has fused Q, K and V"
+    NO_ATTENTION = "has no attention of this kind"
+    UNKNOWN = "is not known to read fused Q, K and V"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One row. biases, scales: whether the fused path of the graph applies them."""
+
+    name: str
+    loader: Loader
+    source: Source
+    biases: bool = True
+    scales: bool = True
+    # The encoders' graph splits a fused tensor into three equal parts.
+    equal_rows: bool = False
+    # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
+    gated_q: bool = False
+
+
+_ROWS: dict[tuple[Loader, Source], str] = {
+    (Loader.READS_FUSED, "measured"): """
+        afmoe arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe command-r
+        deepseek dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon-h1 gemma gemma2
+        gemma3 glm4 glm4moe gpt-oss granite granite_swa granitehybrid granitemoe grok grovemoe
+        hrm_text hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 jamba kimi-linear laguna
+        lfm2 lfm2moe llada llada-moe llama llama4 maincoder maple mellum mimo2 minicpm minimax-01
+        minimax-m2 minimax-m3 mistral3 muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe olmo
+        olmo2 olmoe orion paddleocr pangu-embedded phi2 phi3 phimoe plamo pockettts qwen2 qwen2moe
+        qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1
+        seed_oss smallthinker smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
+    (Loader.READS_FUSED, "source"): """
+        apertus bert chameleon deci deepseek2-ocr eurobert gemma-embedding gemma3n gemma4
+        jina-bert-v2 jina-bert-v3 llama-embed nomic-bert nomic-bert-moe step35""",
+    (Loader.CRASHES, "measured"): "bailingmoe3 glm5-next kimi-k3 qwen4exp",
+    (Loader.NEEDS_SEPARATE, "source"): """
+        bitnet deepseek2 deepseek32 deepseek4 dflash dots3note eagle3 gemma4-assistant glm-dsa hy_v4
+        minicpm3 mistral4 plm t5 t5encoder""",
+    (Loader.ALREADY_FUSED, "source"): """
+        bailingmoe2 bloom cogvlm dbrx falcon gpt2 gptneox graniteswitch jais modern-bert mpt
+        neo-bert openelm plamo2 plamo3 qwen starcoder""",
+    (Loader.NO_ATTENTION, "source"): "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
+}
+
+# gemma4's own fused code adds no bias; the fused paths of the others apply no scale in some layers.
+_NO_BIASES = {"gemma4"}
+_NO_SCALES = {"gemma3n", "kimi-linear", "mimo2"}
+_GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
+
+# Vision and audio encoders (general.architecture = clip), by projector type. Their common graph
+# reads attn_qkv, splits it by n_head (so K and V must have Q's rows) and applies no scale.
+_PROJECTORS: dict[tuple[Loader, Source], str] = {
+    (Loader.READS_FUSED, "source"): """
+        gemma3 idefics3 lfm2 janus_pro phi4 pixtral lightonocr dots_ocr step3vl resampler internvl
+        nemotron_v2_vl llama4 ultravox qwen2a voxtral glma kimivl kimik25 paddleocr hunyuanvl
+        deepseekocr glm4v""",
+    (Loader.NEEDS_SEPARATE, "source"): """
+        gemma4v gemma4a gemma3nv gemma3na deepseekocr2 mlp mlp_norm ldp ldpv2 adapter
+        qwen2vl_merger qwen2.5vl_merger youtuvl minicpmv4_6 conformer lfm2a granite_speech
+        granite4_vision parakeet""",
+    (Loader.ALREADY_FUSED, "source"): "qwen3vl_merger cogvlm mimovl exaone4_5",
+}
+
+ARCHITECTURES = {
+    name: Architecture(
+        name,
+        loader,
+        source,
+        biases=name not in _NO_BIASES,
+        scales=name not in _NO_SCALES,
+        gated_q=name in _GATED_Q,
+    )
+    for (loader, source), names in _ROWS.items()
+    for name in names.split()
+}
+
+PROJECTORS = {
+    name: Architecture(f"clip ({name})", loader, source, scales=False, equal_rows=True)
+    for (loader, source), names in _PROJECTORS.items()
+    for name in names.split()
+}
+
+
+def architecture(name: str) -> Architecture:
+    """The row of a text model's architecture; a row that says UNKNOWN where the table has none."""
+    return ARCHITECTURES.get(name) or Architecture(name, Loader.UNKNOWN, "none")
+
+
+def projector(name: str) -> Architecture:
+    """The row of an encoder's projector type; UNKNOWN where the table has none."""
+    unknown = Architecture(f"clip ({name})", Loader.UNKNOWN, "none", scales=False, equal_rows=True)
+    return PROJECTORS.get(name) or unknown

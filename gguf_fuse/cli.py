@@ -1,0 +1,297 @@
+"""The command line: parses, calls one function, renders. The only module that prints.
+
+Heavy imports stand inside the commands: `--help` needs none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from gguf_fuse import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from gguf_fuse.rewrite import Options, Result
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_NOTHING_TO_DO = 3
+EXIT_INTERRUPTED = 130
+
+FUSE_FLAG = "--fuse-qkv-weights"
+
+_EXIT_CODES = """\b
+Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or
+to unfuse, nothing written; 4 verification failed; 130 interrupted."""
+
+app = typer.Typer(
+    name="gguf-fuse",
+    help=(
+        "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
+        f"gguf-fuse {FUSE_FLAG} in.gguf out.gguf\n\n"
+        "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf"
+    ),
+    epilog=_EXIT_CODES.replace("\b\n", "").replace("\n", " "),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class OnMismatch(str, Enum):
+    skip = "skip"
+    error = "error"
+
+
+In = Annotated[Path, typer.Argument(metavar="IN", help="The GGUF file to read.")]
+Out = Annotated[
+    str, typer.Argument(metavar="OUT", help="The GGUF file to write; - writes to a pipe.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide everything, write nothing.")]
+AnyArchitecture = Annotated[
+    bool,
+    typer.Option("--any-architecture", help="Even where llama.cpp would not load the result."),
+]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Replace an existing OUT.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.")]
+Threads = Annotated[
+    int, typer.Option(min=1, max=64, help="Threads that copy.", show_default="up to 4")
+]
+Sync = Annotated[
+    bool,
+    typer.Option("--sync/--no-sync", help="Wait until OUT is on the disk, not only in its cache."),
+]
+
+_DEFAULT_THREADS = min(4, os.cpu_count() or 1)
+_P = ParamSpec("_P")
+
+
+def main() -> None:
+    """The console command. The bare form `gguf-fuse --fuse-qkv-weights IN OUT` means `fuse`."""
+    arguments = sys.argv[1:]
+    if FUSE_FLAG in arguments and arguments[0] != "fuse":
+        arguments = ["fuse", *arguments]
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            number = getattr(signal, name)
+            signal.signal(number, lambda caught, frame: sys.exit(128 + caught))
+    app(arguments, prog_name="gguf-fuse")
+
+
+def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Turn every expected failure into one line on stderr and the documented exit code."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        from gguf_fuse.fusion import NothingToDo
+        from gguf_fuse.gguf_file import GGUFError
+
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except NothingToDo as nothing:
+            _fail(str(nothing), EXIT_NOTHING_TO_DO)
+        except GGUFError as error:
+            _fail(str(error), EXIT_ERROR)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail("standard output: closed by the program that reads it", EXIT_ERROR)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+
+    return run
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """One line, whatever a damaged file put into a name."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"gguf-fuse: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gguf-fuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: gguf-fuse fuse model-Q4_0.gguf model-Q4_0-fused.gguf")
+@_exits
+def fuse(
+    source: In,
+    output: Out,
+    fuse_qkv_weights: Annotated[
+        bool, typer.Option(FUSE_FLAG, help="What fuse does; makes the bare form read well.")
+    ] = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    on_mismatch: Annotated[
+        OnMismatch,
+        typer.Option(help="A layer whose Q, K and V cannot be one tensor: leave it, or fail."),
+    ] = OnMismatch.skip,
+    any_architecture: AnyArchitecture = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    threads: Threads = _DEFAULT_THREADS,
+    sync: Sync = True,
+) -> None:
+    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
+    from gguf_fuse import report, rewrite
+    from gguf_fuse.fusion import NothingToDo
+
+    _check_output(output, as_json)
+    with _options(dry_run, force, sync, threads, quiet) as options:
+        try:
+            result = rewrite.fuse(
+                source,
+                output,
+                on_mismatch=on_mismatch.value,
+                any_architecture=any_architecture,
+                options=options,
+            )
+        except NothingToDo as nothing:
+            if as_json:
+                _print_json(report.nothing_json(nothing.header, nothing.layers))
+            raise
+    if as_json:
+        return _print_json(report.result_json(result))
+    if not quiet:
+        _print_result(result, report.fuse_table(result.plan), "fused", dry_run)
+
+
+@app.command(epilog="Example: gguf-fuse unfuse model-Q4_0-fused.gguf model-Q4_0.gguf")
+@_exits
+def unfuse(
+    source: In,
+    output: Out,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    any_architecture: AnyArchitecture = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    threads: Threads = _DEFAULT_THREADS,
+    sync: Sync = True,
+) -> None:
+    """Write IN to OUT with separate Q, K and V again: the very bytes they had before."""
+    from gguf_fuse import report, rewrite
+
+    _check_output(output, as_json)
+    with _options(dry_run, force, sync, threads, quiet) as options:
+        result = rewrite.unfuse(source, output, any_architecture=any_architecture, options=options)
+    if as_json:
+        return _print_json(report.result_json(result))
+    if not quiet:
+        _print_result(result, report.unfuse_table(result.plan), "split", dry_run)
+
+
+@app.command(epilog="Example: gguf-fuse inspect model-Q4_0.gguf")
+@_exits
+def inspect(source: In, as_json: AsJson = False) -> None:
+    """Show what IN holds and what fusing would do to it. Reads the header only."""
+    from gguf_fuse import fusion, report
+    from gguf_fuse.gguf_file import read_header, read_tensors
+
+    header = read_header(source)
+    layers = fusion.examine(header, read_tensors(header, fusion.scalar_names(header)))
+    row = fusion.loader_of(header, layers[0].name if layers else "blk.0")
+    if as_json:
+        return _print_json(report.inspect_json(header, layers, row))
+    console = _console()
+    for label, value in report.file_lines(header, row):
+        console.print(f"[bold]{label:<13}[/]{escape(value)}", highlight=False)
+    console.print()
+    console.print(report.inspect_table(layers) if layers else "no attention layers")
+
+
+# -- output -------------------------------------------------------------------------------------
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Into a pipe, lines are not cut to the width of a screen that is not there."""
+    stream = sys.stderr if stderr else sys.stdout
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    return Console(stderr=stderr, width=wide)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
+    from gguf_fuse import report
+
+    console = _console(stderr=result.output == "-")
+    console.print(table)
+    console.print()
+    console.print(escape(report.result_line(result, verb, dry_run)), highlight=False)
+
+
+def _check_output(output: str, as_json: bool) -> None:
+    if output != "-":
+        return
+    if as_json:
+        raise typer.BadParameter("--json and OUT - both want standard output")
+    if sys.stdout.isatty():
+        raise typer.BadParameter("OUT is -, but standard output is a terminal; pipe it somewhere")
+
+
+@contextmanager
+def _options(
+    dry_run: bool, force: bool, sync: bool, threads: int, quiet: bool
+) -> Iterator[Options]:
+    """How to write, with a progress bar where somebody watches."""
+    from gguf_fuse.rewrite import Options
+
+    if quiet or not sys.stderr.isatty():
+        yield Options(dry_run, force, sync, threads)
+        return
+    with _progress() as progress:
+        task = progress.add_task("writing", total=None, visible=False)
+        yield Options(
+            dry_run,
+            force,
+            sync,
+            threads,
+            on_start=lambda n_bytes: progress.update(task, total=n_bytes, visible=True),
+            on_progress=lambda n_bytes: progress.advance(task, n_bytes),
+            on_flush=lambda: progress.update(task, description="waiting for the disk"),
+        )
+
+
+def _progress() -> Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=_console(stderr=True),
+        transient=True,
+    )

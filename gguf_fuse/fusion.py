@@ -1,0 +1,609 @@
+"""Header -> Plan, and back. Pure: no I/O, no printing; every decision falls here.
+
+Rows of a weight are contiguous, so the fused data is Q's bytes, then K's, then V's. A plan names
+every tensor of the new file and the segments of the old file that make its data; the writer needs
+to know nothing of fusion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NoReturn
+
+from gguf.constants import GGUFValueType
+
+from gguf_fuse.architectures import Architecture, Loader, architecture, projector
+from gguf_fuse.gguf_file import (
+    ByteOrder,
+    GGUFError,
+    Header,
+    TensorInfo,
+    encode_pair,
+    row_bytes,
+    type_name,
+)
+
+PARTS = ("attn_q", "attn_k", "attn_v")
+FUSED = "attn_qkv"
+RECORD_VERSION = 1
+
+_KEY = "gguf_fuse."
+_VERSION_KEY = _KEY + "version"
+_TENSORS_KEY = _KEY + "tensors"
+_ROWS_KEY = _KEY + "rows"
+_POSITIONS_KEY = _KEY + "positions"
+
+_JOINED = ("weight", "bias")  # laid end to end
+_SHARED = ("scale", "input_scale")  # one value each, so the fused tensor has the same one value
+
+_PROJECTION = re.compile(r"((?:(?:v|a|enc|dec)\.)?blk\.\d+)\.attn_(?:q|k|v|qkv)\.weight")
+
+
+class Refused(GGUFError):
+    """The file is sound, but writing what was asked for would make a file that does not load."""
+
+
+class NothingToDo(GGUFError):
+    """No layer can be fused, or unfused. `layers` says why, one by one."""
+
+    def __init__(self, header: Header, message: str, layers: tuple[Layer, ...] = ()) -> None:
+        super().__init__(f"{header.path}: {message}")
+        self.header = header
+        self.layers = layers
+
+
+class Status(Enum):
+    FUSABLE = "fusable"
+    FUSED = "fused"
+    MISMATCH = "not fusable"  # Q, K and V are there, but cannot be one tensor
+    INCOMPLETE = "incomplete"  # the layer shares K or V with another, or computes none
+    SEPARATE = "separate"  # the loader would not read them fused
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of bytes of the source file; start counts from the start of the file."""
+
+    start: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the new file; its data is the segments, end to end."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(segment.n_bytes for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Three tensors of one layer that are (to be) one: parts in the order Q, K, V."""
+
+    name: str
+    ne: tuple[int, ...]
+    parts: tuple[TensorInfo, ...]
+    shared: bool
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(part.ne[-1] if part.ne else 1 for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What was found in one layer. types, rows: of Q, K and V, or of the one fused tensor."""
+
+    name: str
+    status: Status
+    types: tuple[str, ...]
+    rows: tuple[int, ...]
+    reason: str | None = None
+    joins: tuple[Join, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A new file: its metadata, its tensors in order, and what became of each layer."""
+
+    version: int
+    byte_order: ByteOrder
+    alignment: int
+    n_metadata: int
+    metadata_bytes: bytes
+    tensors: tuple[PlannedTensor, ...]
+    changed: tuple[Layer, ...]
+    skipped: tuple[Layer, ...]
+
+
+# -- what a file holds --------------------------------------------------------------------------
+
+
+def scalar_names(header: Header) -> list[str]:
+    """Tensors whose values decide whether a layer can be fused: the caller reads their bytes."""
+    suffixes = tuple(f".{part}.{kind}" for part in PARTS for kind in _SHARED)
+    return [tensor.name for tensor in header.tensors if tensor.name.endswith(suffixes)]
+
+
+def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
+    """The row of `architectures` that decides for a layer (an encoder file may hold two)."""
+    name = header.architecture
+    if name is None:
+        return architecture("(none)")
+    if name != "clip":
+        return architecture(name)
+    modality = "audio" if layer.startswith("a.") else "vision"
+    keys = (f"clip.{modality}.projector_type", "clip.projector_type")
+    found = [header.metadata[key] for key in keys if key in header.metadata]
+    return projector(str(found[0]) if found else "no projector type")
+
+
+def examine(
+    header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool = False
+) -> tuple[Layer, ...]:
+    """Every attention layer of the file, in order, and whether it can be fused.
+
+    scalars: the bytes of the tensors that `scalar_names` asks for.
+    """
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    siblings: dict[str, list[str]] = {}
+    for tensor in header.tensors:
+        layer, _, name = tensor.name.partition(".attn_")
+        siblings.setdefault(layer, []).append(name)
+    layers = []
+    for layer in _layer_names(header.tensors):
+        decided = _decide(layer, tensors, siblings[layer], scalars, loader_of(header, layer))
+        layers.append(_obey_loader(decided, loader_of(header, layer), any_architecture))
+    return tuple(layers)
+
+
+def _layer_names(tensors: Iterable[TensorInfo]) -> list[str]:
+    names = {tensor.name for tensor in tensors}
+    found = [match[1] for name in names if (match := _PROJECTION.fullmatch(name))]
+    return sorted(
+        {layer for layer in found if _is_attention(layer, names)},
+        key=lambda layer: (layer.split("blk")[0], int(layer.rsplit(".", 1)[1])),
+    )
+
+
+def _is_attention(layer: str, names: set[str]) -> bool:
+    """Recurrent layers of qwen3next and qwen35 own an attn_qkv of another layout, no output."""
+    if f"{layer}.{FUSED}.weight" not in names:
+        return True
+    return f"{layer}.attn_output.weight" in names or f"{layer}.attn_out.weight" in names
+
+
+def _obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
+    if any_architecture or row.loader is Loader.READS_FUSED or layer.status is Status.FUSED:
+        return layer
+    reason = f"llama.cpp's loader for {row.name} {row.loader.value}"
+    return Layer(layer.name, Status.SEPARATE, layer.types, layer.rows, reason)
+
+
+def _decide(
+    layer: str,
+    tensors: Mapping[str, TensorInfo],
+    siblings: Sequence[str],
+    scalars: Mapping[str, bytes],
+    row: Architecture,
+) -> Layer:
+    fused = tensors.get(f"{layer}.{FUSED}.weight")
+    weights = [tensors.get(f"{layer}.{part}.weight") for part in PARTS]
+    found = [weight for weight in weights if weight is not None]
+    types = tuple(type_name(weight.type) for weight in found)
+    rows = tuple(weight.ne[-1] for weight in found if weight.ne)
+    if fused is not None and not found:
+        return Layer(layer, Status.FUSED, (type_name(fused.type),), fused.ne[-1:])
+    missing = [f"{part}.weight" for part, w in zip(PARTS, weights, strict=True) if w is None]
+    if missing:
+        return Layer(layer, Status.INCOMPLETE, types, rows, f"no {', '.join(missing)}")
+    joins, reason = _joins(layer, tensors, scalars, row)
+    reason = (
+        reason
+        or _unequal_rows(rows, row)
+        or (f"{FUSED}.weight is there already" if fused is not None else None)
+        or _left_over(siblings)
+    )
+    if reason:
+        return Layer(layer, Status.MISMATCH, types, rows, reason)
+    return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins))
+
+
+def _joins(
+    layer: str, tensors: Mapping[str, TensorInfo], scalars: Mapping[str, bytes], row: Architecture
+) -> tuple[list[Join], str | None]:
+    """What to join, or the reason why not. A kind that no part has is not joined."""
+    joins: list[Join] = []
+    for kind in (*_JOINED, *_SHARED):
+        names = [f"{part}.{kind}" for part in PARTS]
+        parts = [tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in tensors]
+        if not parts:
+            continue
+        if len(parts) < len(PARTS):
+            absent = [name for name in names if f"{layer}.{name}" not in tensors]
+            return [], f"no {', '.join(absent)} beside the other {kind}"
+        reason = (
+            _not_shared(parts, kind, scalars, row)
+            if kind in _SHARED
+            else _not_joinable(parts, kind, joins, row)
+        )
+        if reason:
+            return [], reason
+        joins.append(_join(f"{layer}.{FUSED}.{kind}", parts, kind in _SHARED))
+    return joins, None
+
+
+def _join(name: str, parts: Sequence[TensorInfo], shared: bool) -> Join:
+    ne = parts[0].ne
+    if not shared:
+        ne = (*ne[:-1], sum(part.ne[-1] for part in parts))
+    return Join(name, ne, tuple(parts), shared)
+
+
+def _not_joinable(
+    parts: Sequence[TensorInfo], kind: str, joins: Sequence[Join], row: Architecture
+) -> str | None:
+    n_dims, label = (2, "") if kind == "weight" else (1, "bias ")
+    for part in parts:
+        if len(part.ne) != n_dims:
+            return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
+    if len({part.type for part in parts}) > 1:
+        return f"{label}types differ: {', '.join(type_name(part.type) for part in parts)}"
+    if row_bytes(parts[0].type, 0) is None:
+        return f"{label}{type_name(parts[0].type)} is not known"
+    if len({part.ne[:-1] for part in parts}) > 1:
+        return f"row lengths differ: {', '.join(str(part.ne[0]) for part in parts)}"
+    if kind == "weight":
+        return None
+    lengths = tuple(part.ne[0] for part in parts)
+    if lengths != joins[0].rows:
+        return f"biases of {_listed(lengths)} elements for {_listed(joins[0].rows)} rows"
+    if not row.biases:
+        return f"llama.cpp's loader for {row.name} adds no fused bias"
+    return None
+
+
+def _not_shared(
+    parts: Sequence[TensorInfo], kind: str, scalars: Mapping[str, bytes], row: Architecture
+) -> str | None:
+    if not row.scales:
+        return f"llama.cpp's loader for {row.name} applies no fused {kind}"
+    for part in parts:
+        if type_name(part.type) != "F32" or part.n_bytes != 4:
+            return f"{part.name} is not one float32"
+    if len({scalars[part.name] for part in parts}) > 1:
+        return f"{kind}s differ: a fused tensor has one"
+    return None
+
+
+def _unequal_rows(rows: Sequence[int], row: Architecture) -> str | None:
+    if not row.equal_rows or len(set(rows)) == 1:
+        return None
+    return f"rows differ ({_listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
+
+
+def _left_over(siblings: Sequence[str]) -> str | None:
+    """llama.cpp aborts on a tensor that nothing reads, such as a clamp of attn_q alone."""
+    for name in siblings:
+        part, _, kind = name.partition(".")
+        if part in ("q", "k", "v") and kind not in (*_JOINED, *_SHARED):
+            return f"attn_{name} would have no place beside {FUSED}"
+    return None
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# -- fuse ---------------------------------------------------------------------------------------
+
+
+def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool = False) -> Plan:
+    """The plan of the fused file.
+
+    Raises Refused where the result would not load (`any_architecture` overrides what the table of
+    architectures says), NothingToDo where no layer can be fused.
+    """
+    refuse_other_kinds(header)
+    if any(key.startswith(_KEY) for key in header.metadata):
+        raise NothingToDo(header, "nothing to fuse: gguf-fuse has fused this file already")
+    layers = examine(header, scalars, any_architecture=any_architecture)
+    fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
+    if not fusable:
+        _raise_nothing_to_fuse(header, layers)
+    joins = [join for layer in fusable for join in layer.joins]
+    record = _encode_record(joins, header)
+    return Plan(
+        header.version,
+        header.byte_order,
+        header.alignment,
+        len(header.metadata) + len(record),
+        header.metadata.raw + b"".join(record),
+        tuple(_fused_tensors(header, joins)),
+        fusable,
+        tuple(layer for layer in layers if layer.status is not Status.FUSABLE),
+    )
+
+
+def refuse_other_kinds(header: Header) -> None:
+    """Raises Refused for GGUF files that are no models: shards, adapters, importance matrices."""
+    n_shards = _integer(header, "split.count", 0) or 1
+    if n_shards != 1:
+        shard = (_integer(header, "split.no", 0) or 0) + 1
+        raise Refused(
+            f"{header.path}: shard {shard} of {n_shards}; merge the shards first "
+            "(llama-gguf-split --merge)"
+        )
+    kind = header.metadata.get("general.type")
+    if kind in ("adapter", "imatrix"):
+        raise Refused(
+            f"{header.path}: general.type is {kind!r}: only models can be fused, not adapters or "
+            "importance matrices"
+        )
+
+
+def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoReturn:
+    row = loader_of(header, layers[0].name if layers else "blk.0")
+    if any(layer.status is Status.SEPARATE for layer in layers):
+        _refuse_loader(header, row)
+    if not layers:
+        raise NothingToDo(
+            header, f"nothing to fuse: no attention layer has attn_q, attn_k or attn_v"
+        )
+    raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
+
+
+def _refuse_loader(header: Header, row: Architecture) -> NoReturn:
+    raise Refused(
+        f"{header.path}: architecture {row.name!r}: llama.cpp's loader {row.loader.value}, so the "
+        "new file would not load; --any-architecture writes it all the same"
+    )
+
+
+def summary(layers: Sequence[Layer]) -> str:
+    """The reasons of skipped layers, alike ones counted: "30 layers: types differ: Q4_K, ..."."""
+    counts: dict[str, list[str]] = {}
+    for layer in layers:
+        counts.setdefault(layer.reason or "already fused", []).append(layer.name)
+    return "; ".join(
+        f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {reason}"
+        for reason, names in counts.items()
+    )
+
+
+def _fused_tensors(header: Header, joins: Iterable[Join]) -> Iterable[PlannedTensor]:
+    stands_for = {join.parts[0].name: join for join in joins}
+    absorbed = {part.name for join in stands_for.values() for part in join.parts[1:]}
+    for tensor in header.tensors:
+        join = stands_for.get(tensor.name)
+        if join is not None:
+            sources = join.parts[:1] if join.shared else join.parts
+            segments = tuple(_segment(header, part) for part in sources)
+            yield PlannedTensor(join.name, join.ne, tensor.type, segments)
+        elif tensor.name not in absorbed:
+            yield _untouched(header, tensor)
+
+
+def _untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
+    return PlannedTensor(tensor.name, tensor.ne, tensor.type, (_segment(header, tensor),))
+
+
+def _segment(header: Header, tensor: TensorInfo) -> Segment:
+    return Segment(header.data_start + tensor.offset, tensor.n_bytes)
+
+
+def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
+    """The metadata pairs that the way back needs."""
+    position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
+    order = header.byte_order
+    rows = [n for join in joins for n in join.rows]
+    positions = [position[part.name] for join in joins for part in join.parts]
+    return [
+        encode_pair(_VERSION_KEY, GGUFValueType.UINT32, RECORD_VERSION, order),
+        encode_pair(_TENSORS_KEY, GGUFValueType.STRING, [join.name for join in joins], order),
+        encode_pair(_ROWS_KEY, GGUFValueType.UINT64, rows, order),
+        encode_pair(_POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
+    ]
+
+
+# -- the way back -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A fused tensor of the file and what it is to become; positions: in the restored file."""
+
+    tensor: TensorInfo
+    rows: tuple[int, int, int]
+    positions: tuple[int, int, int] | None
+
+    @property
+    def shared(self) -> bool:
+        return self.tensor.name.endswith(tuple(f".{kind}" for kind in _SHARED))
+
+
+def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
+    """The plan of the file with separate Q, K and V; the original one if gguf-fuse fused it.
+
+    Raises GGUFError where the record of the fusion does not fit the file, Refused where a file
+    without a record cannot be split for certain, NothingToDo where nothing is fused.
+    """
+    refuse_other_kinds(header)
+    if _VERSION_KEY in header.metadata:
+        splits = _recorded_splits(header)
+    else:
+        splits = _derived_splits(header, any_architecture)
+    if not splits:
+        raise NothingToDo(header, f"nothing to unfuse: no attention layer has {FUSED}.weight")
+    kept = [key for key in header.metadata if not key.startswith(_KEY)]
+    changed = tuple(
+        Layer(
+            split.tensor.name.removesuffix(f".{FUSED}.weight"),
+            Status.FUSED,
+            (type_name(split.tensor.type),) * 3,
+            split.rows,
+        )
+        for split in splits
+        if split.tensor.name.endswith(".weight")
+    )
+    return Plan(
+        header.version,
+        header.byte_order,
+        header.alignment,
+        len(kept),
+        b"".join(header.metadata.pair_bytes(key) for key in kept),
+        tuple(_restored_tensors(header, splits)),
+        changed,
+        (),
+    )
+
+
+def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedTensor]:
+    by_name = {split.tensor.name: split for split in splits}
+    placed: dict[int, PlannedTensor] = {}
+    rest: list[PlannedTensor] = []
+    for tensor in header.tensors:
+        split = by_name.get(tensor.name)
+        if split is None:
+            rest.append(_untouched(header, tensor))
+        elif split.positions is None:
+            rest.extend(_parts(header, split))
+        else:
+            placed.update(zip(split.positions, _parts(header, split), strict=True))
+    others = iter(rest)
+    restored = [placed.get(i) or next(others) for i in range(len(placed) + len(rest))]
+    twice = [name for name, n in Counter(tensor.name for tensor in restored).items() if n > 1]
+    if twice:
+        raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
+    return restored
+
+
+def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
+    tensor, start = split.tensor, header.data_start + split.tensor.offset
+    parts = []
+    for name, n_rows in zip(PARTS, split.rows, strict=True):
+        restored = tensor.name.replace(f".{FUSED}.", f".{name}.")
+        ne = tensor.ne if split.shared else (*tensor.ne[:-1], n_rows)
+        n_bytes = tensor.n_bytes if split.shared else tensor.n_bytes // tensor.ne[-1] * n_rows
+        parts.append(PlannedTensor(restored, ne, tensor.type, (Segment(start, n_bytes),)))
+        start += 0 if split.shared else n_bytes
+    return parts
+
+
+def _recorded_splits(header: Header) -> list[_Split]:
+    version = header.metadata[_VERSION_KEY]
+    if version != RECORD_VERSION:
+        _damaged(header, f"{_VERSION_KEY} is {version}, this release knows {RECORD_VERSION}")
+    names = _array(header, _TENSORS_KEY, str)
+    rows, positions = _array(header, _ROWS_KEY, int), _array(header, _POSITIONS_KEY, int)
+    for key, values in ((_ROWS_KEY, rows), (_POSITIONS_KEY, positions)):
+        if len(values) != len(PARTS) * len(names):
+            _damaged(header, f"{key} has {len(values)} numbers for {len(names)} fused tensors")
+    n_restored = len(header.tensors) + 2 * len(names)
+    if len(set(positions) & set(range(n_restored))) < len(positions):
+        _damaged(header, f"{_POSITIONS_KEY} are not distinct places among {n_restored} tensors")
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    splits = []
+    for name, (q, k, v), at in zip(names, _triples(rows), _triples(positions), strict=True):
+        if name not in tensors or f".{FUSED}." not in name:
+            _damaged(header, f"{_TENSORS_KEY} names {name!r}, which the file does not have")
+        splits.append(_Split(tensors[name], (q, k, v), at))
+        _check_rows(header, splits[-1])
+    return splits
+
+
+def _triples(values: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
+
+
+def _array(header: Header, key: str, kind: type) -> list[Any]:
+    values = header.metadata.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        _damaged(header, f"{key} is missing or of the wrong type")
+    return values
+
+
+def _damaged(header: Header, problem: str) -> NoReturn:
+    raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
+
+
+def _check_rows(header: Header, split: _Split) -> None:
+    tensor, rows = split.tensor, split.rows
+    if not split.shared and (sum(rows) != tensor.ne[-1] or min(rows) < 1):
+        _damaged(header, f"{tensor.name!r} has {tensor.ne[-1]} rows, not {_listed(rows)}")
+    if row_bytes(tensor.type, 0) is None:
+        raise Refused(
+            f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
+            "this gguf-py does not know; a newer one may"
+        )
+
+
+def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
+    """A file fused by someone else: rows from the head counts, or a refusal."""
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    splits = []
+    for layer in _layer_names(header.tensors):
+        weight = tensors.get(f"{layer}.{FUSED}.weight")
+        if weight is None:
+            continue
+        row = loader_of(header, layer)
+        if row.loader is not Loader.READS_FUSED and not any_architecture:
+            _refuse_loader(header, row)
+        rows = _rows_by_heads(header, layer, weight, row)
+        for kind in (*_JOINED, *_SHARED):
+            tensor = tensors.get(f"{layer}.{FUSED}.{kind}")
+            if tensor is not None:
+                splits.append(_Split(tensor, rows, None))
+                _check_rows(header, splits[-1])
+    return splits
+
+
+def _rows_by_heads(
+    header: Header, layer: str, weight: TensorInfo, row: Architecture
+) -> tuple[int, int, int]:
+    n_rows = weight.ne[-1]
+    if row.equal_rows and n_rows % 3 == 0:
+        return (n_rows // 3,) * 3
+    index = int(layer.rsplit(".", 1)[1])
+    fitting = {rows for rows in _head_geometries(header, index, row) if sum(rows) == n_rows}
+    if len(fitting) != 1:
+        raise Refused(
+            f"{header.path}: tensor {weight.name!r} has {n_rows} rows, which the head counts in "
+            "the metadata do not explain: it cannot be split for certain"
+        )
+    return fitting.pop()
+
+
+def _head_geometries(
+    header: Header, layer: int, row: Architecture
+) -> Iterable[tuple[int, int, int]]:
+    """Rows of Q, K and V as the metadata has them: for full attention and for a window's."""
+    prefix = f"{header.architecture}."
+    n_embd = _integer(header, prefix + "embedding_length", layer)
+    n_head = _integer(header, prefix + "attention.head_count", layer)
+    if not n_embd or not n_head:
+        return
+    n_head_kv = _integer(header, prefix + "attention.head_count_kv", layer) or n_head
+    queries = 2 if row.gated_q else 1
+    for suffix in ("", "_swa"):
+        k = _integer(header, f"{prefix}attention.key_length{suffix}", layer) or n_embd // n_head
+        v = _integer(header, f"{prefix}attention.value_length{suffix}", layer) or n_embd // n_head
+        yield queries * n_head * k, n_head_kv * k, n_head_kv * v
+
+
+def _integer(header: Header, key: str, layer: int) -> int | None:
+    """A value that is one number for all layers, or an array with one for each."""
+    value = header.metadata.get(key)
+    if isinstance(value, list):
+        value = value[layer] if layer < len(value) else None
+    return value if type(value) is int else None

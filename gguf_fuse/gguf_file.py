@@ -1,0 +1,575 @@
+"""GGUF: bytes <-> Header. Knows the file format, nothing of fusion.
+
+The reader walks the header and decodes nothing that nobody asks for: a 128k-token vocabulary is
+8 MB of strings that are only skipped over. Every count and length is checked against the size of
+the file before anything is allocated for it, with Python's unbounded integers.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from gguf.constants import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+)
+
+ByteOrder = Literal["little", "big"]
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMS = 4  # GGML_MAX_DIMS
+MAX_KEY_BYTES = 65535  # the specification's limit; tensor names are held to it as well
+MAX_ARRAY_DEPTH = 8
+# No real header comes near: the largest vocabularies make about 20 MB.
+MAX_HEADER_BYTES = 1 << 30
+
+_FIXED_HEADER_BYTES = 24  # magic, version, tensor count, metadata count
+_MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
+_MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8  # name length, one byte of name, n_dims, type, offset
+_READ_AHEAD = 1 << 20
+
+_SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.FLOAT64: "d",
+    GGUFValueType.BOOL: "?",
+}
+_SCALAR_BYTES = {int(kind): struct.calcsize(code) for kind, code in _SCALARS.items()}
+_VALUE_TYPES = {int(kind): kind for kind in GGUFValueType}
+_INTEGERS = frozenset(kind for kind, code in _SCALARS.items() if code in "BbHhIiQq")
+_BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+# Types of well-known arrays: a wrong one made other readers run past the end of the array.
+_ARRAY_TYPES = {
+    "tokenizer.ggml.tokens": {GGUFValueType.STRING},
+    "tokenizer.ggml.merges": {GGUFValueType.STRING},
+    "tokenizer.ggml.scores": {GGUFValueType.FLOAT32, GGUFValueType.INT32},
+    "tokenizer.ggml.token_type": {GGUFValueType.INT32, GGUFValueType.UINT32},
+}
+_PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+
+class GGUFError(Exception):
+    """A bad input or an I/O failure, as one line for the user: place, value, limit, remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One entry of the tensor list.
+
+    ne: dimensions in file order, the row length first.
+    type: ggml type id; ids that this gguf-py does not know are allowed.
+    offset: bytes from the start of the data.
+    n_bytes: size of the data; of an unknown type, up to the next tensor.
+    """
+
+    name: str
+    ne: tuple[int, ...]
+    type: int
+    offset: int
+    n_bytes: int
+
+
+class _Span(NamedTuple):
+    """Where one metadata pair lies in the metadata bytes; value: after key and value type."""
+
+    start: int
+    value: int
+    end: int
+    type: GGUFValueType
+
+
+class Metadata(Mapping[str, Any]):
+    """The metadata pairs: raw bytes kept verbatim, a value decoded when it is asked for."""
+
+    def __init__(self, raw: bytes, spans: dict[str, _Span], byte_order: ByteOrder) -> None:
+        self.raw = raw
+        self.byte_order: ByteOrder = byte_order
+        self._spans = spans
+        self._prefix = _struct_prefix(byte_order)
+
+    def __getitem__(self, key: str) -> Any:
+        span = self._spans[key]
+        return self._decode(span.type, span.value)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._spans  # Mapping's own would decode the value
+
+    def pair_bytes(self, key: str) -> bytes:
+        """The pair as it lies in the file: key, value type and value."""
+        span = self._spans[key]
+        return self.raw[span.start : span.end]
+
+    def value_type(self, key: str) -> GGUFValueType:
+        return self._spans[key].type
+
+    def array_head(self, key: str) -> tuple[int, int] | None:
+        """Element type and length of an array value, without decoding it; None for a scalar."""
+        span = self._spans[key]
+        if span.type != GGUFValueType.ARRAY:
+            return None
+        kind, length = struct.unpack_from(self._prefix + "IQ", self.raw, span.value)
+        return kind, length
+
+    def _decode(self, kind: GGUFValueType, at: int) -> tuple[Any, int]:
+        if kind == GGUFValueType.STRING:
+            start = at + 8
+            end = start + struct.unpack_from(self._prefix + "Q", self.raw, at)[0]
+            return self.raw[start:end].decode("utf-8", "replace"), end
+        if kind != GGUFValueType.ARRAY:
+            code = self._prefix + _SCALARS[kind]
+            return struct.unpack_from(code, self.raw, at)[0], at + _SCALAR_BYTES[kind]
+        element_id, length = struct.unpack_from(self._prefix + "IQ", self.raw, at)
+        element, at = _VALUE_TYPES[element_id], at + 12
+        if element in _SCALARS:
+            values = struct.unpack_from(f"{self._prefix}{length}{_SCALARS[element]}", self.raw, at)
+            return list(values), at + length * _SCALAR_BYTES[element]
+        items = []
+        for _ in range(length):
+            item, at = self._decode(element, at)
+            items.append(item)
+        return items, at
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is still the one that was read; mtime in nanoseconds."""
+
+    device: int
+    inode: int
+    n_bytes: int
+    mtime: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything before the tensor data, checked against the size of the file.
+
+    path: the file, as messages name it. data_start: bytes from the start of the file.
+    """
+
+    path: str
+    version: int
+    byte_order: ByteOrder
+    alignment: int
+    metadata: Metadata
+    tensors: tuple[TensorInfo, ...]
+    data_start: int
+    stamp: Stamp
+
+    @property
+    def architecture(self) -> str | None:
+        return self.metadata.get("general.architecture")
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of a GGUF file.
+
+    Raises GGUFError for anything that is not a whole, consistent GGUF of version 2 or 3.
+    """
+    source = Path(path)
+    try:
+        if not stat.S_ISREG(source.stat().st_mode):
+            raise GGUFError(f"{source}: not a regular file; give the path of a GGUF file")
+        with source.open("rb", buffering=0) as file:
+            return _Parser(file.fileno(), str(source)).header()
+    except OSError as error:
+        raise GGUFError(f"{source}: {error.strerror}") from error
+
+
+def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
+    """The data of a few small tensors, by name. Raises GGUFError if it cannot be read."""
+    wanted = {tensor.name: tensor for tensor in header.tensors}
+    try:
+        with Path(header.path).open("rb", buffering=0) as file:
+            found = {}
+            for name in names:
+                file.seek(header.data_start + wanted[name].offset)
+                found[name] = file.read(wanted[name].n_bytes)
+            return found
+    except OSError as error:
+        raise GGUFError(f"{header.path}: {error.strerror}") from error
+
+
+def align(offset: int, alignment: int) -> int:
+    return (offset + alignment - 1) // alignment * alignment
+
+
+def type_name(type_id: int) -> str:
+    """Q4_0, F16, ...; "type 142" for an id that gguf-py does not know."""
+    if type_id in _BLOCKS:
+        return GGMLQuantizationType(type_id).name
+    return f"type {type_id}"
+
+
+def row_bytes(type_id: int, n_elements: int) -> int | None:
+    """Bytes of a row of n_elements (a multiple of the block); None for an unknown type."""
+    if type_id not in _BLOCKS:
+        return None
+    block, block_bytes = _BLOCKS[type_id]
+    return n_elements // block * block_bytes
+
+
+def encode_pair(
+    key: str, kind: GGUFValueType, value: int | str | Sequence[int | str], byte_order: ByteOrder
+) -> bytes:
+    """One metadata pair as bytes; a list value becomes an array of elements of the given kind."""
+    prefix = _struct_prefix(byte_order)
+    if isinstance(value, (int, str)):
+        head = struct.pack(prefix + "I", kind)
+        return _encode_string(key, prefix) + head + _encode_value(kind, value, prefix)
+    head = struct.pack(prefix + "IIQ", GGUFValueType.ARRAY, kind, len(value))
+    body = b"".join(_encode_value(kind, item, prefix) for item in value)
+    return _encode_string(key, prefix) + head + body
+
+
+def encode_header(
+    version: int,
+    byte_order: ByteOrder,
+    alignment: int,
+    metadata: tuple[int, bytes],
+    tensors: Iterable[TensorInfo],
+) -> bytes:
+    """The bytes before the tensor data, padded; metadata is the number of pairs and their bytes."""
+    prefix = _struct_prefix(byte_order)
+    infos = [_encode_tensor(tensor, prefix) for tensor in tensors]
+    n_pairs, pairs = metadata
+    fixed = MAGIC + struct.pack(prefix + "IQQ", version, len(infos), n_pairs)
+    header = b"".join([fixed, pairs, *infos])
+    return header.ljust(align(len(header), alignment), b"\0")
+
+
+def _encode_tensor(tensor: TensorInfo, prefix: str) -> bytes:
+    n_dims = len(tensor.ne)
+    dims = struct.pack(f"{prefix}I{n_dims}Q", n_dims, *tensor.ne)
+    place = struct.pack(prefix + "IQ", tensor.type, tensor.offset)
+    return _encode_string(tensor.name, prefix) + dims + place
+
+
+def _encode_value(kind: GGUFValueType, value: int | str, prefix: str) -> bytes:
+    if isinstance(value, str):
+        return _encode_string(value, prefix)
+    return struct.pack(prefix + _SCALARS[kind], value)
+
+
+def _encode_string(text: str, prefix: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack(prefix + "Q", len(data)) + data
+
+
+def _struct_prefix(byte_order: ByteOrder) -> str:
+    return "<" if byte_order == "little" else ">"
+
+
+class _Parser:
+    """Walks the header once, front to back, over a buffer that grows as it is needed."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+        self.stamp = Stamp.of(os.fstat(fd))
+        self.file_bytes = self.stamp.n_bytes
+        self.buffer = bytearray()
+        self.at = 0
+        self.place = "the fixed header"
+        self.byte_order: ByteOrder = "little"
+
+    def header(self) -> Header:
+        version = self._version()
+        n_tensors, n_pairs = self._unpack(self.u64), self._unpack(self.u64)
+        self._check_count(n_pairs, _MIN_PAIR_BYTES, "metadata pairs")
+        self._check_count(n_tensors, _MIN_TENSOR_BYTES, "tensors")
+        metadata = self._metadata(n_pairs)
+        alignment = self._alignment(metadata)
+        self._check_known_keys(metadata)
+        entries = self._tensor_entries(n_tensors)
+        data_start = align(self.at, alignment)
+        tensors = self._tensors(entries, data_start, alignment)
+        return Header(
+            path=self.name,
+            version=version,
+            byte_order=self.byte_order,
+            alignment=alignment,
+            metadata=metadata,
+            tensors=tensors,
+            data_start=data_start,
+            stamp=self.stamp,
+        )
+
+    # -- fixed header -------------------------------------------------------------------------
+
+    def _version(self) -> int:
+        if self.file_bytes < _FIXED_HEADER_BYTES:
+            magic = os.read(self.fd, len(MAGIC))
+            if magic == MAGIC:
+                self._truncated()
+            self.fail(f"not a GGUF file: {self.file_bytes} bytes that begin with {magic!r}")
+        magic = bytes(self._take(len(MAGIC)))
+        if magic != MAGIC:
+            self.fail(f"not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}")
+        raw = bytes(self._take(4))
+        # A version is a small number: swapped, its low half is zero.
+        if raw[:2] == b"\0\0" and raw != b"\0\0\0\0":
+            self.byte_order = "big"
+        prefix = _struct_prefix(self.byte_order)
+        self.u32, self.u64 = struct.Struct(prefix + "I"), struct.Struct(prefix + "Q")
+        version = int.from_bytes(raw, self.byte_order)
+        if version == 1:
+            self.fail("GGUF version 1 is not supported; convert the model again with llama.cpp")
+        if version not in VERSIONS:
+            self.fail(f"GGUF version {version} is not supported, only versions 2 and 3")
+        return version
+
+    def _check_count(self, count: int, least_bytes: int, what: str) -> None:
+        left = self.file_bytes - self.at
+        if count * least_bytes > left:
+            self.fail(
+                f"the header says {count} {what}, more than the {left} bytes after it can hold: "
+                "the file is truncated or damaged"
+            )
+
+    # -- metadata -----------------------------------------------------------------------------
+
+    def _metadata(self, n_pairs: int) -> Metadata:
+        first = self.at
+        spans: dict[str, _Span] = {}
+        for index in range(n_pairs):
+            start = self.at
+            self.place = f"metadata pair {index + 1} of {n_pairs}"
+            key = self._name("key")
+            if key in spans:
+                self.fail(f"metadata key {key!r} appears twice")
+            self.place = f"metadata key {key!r}"
+            kind = self._value_type()
+            value = self.at
+            self._skip_value(kind, 0)
+            spans[key] = _Span(start - first, value - first, self.at - first, kind)
+        return Metadata(bytes(self.buffer[first : self.at]), spans, self.byte_order)
+
+    def _value_type(self) -> GGUFValueType:
+        kind = self._unpack(self.u32)
+        if kind not in _VALUE_TYPES:
+            self.fail(f"{self.place} has value type {kind}; the highest known is 12")
+        return _VALUE_TYPES[kind]
+
+    def _skip_value(self, kind: GGUFValueType, depth: int) -> None:
+        if kind == GGUFValueType.ARRAY:
+            return self._skip_array(depth + 1)
+        if kind == GGUFValueType.STRING:
+            return self._skip_strings(1)
+        self._skip(_SCALAR_BYTES[kind])
+
+    def _skip_array(self, depth: int) -> None:
+        if depth > MAX_ARRAY_DEPTH:
+            self.fail(f"{self.place} nests arrays more than {MAX_ARRAY_DEPTH} deep")
+        kind = self._value_type()
+        length = self._unpack(self.u64)
+        least_bytes = {GGUFValueType.STRING: 8, GGUFValueType.ARRAY: 12}.get(kind)
+        self._check_count(length, least_bytes or _SCALAR_BYTES[kind], f"elements in {self.place}")
+        if kind == GGUFValueType.STRING:
+            return self._skip_strings(length)
+        if kind != GGUFValueType.ARRAY:
+            return self._skip(length * _SCALAR_BYTES[kind])
+        for _ in range(length):
+            self._skip_array(depth + 1)
+
+    def _skip_strings(self, count: int) -> None:
+        """The hot loop: a vocabulary has some 400,000 strings, tokens and merges together."""
+        at, have, unpack, buffer = self.at, len(self.buffer), self.u64.unpack_from, self.buffer
+        for _ in range(count):
+            if at + 8 > have:
+                self._need(at + 8)
+                have = len(buffer)
+            at += 8 + unpack(buffer, at)[0]
+        self._need(at)
+        self.at = at
+
+    def _alignment(self, metadata: Metadata) -> int:
+        key = "general.alignment"
+        if key not in metadata:
+            return GGUF_DEFAULT_ALIGNMENT
+        if metadata.value_type(key) != GGUFValueType.UINT32:
+            self._wrong_type(metadata, key, "UINT32")
+        alignment = int(metadata[key])
+        if alignment == 0 or alignment & (alignment - 1):
+            self.fail(f"{key} is {alignment}, not a power of two")
+        if alignment > self.file_bytes:
+            self.fail(f"{key} is {alignment}, more than the file's {self.file_bytes} bytes")
+        return alignment
+
+    def _check_known_keys(self, metadata: Metadata) -> None:
+        key = "general.architecture"
+        if key in metadata and metadata.value_type(key) != GGUFValueType.STRING:
+            self._wrong_type(metadata, key, "STRING")
+        block_count = f"{metadata.get(key)}.block_count"
+        if block_count in metadata and metadata.value_type(block_count) not in _INTEGERS:
+            self._wrong_type(metadata, block_count, "an integer")
+        for key, kinds in _ARRAY_TYPES.items():
+            head = metadata.array_head(key) if key in metadata else None
+            if key in metadata and (head is None or head[0] not in kinds):
+                names = " or ".join(sorted(kind.name for kind in kinds))
+                self._wrong_type(metadata, key, f"an array of {names}")
+        self._check_vocabulary(metadata)
+
+    def _check_vocabulary(self, metadata: Metadata) -> None:
+        if "tokenizer.ggml.tokens" not in metadata:
+            return
+        n_vocab = (metadata.array_head("tokenizer.ggml.tokens") or (0, 0))[1]
+        for key in _PER_TOKEN:
+            length = (metadata.array_head(key) or (0, 0))[1] if key in metadata else n_vocab
+            if length < n_vocab:
+                self.fail(
+                    f"{key} has {length} elements for {n_vocab} tokens: readers run past its end"
+                )
+
+    def _wrong_type(self, metadata: Metadata, key: str, wanted: str) -> NoReturn:
+        head = metadata.array_head(key)
+        found = metadata.value_type(key).name
+        if head is not None:
+            found = f"an array of {_VALUE_TYPES[head[0]].name}"
+        self.fail(f"metadata key {key!r} is {found}, it must be {wanted}")
+
+    # -- tensors ------------------------------------------------------------------------------
+
+    def _tensor_entries(self, n_tensors: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+        """(name, ne, type, offset) of every tensor, as the file lists them."""
+        entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        for index in range(n_tensors):
+            self.place = f"tensor {index + 1} of {n_tensors}"
+            name = self._name("name")
+            if name in entries:
+                self.fail(f"tensor {name!r} appears twice")
+            self.place = f"tensor {name!r}"
+            n_dims = self._unpack(self.u32)
+            if n_dims > MAX_DIMS:
+                self.fail(f"{self.place} has {n_dims} dimensions; at most {MAX_DIMS} are allowed")
+            ne = tuple(self._unpack(self.u64) for _ in range(n_dims))
+            if 0 in ne:
+                self.fail(f"{self.place} has a dimension of 0: {list(ne)}")
+            entries[name] = (name, ne, self._unpack(self.u32), self._unpack(self.u64))
+        return list(entries.values())
+
+    def _tensors(
+        self, entries: list[tuple[str, tuple[int, ...], int, int]], data_start: int, alignment: int
+    ) -> tuple[TensorInfo, ...]:
+        data_bytes = max(self.file_bytes - data_start, 0)
+        by_offset = sorted(entries, key=lambda entry: entry[3])
+        limits = [*(entry[3] for entry in by_offset[1:]), data_bytes][: len(by_offset)]
+        tensors = {}
+        for (name, ne, kind, offset), limit in zip(by_offset, limits, strict=True):
+            if offset % alignment:
+                self.fail(
+                    f"tensor {name!r} lies at offset {offset}, not a multiple of the alignment "
+                    f"{alignment}"
+                )
+            n_bytes = self._n_bytes(name, ne, kind, max(limit - offset, 0))
+            if offset + n_bytes > data_bytes:
+                self.fail(
+                    f"tensor {name!r} ends at byte {data_start + offset + n_bytes}, the file at "
+                    f"byte {self.file_bytes}: it is truncated; download or copy it again"
+                )
+            if offset + n_bytes > limit or n_bytes == 0:
+                self.fail(
+                    f"tensor {name!r} ({n_bytes} bytes at offset {offset}) overlaps the tensor at "
+                    f"offset {limit}"
+                )
+            tensors[name] = TensorInfo(name, ne, kind, offset, n_bytes)
+        return tuple(tensors[entry[0]] for entry in entries)
+
+    def _n_bytes(self, name: str, ne: tuple[int, ...], kind: int, room: int) -> int:
+        if kind not in _BLOCKS:
+            return room
+        n_elements, row = 1, ne[0] if ne else 1
+        for n in ne:
+            n_elements *= n
+        block, block_bytes = _BLOCKS[kind]
+        if row % block:
+            self.fail(
+                f"tensor {name!r} has rows of {row} elements, not a multiple of the {block} of a "
+                f"{type_name(kind)} block"
+            )
+        return n_elements // block * block_bytes
+
+    # -- bytes --------------------------------------------------------------------------------
+
+    def _name(self, what: str) -> str:
+        length = self._unpack(self.u64)
+        if length == 0:
+            self.fail(f"{self.place} has an empty {what}")
+        if length > MAX_KEY_BYTES:
+            self.fail(
+                f"the {what} of {self.place} is {length} bytes long; at most {MAX_KEY_BYTES} are "
+                "allowed"
+            )
+        data = self._take(length)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            self.fail(f"the {what} of {self.place} is not UTF-8: {bytes(data[:32])!r}")
+
+    def _unpack(self, layout: struct.Struct) -> int:
+        self._need(self.at + layout.size)
+        value: int = layout.unpack_from(self.buffer, self.at)[0]
+        self.at += layout.size
+        return value
+
+    def _take(self, n_bytes: int) -> bytearray:
+        self._need(self.at + n_bytes)
+        data = self.buffer[self.at : self.at + n_bytes]
+        self.at += n_bytes
+        return data
+
+    def _skip(self, n_bytes: int) -> None:
+        self._need(self.at + n_bytes)
+        self.at += n_bytes
+
+    def _need(self, end: int) -> None:
+        """Have the first `end` bytes of the file in the buffer."""
+        if end <= len(self.buffer):
+            return
+        if end > self.file_bytes:
+            self._truncated()
+        if end > MAX_HEADER_BYTES:
+            self.fail(f"{self.place} reaches beyond {MAX_HEADER_BYTES} bytes of header")
+        wanted = min(max(end, 2 * len(self.buffer), _READ_AHEAD), self.file_bytes)
+        while len(self.buffer) < wanted:
+            data = os.read(self.fd, wanted - len(self.buffer))
+            if not data:
+                self._truncated()
+            self.buffer += data
+
+    def _truncated(self) -> NoReturn:
+        self.fail(
+            f"the file ends at byte {self.file_bytes}, inside {self.place}: it is truncated or "
+            "damaged; download or copy it again"
+        )
+
+    def fail(self, problem: str) -> NoReturn:
+        raise GGUFError(f"{self.name}: {problem}")

@@ -1,0 +1,107 @@
+"""IN, OUT -> Result: read, plan, check, write. What the commands fuse and unfuse do."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gguf_fuse import fusion
+from gguf_fuse.fusion import Plan, Refused, Status, summary
+from gguf_fuse.gguf_file import Header, read_header, read_tensors
+from gguf_fuse.write import (
+    DEFAULT_THREADS,
+    OnProgress,
+    Placement,
+    check_destination,
+    place,
+    stream,
+    write,
+)
+
+STANDARD_OUTPUT = "-"
+
+OnMismatch = Literal["skip", "error"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write, the same for both ways. on_start gets the number of bytes to come."""
+
+    dry_run: bool = False
+    force: bool = False
+    sync: bool = True
+    threads: int = DEFAULT_THREADS
+    on_start: Callable[[int], None] = field(default=lambda n_bytes: None)
+    on_progress: OnProgress = field(default=lambda n_bytes: None)
+    on_flush: Callable[[], None] = field(default=lambda: None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written, or would be on a dry run."""
+
+    source: Header
+    output: str
+    plan: Plan
+    placement: Placement
+    seconds: float
+
+
+def fuse(
+    source: Path,
+    output: str,
+    *,
+    on_mismatch: OnMismatch = "skip",
+    any_architecture: bool = False,
+    options: Options | None = None,
+) -> Result:
+    """Write `source` with fused Q, K and V to `output` ("-": standard output).
+
+    on_mismatch: "error" refuses a file with a layer whose Q, K and V cannot be one tensor.
+
+    Raises GGUFError (and its kinds Refused and NothingToDo); nothing is written then.
+    """
+    header = read_header(source)
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    plan = fusion.fuse(header, scalars, any_architecture=any_architecture)
+    mismatched = [layer for layer in plan.skipped if layer.status is Status.MISMATCH]
+    if mismatched and on_mismatch == "error":
+        raise Refused(f"{header.path}: {summary(mismatched)} (--on-mismatch skip leaves them)")
+    return _carry_out(header, plan, output, options or Options())
+
+
+def unfuse(
+    source: Path, output: str, *, any_architecture: bool = False, options: Options | None = None
+) -> Result:
+    """Write `source` with separate Q, K and V to `output`; raises as `fuse` does."""
+    header = read_header(source)
+    plan = fusion.unfuse(header, any_architecture=any_architecture)
+    return _carry_out(header, plan, output, options or Options())
+
+
+def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:
+    placement = place(plan)
+    started = time.perf_counter()
+    if options.dry_run:
+        if output != STANDARD_OUTPUT:
+            check_destination(source, Path(output), placement.n_bytes, force=options.force)
+    elif output == STANDARD_OUTPUT:
+        options.on_start(placement.n_bytes)
+        stream(source, placement, sys.stdout.fileno(), options.on_progress)
+    else:
+        options.on_start(placement.n_bytes)
+        write(
+            source,
+            placement,
+            Path(output),
+            force=options.force,
+            sync=options.sync,
+            threads=options.threads,
+            on_progress=options.on_progress,
+            on_flush=options.on_flush,
+        )
+    return Result(source, output, plan, placement, time.perf_counter() - started)
