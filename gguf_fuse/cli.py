@@ -57,6 +57,12 @@ class OnMismatch(str, Enum):
     error = "error"
 
 
+class Reflink(str, Enum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 In = Annotated[Path, typer.Argument(metavar="IN", help="The GGUF file to read.")]
 Out = Annotated[
     str, typer.Argument(metavar="OUT", help="The GGUF file to write; - writes to a pipe.")
@@ -69,15 +75,17 @@ AnyArchitecture = Annotated[
 ]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Replace an existing OUT.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.")]
-Threads = Annotated[
-    int, typer.Option(min=1, max=64, help="Threads that copy.", show_default="up to 4")
+Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.", show_default="2")]
+Clone = Annotated[
+    Reflink,
+    typer.Option("--reflink", help="Share blocks with IN where the file system can."),
 ]
 Sync = Annotated[
     bool,
     typer.Option("--sync/--no-sync", help="Wait until OUT is on the disk, not only in its cache."),
 ]
 
-_DEFAULT_THREADS = min(4, os.cpu_count() or 1)
+_DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 _P = ParamSpec("_P")
 
 
@@ -158,6 +166,7 @@ def fuse(
     force: Force = False,
     quiet: Quiet = False,
     threads: Threads = _DEFAULT_THREADS,
+    reflink: Clone = Reflink.auto,
     sync: Sync = True,
 ) -> None:
     """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
@@ -165,7 +174,7 @@ def fuse(
     from gguf_fuse.fusion import NothingToDo
 
     _check_output(output, as_json)
-    with _options(dry_run, force, sync, threads, quiet) as options:
+    with _options(dry_run, force, sync, threads, reflink, quiet) as options:
         try:
             result = rewrite.fuse(
                 source,
@@ -195,13 +204,14 @@ def unfuse(
     force: Force = False,
     quiet: Quiet = False,
     threads: Threads = _DEFAULT_THREADS,
+    reflink: Clone = Reflink.auto,
     sync: Sync = True,
 ) -> None:
     """Write IN to OUT with separate Q, K and V again: the very bytes they had before."""
     from gguf_fuse import report, rewrite
 
     _check_output(output, as_json)
-    with _options(dry_run, force, sync, threads, quiet) as options:
+    with _options(dry_run, force, sync, threads, reflink, quiet) as options:
         result = rewrite.unfuse(source, output, any_architecture=any_architecture, options=options)
     if as_json:
         return _print_json(report.result_json(result))
@@ -262,13 +272,13 @@ def _check_output(output: str, as_json: bool) -> None:
 
 @contextmanager
 def _options(
-    dry_run: bool, force: bool, sync: bool, threads: int, quiet: bool
+    dry_run: bool, force: bool, sync: bool, threads: int, reflink: Reflink, quiet: bool
 ) -> Iterator[Options]:
     """How to write, with a progress bar where somebody watches."""
     from gguf_fuse.rewrite import Options
 
     if quiet or not sys.stderr.isatty():
-        yield Options(dry_run, force, sync, threads)
+        yield Options(dry_run, force, sync, threads, reflink.value)
         return
     with _progress() as progress:
         task = progress.add_task("writing", total=None, visible=False)
@@ -277,6 +287,7 @@ def _options(
             force,
             sync,
             threads,
+            reflink.value,
             on_start=lambda n_bytes: progress.update(task, total=n_bytes, visible=True),
             on_progress=lambda n_bytes: progress.advance(task, n_bytes),
             on_flush=lambda: progress.update(task, description="waiting for the disk"),

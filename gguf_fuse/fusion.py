@@ -36,6 +36,7 @@ _VERSION_KEY = _KEY + "version"
 _TENSORS_KEY = _KEY + "tensors"
 _ROWS_KEY = _KEY + "rows"
 _POSITIONS_KEY = _KEY + "positions"
+PADDING_KEY = _KEY + "padding"  # an array of zero bytes, see `placement`
 
 _JOINED = ("weight", "bias")  # laid end to end
 _SHARED = ("scale", "input_scale")  # one value each, so the fused tensor has the same one value
@@ -114,7 +115,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A new file: its metadata, its tensors in order, and what became of each layer."""
+    """A new file: its metadata, its tensors in order, and what became of each layer.
+
+    may_pad: whether a key that only takes up space may be added to the metadata.
+    """
 
     version: int
     byte_order: ByteOrder
@@ -124,6 +128,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     changed: tuple[Layer, ...]
     skipped: tuple[Layer, ...]
+    may_pad: bool
 
 
 # -- what a file holds --------------------------------------------------------------------------
@@ -332,6 +337,7 @@ def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool
         tuple(_fused_tensors(header, joins)),
         fusable,
         tuple(layer for layer in layers if layer.status is not Status.FUSABLE),
+        may_pad=True,
     )
 
 
@@ -358,7 +364,7 @@ def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoRetur
         _refuse_loader(header, row)
     if not layers:
         raise NothingToDo(
-            header, f"nothing to fuse: no attention layer has attn_q, attn_k or attn_v"
+            header, "nothing to fuse: no attention layer has attn_q, attn_k or attn_v"
         )
     raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
 
@@ -465,6 +471,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
         tuple(_restored_tensors(header, splits)),
         changed,
         (),
+        may_pad=False,
     )
 
 

@@ -40,8 +40,8 @@ def result_json(result: Result) -> dict[str, Any]:
     return _rewrite_json(
         result.source, result.output, plan.changed, plan.skipped, len(plan.tensors)
     ) | {
-        "bytes_copied": result.placement.n_copied,
-        "bytes_cloned": 0,
+        "bytes_copied": result.written.n_copied,
+        "bytes_cloned": result.written.n_cloned,
         "seconds": round(result.seconds, 3),
     }
 
@@ -191,7 +191,11 @@ def result_line(result: Result, verb: str, dry_run: bool) -> str:
     if dry_run:
         return f"{line}; {decimal(n_bytes)} would be written"
     speed = decimal(int(n_bytes / max(result.seconds, 1e-9)))
-    return f"{line}; {decimal(n_bytes)} in {result.seconds:.2f} s ({speed}/s)"
+    line = f"{line}; {decimal(n_bytes)} in {result.seconds:.2f} s ({speed}/s)"
+    if result.written.n_cloned:
+        cloned, copied = decimal(result.written.n_cloned), decimal(result.written.n_copied)
+        line += f", {cloned} of them cloned, {copied} copied"
+    return line
 
 
 def advice(result: Result) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,31 +11,31 @@ from pathlib import Path
 from typing import Literal
 
 from gguf_fuse import fusion
+from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Plan, Refused, Status, summary
-from gguf_fuse.gguf_file import Header, read_header, read_tensors
-from gguf_fuse.write import (
-    DEFAULT_THREADS,
-    OnProgress,
-    Placement,
-    check_destination,
-    place,
-    stream,
-    write,
-)
+from gguf_fuse.gguf_file import GGUFError, Header, read_header, read_tensors
+from gguf_fuse.placement import Placement, place
+from gguf_fuse.write import Written, check_destination, open_source, stream, write
 
 STANDARD_OUTPUT = "-"
 
 OnMismatch = Literal["skip", "error"]
+Reflink = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to write, the same for both ways. on_start gets the number of bytes to come."""
+    """How to write, the same for both ways. on_start gets the number of bytes to come.
+
+    reflink: whether to share blocks with the source where the file system can; "always" fails
+    where it cannot.
+    """
 
     dry_run: bool = False
     force: bool = False
     sync: bool = True
     threads: int = DEFAULT_THREADS
+    reflink: Reflink = "auto"
     on_start: Callable[[int], None] = field(default=lambda n_bytes: None)
     on_progress: OnProgress = field(default=lambda n_bytes: None)
     on_flush: Callable[[], None] = field(default=lambda: None)
@@ -48,6 +49,7 @@ class Result:
     output: str
     plan: Plan
     placement: Placement
+    written: Written
     seconds: float
 
 
@@ -84,24 +86,43 @@ def unfuse(
 
 
 def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:
-    placement = place(plan)
     started = time.perf_counter()
+    placement = place(plan, _shared_block(source, output, options.reflink))
     if options.dry_run:
         if output != STANDARD_OUTPUT:
-            check_destination(source, Path(output), placement.n_bytes, force=options.force)
+            check_destination(source, Path(output), placement, force=options.force)
+        written = Written(placement.n_copied, placement.n_cloned)
     elif output == STANDARD_OUTPUT:
         options.on_start(placement.n_bytes)
-        stream(source, placement, sys.stdout.fileno(), options.on_progress)
+        written = stream(source, placement, sys.stdout.fileno(), options.on_progress)
     else:
         options.on_start(placement.n_bytes)
-        write(
+        written = write(
             source,
             placement,
             Path(output),
             force=options.force,
             sync=options.sync,
+            clone_all=options.reflink == "always",
             threads=options.threads,
             on_progress=options.on_progress,
             on_flush=options.on_flush,
         )
-    return Result(source, output, plan, placement, time.perf_counter() - started)
+    return Result(source, output, plan, placement, written, time.perf_counter() - started)
+
+
+def _shared_block(source: Header, output: str, reflink: Reflink) -> int | None:
+    """The block size for cloning, if it is wanted and the file system can."""
+    if reflink == "never":
+        return None
+    if output == STANDARD_OUTPUT:
+        block = None
+    else:
+        with open_source(source) as source_fd:
+            block = clone_block(source_fd, Path(os.path.realpath(output)).parent)
+    if block is None and reflink == "always":
+        raise GGUFError(
+            f"{output}: cannot share blocks with {source.path}: that takes one file system that "
+            "can clone (XFS, Btrfs); --reflink auto copies instead"
+        )
+    return block

@@ -1,0 +1,227 @@
+"""The copy engine: ranges of one open file into another, cloned where the file system can.
+
+Measured (2 cores, ext4, page cache): positional reads and writes of 1 MB blocks by two threads
+into a preallocated file beat copy_file_range, sendfile, larger blocks and more threads; without
+preallocation two threads take about twice as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from gguf_fuse.placement import Copy
+
+DEFAULT_THREADS = min(2, os.cpu_count() or 1)
+BLOCK_BYTES = 1 << 20
+# One request to clone: short enough for Ctrl-C and the progress bar.
+CLONE_BYTES = 1 << 30
+
+OnProgress = Callable[[int], None]  # called with a number of bytes that were just written
+
+
+class InputLost(Exception):
+    """The source cannot be read where its header says there is data."""
+
+
+_FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+# What a file system says that cannot clone at all, or not this range.
+_CANNOT_CLONE = {
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.ETXTBSY,
+    errno.ENOSYS,
+}
+
+
+# -- copying ------------------------------------------------------------------------------------
+
+
+def copy_ranges(
+    source_fd: int,
+    target_fd: int,
+    copies: Iterable[Copy],
+    *,
+    threads: int,
+    on_progress: OnProgress,
+) -> None:
+    """Several threads take blocks in turn, each with one buffer: memory does not grow.
+
+    Raises OSError if writing fails, InputLost if reading does.
+    """
+    blocks, lock, stop = iter_blocks(copies), threading.Lock(), threading.Event()
+
+    def work() -> None:
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        while not stop.is_set():
+            with lock:
+                block = next(blocks, None)
+            if block is None:
+                return
+            view = buffer[: block.n_bytes]
+            read_all(source_fd, view, block.source)
+            write_all(target_fd, view, block.target)
+            on_progress(block.n_bytes)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in as_completed([pool.submit(work) for _ in range(threads)]):
+                future.result()
+        except BaseException:
+            stop.set()  # the pool waits for its threads: let them end at once
+            raise
+
+
+def iter_blocks(copies: Iterable[Copy], most: int = BLOCK_BYTES) -> Iterator[Copy]:
+    """The same ranges in pieces of at most `most` bytes."""
+    for copy in copies:
+        for start in range(0, copy.n_bytes, most):
+            n_bytes = min(most, copy.n_bytes - start)
+            yield Copy(copy.source + start, copy.target + start, n_bytes)
+
+
+def read_all(fd: int, view: memoryview, offset: int) -> None:
+    """Fill the view from an offset. Raises InputLost."""
+    while view:
+        try:
+            n_bytes = _read_at(fd, view, offset)
+        except OSError as error:
+            raise InputLost(f"reading at byte {offset}: {error.strerror}") from error
+        if n_bytes == 0:
+            raise InputLost(f"ended at byte {offset}: it was cut while it was read")
+        view, offset = view[n_bytes:], offset + n_bytes
+
+
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        n_bytes = _write_at(fd, view, offset)
+        view, offset = view[n_bytes:], offset + n_bytes
+
+
+if sys.platform == "win32":
+    _seek = threading.Lock()
+
+    def _read_at(fd: int, view: memoryview, offset: int) -> int:
+        with _seek:
+            os.lseek(fd, offset, os.SEEK_SET)
+            data = os.read(fd, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def _write_at(fd: int, view: memoryview, offset: int) -> int:
+        with _seek:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return os.write(fd, view)
+
+else:
+
+    def _read_at(fd: int, view: memoryview, offset: int) -> int:
+        return os.preadv(fd, [view], offset)
+
+    def _write_at(fd: int, view: memoryview, offset: int) -> int:
+        return os.pwrite(fd, view, offset)
+
+
+# -- cloning ------------------------------------------------------------------------------------
+
+
+def clone_block(source_fd: int, folder: Path) -> int | None:
+    """The size of the blocks that a new file in the folder can share with the source, if it can.
+
+    Found by cloning one block into a file without a name.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
+    except OSError:
+        return None  # no file system that clones lacks O_TMPFILE
+    try:
+        block = os.fstatvfs(fd).f_bsize
+        _clone(source_fd, fd, Copy(0, 0, min(block, os.fstat(source_fd).st_size)))
+        return block
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def clone_ranges(
+    source_fd: int, target_fd: int, clones: Iterable[Copy], on_progress: OnProgress
+) -> list[Copy]:
+    """Clone, and give back the ranges that the file system refused: they are to be copied.
+
+    Raises OSError for anything but a refusal, a full disk above all.
+    """
+    refused = []
+    for clone in iter_blocks(clones, CLONE_BYTES):
+        try:
+            _clone(source_fd, target_fd, clone)
+        except OSError as error:
+            if error.errno not in _CANNOT_CLONE:
+                raise
+            refused.append(clone)
+            continue
+        on_progress(clone.n_bytes)
+    return refused
+
+
+def _clone(source_fd: int, target_fd: int, clone: Copy) -> None:
+    import fcntl
+
+    request = struct.pack("qQQQ", source_fd, clone.source, clone.n_bytes, clone.target)
+    fcntl.ioctl(target_fd, _FICLONERANGE, request)
+
+
+# -- space and holes ----------------------------------------------------------------------------
+
+
+def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:
+    """Give the file its length, and space to the ranges that will be copied into it.
+
+    A full disk shows at once, and the file system allocates in one piece. Not posix_fallocate:
+    where the file system cannot, that writes to every block instead. Raises OSError.
+    """
+    os.ftruncate(fd, n_bytes)
+    if sys.platform != "linux":
+        return
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    for copy in copies:
+        failed = fallocate(fd, 0, copy.target, copy.n_bytes)
+        if failed and ctypes.get_errno() in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def without_holes(source_fd: int, copies: Sequence[Copy]) -> list[Copy]:
+    """The parts of the ranges that hold data: a hole of the source stays one in the new file."""
+    status = os.fstat(source_fd)
+    if not hasattr(os, "SEEK_HOLE") or status.st_blocks * 512 >= status.st_size:
+        return list(copies)
+    data = []
+    for copy in copies:
+        end = copy.source + copy.n_bytes
+        for start, stop in _data_ranges(source_fd, copy.source, end):
+            data.append(Copy(start, copy.target + start - copy.source, stop - start))
+    return data
+
+
+def _data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    with contextlib.suppress(OSError):  # ENXIO: no data behind here
+        while start < end:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+            if first >= end:
+                return
+            start = min(os.lseek(fd, first, os.SEEK_HOLE), end)
+            yield first, start
