@@ -25,11 +25,12 @@ from gguf_fuse.copying import (
     iter_blocks,
     read_all,
     reserve,
+    start_write_back,
     without_holes,
     write_all,
 )
 from gguf_fuse.gguf_file import GGUFError, Header, Stamp
-from gguf_fuse.placement import Placement
+from gguf_fuse.placement import Copy, Placement
 
 TEMPORARY_MARK = ".gguf-fuse-"
 
@@ -112,7 +113,13 @@ def write(
                 raise GGUFError(f"{destination}: the file system refused to clone a range")
             copies = without_holes(source_fd, [*placement.copies, *refused])
             reserve(target_fd, placement.n_bytes, copies)
-            copy_ranges(source_fd, target_fd, copies, threads=threads, on_progress=on_progress)
+
+            def on_block(block: Copy) -> None:
+                if sync:
+                    start_write_back(target_fd, block)
+                on_progress(block.n_bytes)
+
+            copy_ranges(source_fd, target_fd, copies, threads=threads, on_block=on_block)
             _check_unchanged(source, source_fd)
             if sync:
                 on_flush()
