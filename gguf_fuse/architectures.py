@@ -50,22 +50,23 @@ class Architecture:
 
 _ROWS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "measured"): """
-        afmoe arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe command-r
-        deepseek dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon-h1 gemma gemma2
-        gemma3 glm4 glm4moe gpt-oss granite granite_swa granitehybrid granitemoe grok grovemoe
-        hrm_text hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 jamba kimi-linear laguna
-        lfm2 lfm2moe llada llada-moe llama llama4 maincoder maple mellum mimo2 minicpm minimax-01
-        minimax-m2 minimax-m3 mistral3 muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe olmo
-        olmo2 olmoe orion paddleocr pangu-embedded phi2 phi3 phimoe plamo pockettts qwen2 qwen2moe
-        qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1
-        seed_oss smallthinker smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
+        afmoe apertus arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe
+        command-r deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4
+        falcon-h1 gemma gemma2 gemma3 gemma4 glm4 glm4moe gpt-oss granite granite_swa
+        granitehybrid granitemoe grok grovemoe hrm_text hunyuan-dense hunyuan-moe hunyuan_vl
+        hy_v3 internlm2 jais2 jamba kimi-linear laguna lfm2 lfm2moe llada llada-moe llama llama4
+        maincoder maple mellum mimo2 minicpm minimax-01 minimax-m2 minimax-m3 mistral3
+        muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe olmo olmo2 olmoe orion
+        paddleocr pangu-embedded phi2 phi3 phimoe plamo pockettts qwen2 qwen2moe qwen2vl qwen3
+        qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1 seed_oss
+        smallthinker smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
     (Loader.READS_FUSED, "source"): """
-        apertus bert chameleon deci deepseek2-ocr eurobert gemma-embedding gemma3n gemma4
-        jina-bert-v2 jina-bert-v3 llama-embed nomic-bert nomic-bert-moe step35""",
+        bert chameleon deepseek2-ocr eurobert gemma-embedding gemma3n jina-bert-v2 jina-bert-v3
+        llama-embed nomic-bert nomic-bert-moe step35""",
     (Loader.CRASHES, "measured"): "bailingmoe3 glm5-next kimi-k3 qwen4exp",
     (Loader.NEEDS_SEPARATE, "source"): """
-        bitnet deepseek2 deepseek32 deepseek4 dflash dots3note eagle3 gemma4-assistant glm-dsa hy_v4
-        minicpm3 mistral4 plm t5 t5encoder""",
+        bitnet deepseek2 deepseek32 deepseek4 dflash dots3note eagle3 gemma4-assistant glm-dsa
+        hy_v4 minicpm3 mistral4 plm t5 t5encoder""",
     (Loader.ALREADY_FUSED, "source"): """
         bailingmoe2 bloom cogvlm dbrx falcon gpt2 gptneox graniteswitch jais modern-bert mpt
         neo-bert openelm plamo2 plamo3 qwen starcoder""",
@@ -81,13 +82,13 @@ _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
 # reads attn_qkv, splits it by n_head (so K and V must have Q's rows) and applies no scale.
 _PROJECTORS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "source"): """
-        gemma3 idefics3 lfm2 janus_pro phi4 pixtral lightonocr dots_ocr step3vl resampler internvl
-        nemotron_v2_vl llama4 ultravox qwen2a voxtral glma kimivl kimik25 paddleocr hunyuanvl
-        deepseekocr glm4v""",
+        deepseekocr dots_ocr gemma3 glm4v glma hunyuanvl idefics3 internvl janus_pro kimik25
+        kimivl lfm2 lightonocr llama4 nemotron_v2_vl paddleocr phi4 pixtral qwen2a resampler
+        step3vl ultravox voxtral""",
     (Loader.NEEDS_SEPARATE, "source"): """
-        gemma4v gemma4a gemma3nv gemma3na deepseekocr2 mlp mlp_norm ldp ldpv2 adapter
-        qwen2vl_merger qwen2.5vl_merger youtuvl minicpmv4_6 conformer lfm2a granite_speech
-        granite4_vision parakeet""",
+        adapter conformer deepseekocr2 gemma3na gemma3nv gemma4a gemma4v granite4_vision
+        granite_speech ldp ldpv2 lfm2a minicpmv4_6 mlp mlp_norm parakeet qwen2.5vl_merger
+        qwen2vl_merger youtuvl""",
     (Loader.ALREADY_FUSED, "source"): "qwen3vl_merger cogvlm mimovl exaone4_5",
 }
 

@@ -1,0 +1,54 @@
+"""Models and runs that several test files need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gguf_fuse.random_model import ModelSpec, write_random_model
+from gguf_fuse.rewrite import Options, Result, fuse, unfuse
+
+# Tests rewrite thousands of small files: none of them has to survive a power failure.
+FAST = Options(sync=False)
+
+Run = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., Path]:
+    """Write a random model: model("name.gguf", n_layer=2, ...)."""
+
+    def make(name: str = "in.gguf", **spec: Any) -> Path:
+        write_random_model(tmp_path / name, ModelSpec(**spec))
+        return tmp_path / name
+
+    return make
+
+
+def fused_copy(path: Path, **kwargs: Any) -> Path:
+    """The fused file beside `path`."""
+    output = path.with_name(f"{path.stem}-fused.gguf")
+    fuse(path, str(output), options=FAST, **kwargs)
+    return output
+
+
+def unfused_copy(path: Path, **kwargs: Any) -> Path:
+    output = path.with_name(f"{path.stem}-unfused.gguf")
+    unfuse(path, str(output), options=FAST, **kwargs)
+    return output
+
+
+def dry(path: Path, **kwargs: Any) -> Result:
+    """What fusing would do."""
+    return fuse(path, str(path) + ".out", options=Options(dry_run=True), **kwargs)
+
+
+def gguf_fuse(*arguments: str | Path, **kwargs: Any) -> Run:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "gguf_fuse", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)

@@ -1,0 +1,311 @@
+"""llama.cpp as the judge: what it makes of a GGUF file, through the wheel `xllamacpp`.
+
+Every load runs in a process of its own, so that a crash in llama.cpp is a result and not the end
+of the test run. That process alone imports xllamacpp, and not numpy, which would take it longer
+to import than all the rest takes.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CacheType = Literal["f16", "f32", "bf16", "q8_0"]
+FlashAttention = Literal["auto", "on", "off"]
+
+
+class LoadFailed(Exception):
+    """llama.cpp refused the file or crashed on it.
+
+    `reason` is its own last word on stderr; `signal` names what killed the process ("SIGSEGV",
+    "SIGABRT"; "timeout" if it hung), or is None where it ended by itself.
+    """
+
+    def __init__(self, reason: str, signal: str | None = None) -> None:
+        super().__init__(f"{signal}: {reason}" if signal else reason)
+        self.reason = reason
+        self.signal = signal
+
+
+def available() -> bool:
+    """Whether xllamacpp is installed; nothing is imported."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def log_probabilities(
+    path: Path | str,
+    tokens: Sequence[int],
+    *,
+    n_predict: int = 4,
+    continuation: Sequence[int] | None = None,
+    prefixes: Sequence[int] = (),
+    n_threads: int = 1,
+    cache_type: CacheType = "f16",
+    flash_attention: FlashAttention = "auto",
+    lora: Path | str | None = None,
+    n_ctx: int = 512,
+    timeout: float = 60.0,
+) -> NDArray[np.float32]:
+    """Log-probabilities of the next token over the whole vocabulary: [n_rows, n_vocab].
+
+    Rows, in order: one for each length in `prefixes` (that many of `tokens`, as a prompt of its
+    own), one for the whole prompt (prefill in one batch), then one for each decoded token
+    (really decoded: a batch of one on the cache of the rest). Those are `continuation` if given,
+    else `n_predict` greedy ones. Values are llama.cpp's float32, before any sampling rule.
+
+    `tokens` are ids and get no BOS. `cache_type` is that of K and V; with flash attention llama.cpp
+    rounds an F32 cache to F16 before each use, so only flash_attention="off" makes "f32" exact.
+    `lora` is an adapter file. A row of 128k tokens takes over a second.
+
+    Raises LoadFailed where llama.cpp refuses the file, crashes, or takes over `timeout` seconds.
+    """
+    import numpy as np
+
+    request = {
+        "task": "log_probabilities",
+        "path": str(path),
+        "tokens": list(tokens),
+        "n_predict": n_predict,
+        "continuation": None if continuation is None else list(continuation),
+        "prefixes": list(prefixes),
+        "n_threads": n_threads,
+        "cache_type": cache_type,
+        "flash_attention": flash_attention,
+        "lora": None if lora is None else str(lora),
+        "n_ctx": n_ctx,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "rows.f32"
+        _run({**request, "answer": str(answer)}, timeout)
+        n_rows = len(prefixes) + 1 + (n_predict if continuation is None else len(continuation))
+        return np.fromfile(answer, np.float32).reshape(n_rows, -1)
+
+
+def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float = 60.0) -> None:
+    """Read a GGUF file with its data and write it again, both with llama.cpp's own code.
+
+    Raises LoadFailed where it cannot.
+    """
+    _run({"task": "rewrite", "src": str(src), "dst": str(dst)}, timeout)
+
+
+# Exit status of the process where llama.cpp said no; any other but 0 is a fault of this module.
+_REFUSED = 3
+
+
+def _run(request: dict[str, Any], timeout: float) -> None:
+    """Run `request` in a process of its own.
+
+    Raises LoadFailed where llama.cpp fails, RuntimeError where this module does.
+    """
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LoadFailed(_reason(error.stderr or b""), "timeout") from error
+    if done.returncode < 0:
+        raise LoadFailed(_reason(done.stderr), signal.Signals(-done.returncode).name)
+    if done.returncode == _REFUSED:
+        raise LoadFailed(_reason(done.stderr))
+    if done.returncode:
+        raise RuntimeError(f"the judge itself failed:\n{done.stderr.decode('utf-8', 'replace')}")
+
+
+# What the log puts in front of a message: time since the start, and the level.
+_TIMESTAMP = re.compile(r"^[\d.]+ [A-Z] ")
+_ERROR = re.compile(r"^[\d.]+ E |^error: ")
+_ASSERTION = re.compile(r"GGML_ASSERT|GGML_ABORT")
+
+
+def _reason(stderr: bytes) -> str:
+    """The first thing that llama.cpp complained about: what follows is only its consequence."""
+    lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    for complaint in (_ASSERTION, _ERROR):
+        for line in lines:
+            if complaint.search(line):
+                return _TIMESTAMP.sub("", line)
+    return _TIMESTAMP.sub("", lines[-1]) if lines else "no message"
+
+
+# --- in the process of its own -----------------------------------------------------------------
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    if request["task"] == "rewrite":
+        _rewrite(request["src"], request["dst"])
+        return
+    rows = _rows(_server(request), request)
+    Path(request["answer"]).write_bytes(b"".join(row.tobytes() for row in rows))
+    # Skip what runs at exit: a crash there is none of the file's.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _server(request: dict[str, Any]) -> Any:
+    import xllamacpp  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["path"]
+    params.n_ctx = request["n_ctx"]
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.warmup = False
+    params.fit_params = False
+    # Keep what lies outside a sliding window: else llama.cpp starts over instead of decoding.
+    params.swa_full = True
+    params.check_tensors = True
+    params.cpuparams.n_threads = request["n_threads"]
+    params.cpuparams_batch.n_threads = request["n_threads"]
+    cache_type = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{request['cache_type'].upper()}")
+    params.cache_type_k = cache_type
+    params.cache_type_v = cache_type
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type(
+        {"auto": -1, "off": 0, "on": 1}[request["flash_attention"]]
+    )
+    if request["lora"] is not None:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path = request["lora"]
+        adapter.scale = 1.0
+        params.lora_adapters = [adapter]
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError:
+        # It has told why on stderr.
+        sys.exit(_REFUSED)
+
+
+def _rows(server: Any, request: dict[str, Any]) -> list[array.array[float]]:
+    tokens: list[int] = request["tokens"]
+    rows = [_row(server, tokens[:n], cached=False) for n in request["prefixes"]]
+    rows.append(_row(server, tokens, cached=False))
+    given: list[int] | None = request["continuation"]
+    steps = request["n_predict"] if given is None else len(given)
+    for step in range(steps):
+        greedy = max(range(len(rows[-1])), key=rows[-1].__getitem__)
+        tokens = [*tokens, greedy if given is None else given[step]]
+        rows.append(_row(server, tokens, cached=True))
+    return rows
+
+
+def _row(server: Any, tokens: list[int], *, cached: bool) -> array.array[float]:
+    """The log-probabilities after `tokens`: [n_vocab].
+
+    The server gives none for a sampled token that ends inside a UTF-8 character. What is sampled
+    does not matter here, so it is forced to be another token until one does; the probabilities
+    are taken before that.
+    """
+    for forced in [*dict.fromkeys(tokens), 13, 65, 100, 300]:
+        answer = server.handle_completions(
+            {
+                "prompt": tokens,
+                "n_predict": 1,
+                "logprobs": 1 << 30,
+                "temperature": 0,
+                "logit_bias": [[forced, 1e9]],
+                "cache_prompt": cached,
+            }
+        )
+        if "choices" not in answer:
+            _refuse(json.dumps(answer)[:500])
+        if answer["choices"][0]["logprobs"] is None:
+            continue
+        n_evaluated = answer["timings"]["prompt_n"]
+        if n_evaluated != (1 if cached else len(tokens)):
+            _refuse(f"{n_evaluated} of {len(tokens)} tokens were evaluated")
+        ranked = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        by_token = sorted((entry["id"], entry["logprob"]) for entry in ranked)
+        return array.array("f", (logprob for _, logprob in by_token))
+    _refuse("no token was found whose probabilities the server gives")
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(_REFUSED)
+
+
+class _InitParams(ctypes.Structure):
+    """llama.cpp's `struct gguf_init_params`."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
+
+
+# Result and arguments of llama.cpp's functions: "p" pointer, "s" C string, "n" int64, "b" bool.
+_SIGNATURES = {
+    "gguf_init_from_file": "ps*",
+    "gguf_init_empty": "p",
+    "gguf_set_kv": "-pp",
+    "gguf_get_n_tensors": "np",
+    "gguf_get_tensor_name": "spn",
+    "gguf_add_tensor": "-pp",
+    "gguf_write_to_file": "bpsb",
+    "ggml_get_tensor": "pps",
+}
+_C_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+    "n": ctypes.c_int64,
+    "b": ctypes.c_bool,
+    "*": _InitParams,
+    "-": None,
+}
+
+
+def _ggml() -> ctypes.CDLL:
+    """The library inside the wheel, with the signatures of what is called here."""
+    spec = importlib.util.find_spec("xllamacpp")
+    assert spec is not None and spec.origin is not None
+    (library,) = Path(spec.origin).parent.glob("xllamacpp*.so")
+    ggml = ctypes.CDLL(str(library))
+    for name, signature in _SIGNATURES.items():
+        function = getattr(ggml, name)
+        function.restype, *function.argtypes = (_C_TYPES[letter] for letter in signature)
+    return ggml
+
+
+def _rewrite(src: str, dst: str) -> None:
+    ggml = _ggml()
+    data = ctypes.c_void_p()
+    file = ggml.gguf_init_from_file(src.encode(), _InitParams(False, ctypes.pointer(data)))
+    if not file:
+        _refuse(f"llama.cpp cannot read {src}")
+    # What the reader gives cannot be written as it is: its tensors point nowhere. A new context
+    # takes the alignment only from a file, so the metadata goes through one without tensors.
+    empty = ggml.gguf_init_empty()
+    ggml.gguf_set_kv(empty, file)
+    if not ggml.gguf_write_to_file(empty, dst.encode(), False):
+        _refuse(f"llama.cpp cannot write {dst}")
+    copy = ggml.gguf_init_from_file(dst.encode(), _InitParams(True, None))
+    for index in range(ggml.gguf_get_n_tensors(file)):
+        name = ggml.gguf_get_tensor_name(file, index)
+        ggml.gguf_add_tensor(copy, ggml.ggml_get_tensor(data, name))
+    if not ggml.gguf_write_to_file(copy, dst.encode(), False):
+        _refuse(f"llama.cpp cannot write {dst}")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        _main()
