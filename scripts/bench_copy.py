@@ -1,0 +1,198 @@
+"""How fast and in how much memory a model is rewritten: gguf-fuse against the tools people have.
+
+All contenders run in turn, round after round, on one model in the page cache; medians are shown,
+and ratios to `cp`. Every output is deleted and every write flushed before the next run. Run it on
+a quiet machine:
+
+    python scripts/bench_copy.py --size 2.5G --folder /mnt/xfs --folder .
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from gguf import GGMLQuantizationType
+from rich.console import Console
+from rich.table import Table
+
+from gguf_fuse.copying import clone_block
+from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
+
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    peak_bytes: int | None  # None where the platform does not tell
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's medians. compared_with: the contender that `ratio` divides by."""
+
+    file_system: str
+    model_bytes: int
+    contender: str
+    seconds: float
+    least: float
+    most: float
+    ratio: float
+    compared_with: str
+    peak_mb: float | None
+
+
+def main(
+    size: Annotated[list[str], typer.Option(help="Size of the model; repeatable.")] = ["2.5G"],  # noqa: B006
+    folder: Annotated[
+        list[Path], typer.Option(help="Where to write: decides the file system; repeatable.")
+    ] = [Path()],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
+    all_tools: Annotated[
+        bool, typer.Option("--all/--cp-only", help="Also gguf-py's script and llama-quantize.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    compared = [
+        compare(where, n_bytes, rounds, all_tools)
+        for where in folder
+        for n_bytes in map(parse_size, size)
+    ]
+    if as_json:
+        print(json.dumps([asdict(row) for rows in compared for row in rows], indent=2))
+        return
+    for rows in compared:
+        Console().print(table(rows), "")
+
+
+def parse_size(text: str) -> int:
+    return int(float(text.rstrip("KMG")) * UNITS.get(text[-1:], 1))
+
+
+def compare(where: Path, n_bytes: int, rounds: int, all_tools: bool) -> list[Row]:
+    with tempfile.TemporaryDirectory(dir=where, prefix="bench-copy-") as scratch:
+        model, output = Path(scratch, "in.gguf"), Path(scratch, "out.gguf")
+        f16 = ModelSpec(types={"*": GGMLQuantizationType.F16})
+        write_random_model(model, spec_of_size(f16, n_bytes))
+        commands = contenders(model, output, all_tools)
+        runs: dict[str, list[Run]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, command in commands.items():
+                output.unlink(missing_ok=True)
+                os.sync()
+                read_through(model)
+                runs[name].append(timed(command))
+        return rows_of(runs, file_system(where), model.stat().st_size)
+
+
+def contenders(model: Path, output: Path, all_tools: bool) -> dict[str, list[str]]:
+    paths = [str(model), str(output)]
+    fuse = [sys.executable, "-m", "gguf_fuse", "fuse", "--quiet", *paths]
+    copy = ["cp", "--reflink=never", *paths] if sys.platform == "linux" else ["cp", *paths]
+    found = {
+        "cp": copy,
+        "gguf-fuse --no-sync": [*fuse, "--no-sync", "--reflink", "never"],
+        "cp + sync": ["sh", "-c", f"{' '.join(copy)} && sync {output}"],
+        "gguf-fuse": [*fuse, "--reflink", "never"],
+    }
+    with model.open("rb") as file:
+        if clone_block(file.fileno(), output.parent):
+            found["cp --reflink=always"] = ["cp", "--reflink=always", *paths]
+            found["gguf-fuse --reflink always"] = [*fuse, "--reflink", "always"]
+    if not all_tools:
+        return found
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata"]
+    found["gguf-new-metadata"] = [*script, "--general-name", "copy", *paths]
+    if shutil.which("llama-quantize"):
+        found["llama-quantize COPY"] = ["llama-quantize", *paths, "COPY"]
+    return found
+
+
+def read_through(path: Path) -> None:
+    """Have the model in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(1 << 20)
+        while file.readinto(buffer):
+            pass
+
+
+def timed(command: list[str]) -> Run:
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak: int | None = None
+    while process.poll() is None:
+        peak = peak_of(process.pid) or peak
+        time.sleep(0.002)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        message = process.stderr.read().decode() if process.stderr else ""
+        raise SystemExit(f"{' '.join(command)}: exit {process.returncode}: {message}")
+    return Run(seconds, peak)
+
+
+def peak_of(pid: int) -> int | None:
+    """Peak resident memory of a running process, in bytes."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    lines = dict(line.split(":", 1) for line in status.splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
+
+
+def file_system(where: Path) -> str:
+    if not shutil.which("findmnt"):
+        return "?"
+    command = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(where)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def rows_of(runs: dict[str, list[Run]], fs: str, model_bytes: int) -> list[Row]:
+    def median(name: str) -> float:
+        return statistics.median(run.seconds for run in runs[name])
+
+    rows = []
+    for name, done in runs.items():
+        # Waiting for the disk is compared with waiting for the disk.
+        base = "cp + sync" if name in ("cp + sync", "gguf-fuse") else "cp"
+        seconds = [run.seconds for run in done]
+        peaks = [run.peak_bytes for run in done if run.peak_bytes]
+        peak = max(peaks) / 1e6 if peaks else None
+        ratio = median(name) / median(base)
+        rows.append(
+            Row(fs, model_bytes, name, median(name), min(seconds), max(seconds), ratio, base, peak)
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """The contenders on one file system with one size of model."""
+    title = f"{rows[0].file_system}, {rows[0].model_bytes / 1e9:.2f} GB"
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for heading in ("contender", "median", "min-max", "ratio to", "", "peak"):
+        drawn.add_column(heading, justify="left" if heading in ("contender", "") else "right")
+    for row in rows:
+        drawn.add_row(
+            row.contender,
+            f"{row.seconds:.2f} s",
+            f"{row.least:.2f}-{row.most:.2f}",
+            f"{row.ratio:.2f}",
+            row.compared_with,
+            "-" if row.peak_mb is None else f"{row.peak_mb:.0f} MB",
+        )
+    return drawn
+
+
+if __name__ == "__main__":
+    typer.run(main)

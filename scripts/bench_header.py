@@ -1,0 +1,70 @@
+"""How long opening a model takes: its header alone, and whole commands.
+
+The model has a vocabulary of 128k tokens. gguf-py's GGUFReader is the comparison; the runs
+alternate, medians are shown.
+
+    python scripts/bench_header.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import gguf
+import typer
+
+from gguf_fuse.gguf_file import read_header
+from gguf_fuse.random_model import ModelSpec, write_random_model
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 5,
+    vocab: Annotated[int, typer.Option(help="Tokens.")] = 128256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model.gguf")
+        write_random_model(model, ModelSpec(n_vocab=vocab, n_embd=32, tokenizer="bpe"))
+        medians = measure(model, rounds)
+        metadata_mb = len(read_header(model).metadata.raw) / 1e6
+    if as_json:
+        print(json.dumps({"metadata_mb": metadata_mb, "seconds": medians}, indent=2))
+        return
+    print(f"{vocab} tokens, {metadata_mb:.1f} MB of metadata")
+    for name, seconds in medians.items():
+        print(f"{name:<24}{seconds:8.3f} s")
+    ratio = medians["GGUFReader"] / medians["header"]
+    print(f"the header is walked {ratio:.0f} times as fast as GGUFReader reads it")
+
+
+def measure(model: Path, rounds: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "gguf_fuse"]
+    contenders: dict[str, Callable[[], object]] = {
+        "header": lambda: read_header(model),
+        "GGUFReader": lambda: gguf.GGUFReader(model),
+        "gguf-fuse inspect": lambda: run([*command, "inspect", str(model)]),
+        "gguf-fuse --help": lambda: run([*command, "--help"]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            contender()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
