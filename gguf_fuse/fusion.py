@@ -1,4 +1,4 @@
-"""Header -> Plan, and back. Pure: no I/O, no printing; every decision falls here.
+"""Header -> Plan of the fused file. Pure: no I/O, no printing; every decision falls here.
 
 Rows of a weight are contiguous, so the fused data is Q's bytes, then K's, then V's. A plan names
 every tensor of the new file and the segments of the old file that make its data; the writer needs
@@ -8,11 +8,10 @@ to know nothing of fusion.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gguf.constants import GGUFValueType
 
@@ -31,15 +30,15 @@ PARTS = ("attn_q", "attn_k", "attn_v")
 FUSED = "attn_qkv"
 RECORD_VERSION = 1
 
-_KEY = "gguf_fuse."
-_VERSION_KEY = _KEY + "version"
-_TENSORS_KEY = _KEY + "tensors"
-_ROWS_KEY = _KEY + "rows"
-_POSITIONS_KEY = _KEY + "positions"
-PADDING_KEY = _KEY + "padding"  # an array of zero bytes, see `placement`
+KEY_PREFIX = "gguf_fuse."
+VERSION_KEY = KEY_PREFIX + "version"
+TENSORS_KEY = KEY_PREFIX + "tensors"
+ROWS_KEY = KEY_PREFIX + "rows"
+POSITIONS_KEY = KEY_PREFIX + "positions"
+PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes, see `placement`
 
-_JOINED = ("weight", "bias")  # laid end to end
-_SHARED = ("scale", "input_scale")  # one value each, so the fused tensor has the same one value
+JOINED = ("weight", "bias")  # laid end to end
+SHARED = ("scale", "input_scale")  # one value each, so the fused tensor has the same one value
 
 _PROJECTION = re.compile(r"((?:(?:v|a|enc|dec)\.)?blk\.\d+)\.attn_(?:q|k|v|qkv)\.weight")
 
@@ -136,7 +135,7 @@ class Plan:
 
 def scalar_names(header: Header) -> list[str]:
     """Tensors whose values decide whether a layer can be fused: the caller reads their bytes."""
-    suffixes = tuple(f".{part}.{kind}" for part in PARTS for kind in _SHARED)
+    suffixes = tuple(f".{part}.{kind}" for part in PARTS for kind in SHARED)
     return [tensor.name for tensor in header.tensors if tensor.name.endswith(suffixes)]
 
 
@@ -166,13 +165,13 @@ def examine(
         layer, _, name = tensor.name.partition(".attn_")
         siblings.setdefault(layer, []).append(name)
     layers = []
-    for layer in _layer_names(header.tensors):
+    for layer in layer_names(header.tensors):
         decided = _decide(layer, tensors, siblings[layer], scalars, loader_of(header, layer))
         layers.append(_obey_loader(decided, loader_of(header, layer), any_architecture))
     return tuple(layers)
 
 
-def _layer_names(tensors: Iterable[TensorInfo]) -> list[str]:
+def layer_names(tensors: Iterable[TensorInfo]) -> list[str]:
     names = {tensor.name for tensor in tensors}
     found = [match[1] for name in names if (match := _PROJECTION.fullmatch(name))]
     return sorted(
@@ -229,7 +228,7 @@ def _joins(
 ) -> tuple[list[Join], str | None]:
     """What to join, or the reason why not. A kind that no part has is not joined."""
     joins: list[Join] = []
-    for kind in (*_JOINED, *_SHARED):
+    for kind in (*JOINED, *SHARED):
         names = [f"{part}.{kind}" for part in PARTS]
         parts = [tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in tensors]
         if not parts:
@@ -239,12 +238,12 @@ def _joins(
             return [], f"no {', '.join(absent)} beside the other {kind}"
         reason = (
             _not_shared(parts, kind, scalars, row)
-            if kind in _SHARED
+            if kind in SHARED
             else _not_joinable(parts, kind, joins, row)
         )
         if reason:
             return [], reason
-        joins.append(_join(f"{layer}.{FUSED}.{kind}", parts, kind in _SHARED))
+        joins.append(_join(f"{layer}.{FUSED}.{kind}", parts, kind in SHARED))
     return joins, None
 
 
@@ -272,7 +271,7 @@ def _not_joinable(
         return None
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != joins[0].rows:
-        return f"biases of {_listed(lengths)} elements for {_listed(joins[0].rows)} rows"
+        return f"biases of {listed(lengths)} elements for {listed(joins[0].rows)} rows"
     if not row.biases:
         return f"llama.cpp's loader for {row.name} adds no fused bias"
     return None
@@ -294,19 +293,19 @@ def _not_shared(
 def _unequal_rows(rows: Sequence[int], row: Architecture) -> str | None:
     if not row.equal_rows or len(set(rows)) == 1:
         return None
-    return f"rows differ ({_listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
+    return f"rows differ ({listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
 
 
 def _left_over(siblings: Sequence[str]) -> str | None:
     """llama.cpp aborts on a tensor that nothing reads, such as a clamp of attn_q alone."""
     for name in siblings:
         part, _, kind = name.partition(".")
-        if part in ("q", "k", "v") and kind not in (*_JOINED, *_SHARED):
+        if part in ("q", "k", "v") and kind not in (*JOINED, *SHARED):
             return f"attn_{name} would have no place beside {FUSED}"
     return None
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -320,7 +319,7 @@ def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool
     architectures says), NothingToDo where no layer can be fused.
     """
     refuse_other_kinds(header)
-    if any(key.startswith(_KEY) for key in header.metadata):
+    if any(key.startswith(KEY_PREFIX) for key in header.metadata):
         raise NothingToDo(header, "nothing to fuse: gguf-fuse has fused this file already")
     layers = examine(header, scalars, any_architecture=any_architecture)
     fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
@@ -343,9 +342,9 @@ def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool
 
 def refuse_other_kinds(header: Header) -> None:
     """Raises Refused for GGUF files that are no models: shards, adapters, importance matrices."""
-    n_shards = _integer(header, "split.count", 0) or 1
+    n_shards = integer(header, "split.count", 0) or 1
     if n_shards != 1:
-        shard = (_integer(header, "split.no", 0) or 0) + 1
+        shard = (integer(header, "split.no", 0) or 0) + 1
         raise Refused(
             f"{header.path}: shard {shard} of {n_shards}; merge the shards first "
             "(llama-gguf-split --merge)"
@@ -361,7 +360,7 @@ def refuse_other_kinds(header: Header) -> None:
 def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoReturn:
     row = loader_of(header, layers[0].name if layers else "blk.0")
     if any(layer.status is Status.SEPARATE for layer in layers):
-        _refuse_loader(header, row)
+        refuse_loader(header, row)
     if not layers:
         raise NothingToDo(
             header, "nothing to fuse: no attention layer has attn_q, attn_k or attn_v"
@@ -369,7 +368,7 @@ def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoRetur
     raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
 
 
-def _refuse_loader(header: Header, row: Architecture) -> NoReturn:
+def refuse_loader(header: Header, row: Architecture) -> NoReturn:
     raise Refused(
         f"{header.path}: architecture {row.name!r}: llama.cpp's loader {row.loader.value}, so the "
         "new file would not load; --any-architecture writes it all the same"
@@ -397,10 +396,10 @@ def _fused_tensors(header: Header, joins: Iterable[Join]) -> Iterable[PlannedTen
             segments = tuple(_segment(header, part) for part in sources)
             yield PlannedTensor(join.name, join.ne, tensor.type, segments)
         elif tensor.name not in absorbed:
-            yield _untouched(header, tensor)
+            yield untouched(header, tensor)
 
 
-def _untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
+def untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
     return PlannedTensor(tensor.name, tensor.ne, tensor.type, (_segment(header, tensor),))
 
 
@@ -415,200 +414,14 @@ def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
     rows = [n for join in joins for n in join.rows]
     positions = [position[part.name] for join in joins for part in join.parts]
     return [
-        encode_pair(_VERSION_KEY, GGUFValueType.UINT32, RECORD_VERSION, order),
-        encode_pair(_TENSORS_KEY, GGUFValueType.STRING, [join.name for join in joins], order),
-        encode_pair(_ROWS_KEY, GGUFValueType.UINT64, rows, order),
-        encode_pair(_POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
+        encode_pair(VERSION_KEY, GGUFValueType.UINT32, RECORD_VERSION, order),
+        encode_pair(TENSORS_KEY, GGUFValueType.STRING, [join.name for join in joins], order),
+        encode_pair(ROWS_KEY, GGUFValueType.UINT64, rows, order),
+        encode_pair(POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
     ]
 
 
-# -- the way back -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """A fused tensor of the file and what it is to become; positions: in the restored file."""
-
-    tensor: TensorInfo
-    rows: tuple[int, int, int]
-    positions: tuple[int, int, int] | None
-
-    @property
-    def shared(self) -> bool:
-        return self.tensor.name.endswith(tuple(f".{kind}" for kind in _SHARED))
-
-
-def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
-    """The plan of the file with separate Q, K and V; the original one if gguf-fuse fused it.
-
-    Raises GGUFError where the record of the fusion does not fit the file, Refused where a file
-    without a record cannot be split for certain, NothingToDo where nothing is fused.
-    """
-    refuse_other_kinds(header)
-    if _VERSION_KEY in header.metadata:
-        splits = _recorded_splits(header)
-    else:
-        splits = _derived_splits(header, any_architecture)
-    if not splits:
-        raise NothingToDo(header, f"nothing to unfuse: no attention layer has {FUSED}.weight")
-    kept = [key for key in header.metadata if not key.startswith(_KEY)]
-    changed = tuple(
-        Layer(
-            split.tensor.name.removesuffix(f".{FUSED}.weight"),
-            Status.FUSED,
-            (type_name(split.tensor.type),) * 3,
-            split.rows,
-        )
-        for split in splits
-        if split.tensor.name.endswith(".weight")
-    )
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(kept),
-        b"".join(header.metadata.pair_bytes(key) for key in kept),
-        tuple(_restored_tensors(header, splits)),
-        changed,
-        (),
-        may_pad=False,
-    )
-
-
-def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedTensor]:
-    by_name = {split.tensor.name: split for split in splits}
-    placed: dict[int, PlannedTensor] = {}
-    rest: list[PlannedTensor] = []
-    for tensor in header.tensors:
-        split = by_name.get(tensor.name)
-        if split is None:
-            rest.append(_untouched(header, tensor))
-        elif split.positions is None:
-            rest.extend(_parts(header, split))
-        else:
-            placed.update(zip(split.positions, _parts(header, split), strict=True))
-    others = iter(rest)
-    restored = [placed.get(i) or next(others) for i in range(len(placed) + len(rest))]
-    twice = [name for name, n in Counter(tensor.name for tensor in restored).items() if n > 1]
-    if twice:
-        raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
-    return restored
-
-
-def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
-    tensor, start = split.tensor, header.data_start + split.tensor.offset
-    parts = []
-    for name, n_rows in zip(PARTS, split.rows, strict=True):
-        restored = tensor.name.replace(f".{FUSED}.", f".{name}.")
-        ne = tensor.ne if split.shared else (*tensor.ne[:-1], n_rows)
-        n_bytes = tensor.n_bytes if split.shared else tensor.n_bytes // tensor.ne[-1] * n_rows
-        parts.append(PlannedTensor(restored, ne, tensor.type, (Segment(start, n_bytes),)))
-        start += 0 if split.shared else n_bytes
-    return parts
-
-
-def _recorded_splits(header: Header) -> list[_Split]:
-    version = header.metadata[_VERSION_KEY]
-    if version != RECORD_VERSION:
-        _damaged(header, f"{_VERSION_KEY} is {version}, this release knows {RECORD_VERSION}")
-    names = _array(header, _TENSORS_KEY, str)
-    rows, positions = _array(header, _ROWS_KEY, int), _array(header, _POSITIONS_KEY, int)
-    for key, values in ((_ROWS_KEY, rows), (_POSITIONS_KEY, positions)):
-        if len(values) != len(PARTS) * len(names):
-            _damaged(header, f"{key} has {len(values)} numbers for {len(names)} fused tensors")
-    n_restored = len(header.tensors) + 2 * len(names)
-    if len(set(positions) & set(range(n_restored))) < len(positions):
-        _damaged(header, f"{_POSITIONS_KEY} are not distinct places among {n_restored} tensors")
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    splits = []
-    for name, (q, k, v), at in zip(names, _triples(rows), _triples(positions), strict=True):
-        if name not in tensors or f".{FUSED}." not in name:
-            _damaged(header, f"{_TENSORS_KEY} names {name!r}, which the file does not have")
-        splits.append(_Split(tensors[name], (q, k, v), at))
-        _check_rows(header, splits[-1])
-    return splits
-
-
-def _triples(values: Sequence[int]) -> list[tuple[int, int, int]]:
-    return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
-
-
-def _array(header: Header, key: str, kind: type) -> list[Any]:
-    values = header.metadata.get(key)
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        _damaged(header, f"{key} is missing or of the wrong type")
-    return values
-
-
-def _damaged(header: Header, problem: str) -> NoReturn:
-    raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
-
-
-def _check_rows(header: Header, split: _Split) -> None:
-    tensor, rows = split.tensor, split.rows
-    if not split.shared and (sum(rows) != tensor.ne[-1] or min(rows) < 1):
-        _damaged(header, f"{tensor.name!r} has {tensor.ne[-1]} rows, not {_listed(rows)}")
-    if row_bytes(tensor.type, 0) is None:
-        raise Refused(
-            f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
-            "this gguf-py does not know; a newer one may"
-        )
-
-
-def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
-    """A file fused by someone else: rows from the head counts, or a refusal."""
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    splits = []
-    for layer in _layer_names(header.tensors):
-        weight = tensors.get(f"{layer}.{FUSED}.weight")
-        if weight is None:
-            continue
-        row = loader_of(header, layer)
-        if row.loader is not Loader.READS_FUSED and not any_architecture:
-            _refuse_loader(header, row)
-        rows = _rows_by_heads(header, layer, weight, row)
-        for kind in (*_JOINED, *_SHARED):
-            tensor = tensors.get(f"{layer}.{FUSED}.{kind}")
-            if tensor is not None:
-                splits.append(_Split(tensor, rows, None))
-                _check_rows(header, splits[-1])
-    return splits
-
-
-def _rows_by_heads(
-    header: Header, layer: str, weight: TensorInfo, row: Architecture
-) -> tuple[int, int, int]:
-    n_rows = weight.ne[-1]
-    if row.equal_rows and n_rows % 3 == 0:
-        return (n_rows // 3,) * 3
-    index = int(layer.rsplit(".", 1)[1])
-    fitting = {rows for rows in _head_geometries(header, index, row) if sum(rows) == n_rows}
-    if len(fitting) != 1:
-        raise Refused(
-            f"{header.path}: tensor {weight.name!r} has {n_rows} rows, which the head counts in "
-            "the metadata do not explain: it cannot be split for certain"
-        )
-    return fitting.pop()
-
-
-def _head_geometries(
-    header: Header, layer: int, row: Architecture
-) -> Iterable[tuple[int, int, int]]:
-    """Rows of Q, K and V as the metadata has them: for full attention and for a window's."""
-    prefix = f"{header.architecture}."
-    n_embd = _integer(header, prefix + "embedding_length", layer)
-    n_head = _integer(header, prefix + "attention.head_count", layer)
-    if not n_embd or not n_head:
-        return
-    n_head_kv = _integer(header, prefix + "attention.head_count_kv", layer) or n_head
-    queries = 2 if row.gated_q else 1
-    for suffix in ("", "_swa"):
-        k = _integer(header, f"{prefix}attention.key_length{suffix}", layer) or n_embd // n_head
-        v = _integer(header, f"{prefix}attention.value_length{suffix}", layer) or n_embd // n_head
-        yield queries * n_head * k, n_head_kv * k, n_head_kv * v
-
-
-def _integer(header: Header, key: str, layer: int) -> int | None:
+def integer(header: Header, key: str, layer: int) -> int | None:
     """A value that is one number for all layers, or an array with one for each."""
     value = header.metadata.get(key)
     if isinstance(value, list):

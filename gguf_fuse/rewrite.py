@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gguf_fuse import fusion
+from gguf_fuse import fusion, unfusion
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Plan, Refused, Status, summary
 from gguf_fuse.gguf_file import GGUFError, Header, read_header, read_tensors
@@ -81,7 +81,7 @@ def unfuse(
 ) -> Result:
     """Write `source` with separate Q, K and V to `output`; raises as `fuse` does."""
     header = read_header(source)
-    plan = fusion.unfuse(header, any_architecture=any_architecture)
+    plan = unfusion.unfuse(header, any_architecture=any_architecture)
     return _carry_out(header, plan, output, options or Options())
 
 

@@ -1,0 +1,227 @@
+"""Header of a fused file -> Plan of the file with separate Q, K and V. Pure, like `fusion`.
+
+What gguf-fuse fused it recorded, and the way back gives the very bytes of the original. A file
+that was fused elsewhere (by the converter) has no record: its rows follow from the head counts,
+or it is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from gguf_fuse.architectures import Architecture, Loader
+from gguf_fuse.fusion import (
+    FUSED,
+    JOINED,
+    KEY_PREFIX,
+    PARTS,
+    POSITIONS_KEY,
+    RECORD_VERSION,
+    ROWS_KEY,
+    SHARED,
+    TENSORS_KEY,
+    VERSION_KEY,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+    Refused,
+    Segment,
+    Status,
+    integer,
+    layer_names,
+    listed,
+    loader_of,
+    refuse_loader,
+    refuse_other_kinds,
+    untouched,
+)
+from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, row_bytes, type_name
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A fused tensor of the file and what it is to become; positions: in the restored file."""
+
+    tensor: TensorInfo
+    rows: tuple[int, int, int]
+    positions: tuple[int, int, int] | None
+
+    @property
+    def shared(self) -> bool:
+        return self.tensor.name.endswith(tuple(f".{kind}" for kind in SHARED))
+
+
+def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
+    """The plan of the file with separate Q, K and V; the original one if gguf-fuse fused it.
+
+    Raises GGUFError where the record of the fusion does not fit the file, Refused where a file
+    without a record cannot be split for certain, NothingToDo where nothing is fused.
+    """
+    refuse_other_kinds(header)
+    if VERSION_KEY in header.metadata:
+        splits = _recorded_splits(header)
+    else:
+        splits = _derived_splits(header, any_architecture)
+    if not splits:
+        raise NothingToDo(header, f"nothing to unfuse: no attention layer has {FUSED}.weight")
+    kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
+    changed = tuple(
+        Layer(
+            split.tensor.name.removesuffix(f".{FUSED}.weight"),
+            Status.FUSED,
+            (type_name(split.tensor.type),) * 3,
+            split.rows,
+        )
+        for split in splits
+        if split.tensor.name.endswith(".weight")
+    )
+    return Plan(
+        header.version,
+        header.byte_order,
+        header.alignment,
+        len(kept),
+        b"".join(header.metadata.pair_bytes(key) for key in kept),
+        tuple(_restored_tensors(header, splits)),
+        changed,
+        (),
+        may_pad=False,
+    )
+
+
+def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedTensor]:
+    by_name = {split.tensor.name: split for split in splits}
+    placed: dict[int, PlannedTensor] = {}
+    rest: list[PlannedTensor] = []
+    for tensor in header.tensors:
+        split = by_name.get(tensor.name)
+        if split is None:
+            rest.append(untouched(header, tensor))
+        elif split.positions is None:
+            rest.extend(_parts(header, split))
+        else:
+            placed.update(zip(split.positions, _parts(header, split), strict=True))
+    others = iter(rest)
+    restored = [placed.get(i) or next(others) for i in range(len(placed) + len(rest))]
+    twice = [name for name, n in Counter(tensor.name for tensor in restored).items() if n > 1]
+    if twice:
+        raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
+    return restored
+
+
+def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
+    tensor, start = split.tensor, header.data_start + split.tensor.offset
+    parts = []
+    for name, n_rows in zip(PARTS, split.rows, strict=True):
+        restored = tensor.name.replace(f".{FUSED}.", f".{name}.")
+        ne = tensor.ne if split.shared else (*tensor.ne[:-1], n_rows)
+        n_bytes = tensor.n_bytes if split.shared else tensor.n_bytes // tensor.ne[-1] * n_rows
+        parts.append(PlannedTensor(restored, ne, tensor.type, (Segment(start, n_bytes),)))
+        start += 0 if split.shared else n_bytes
+    return parts
+
+
+def _recorded_splits(header: Header) -> list[_Split]:
+    version = header.metadata[VERSION_KEY]
+    if version != RECORD_VERSION:
+        _damaged(header, f"{VERSION_KEY} is {version}, this release knows {RECORD_VERSION}")
+    names = _array(header, TENSORS_KEY, str)
+    rows, positions = _array(header, ROWS_KEY, int), _array(header, POSITIONS_KEY, int)
+    for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
+        if len(values) != len(PARTS) * len(names):
+            _damaged(header, f"{key} has {len(values)} numbers for {len(names)} fused tensors")
+    n_restored = len(header.tensors) + 2 * len(names)
+    if len(set(positions) & set(range(n_restored))) < len(positions):
+        _damaged(header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors")
+    if len(set(names)) < len(names):
+        _damaged(header, f"{TENSORS_KEY} names a tensor twice")
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    splits = []
+    for name, (q, k, v), at in zip(names, _triples(rows), _triples(positions), strict=True):
+        if name not in tensors or f".{FUSED}." not in name:
+            _damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
+        splits.append(_Split(tensors[name], (q, k, v), at))
+        _check_rows(header, splits[-1])
+    return splits
+
+
+def _triples(values: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
+
+
+def _array(header: Header, key: str, kind: type) -> list[Any]:
+    values = header.metadata.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        _damaged(header, f"{key} is missing or of the wrong type")
+    return values
+
+
+def _damaged(header: Header, problem: str) -> NoReturn:
+    raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
+
+
+def _check_rows(header: Header, split: _Split) -> None:
+    tensor, rows = split.tensor, split.rows
+    if not split.shared and (sum(rows) != tensor.ne[-1] or min(rows) < 1):
+        _damaged(header, f"{tensor.name!r} has {tensor.ne[-1]} rows, not {listed(rows)}")
+    if row_bytes(tensor.type, 0) is None:
+        raise Refused(
+            f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
+            "this gguf-py does not know; a newer one may"
+        )
+
+
+def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
+    """A file fused by someone else: rows from the head counts, or a refusal."""
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    splits = []
+    for layer in layer_names(header.tensors):
+        weight = tensors.get(f"{layer}.{FUSED}.weight")
+        if weight is None:
+            continue
+        row = loader_of(header, layer)
+        if row.loader is not Loader.READS_FUSED and not any_architecture:
+            refuse_loader(header, row)
+        rows = _rows_by_heads(header, layer, weight, row)
+        for kind in (*JOINED, *SHARED):
+            tensor = tensors.get(f"{layer}.{FUSED}.{kind}")
+            if tensor is not None:
+                splits.append(_Split(tensor, rows, None))
+                _check_rows(header, splits[-1])
+    return splits
+
+
+def _rows_by_heads(
+    header: Header, layer: str, weight: TensorInfo, row: Architecture
+) -> tuple[int, int, int]:
+    n_rows = weight.ne[-1]
+    if row.equal_rows and n_rows % 3 == 0:
+        return (n_rows // 3,) * 3
+    index = int(layer.rsplit(".", 1)[1])
+    fitting = {rows for rows in _head_geometries(header, index, row) if sum(rows) == n_rows}
+    if len(fitting) != 1:
+        raise Refused(
+            f"{header.path}: tensor {weight.name!r} has {n_rows} rows, which the head counts in "
+            "the metadata do not explain: it cannot be split for certain"
+        )
+    return fitting.pop()
+
+
+def _head_geometries(
+    header: Header, layer: int, row: Architecture
+) -> Iterable[tuple[int, int, int]]:
+    """Rows of Q, K and V as the metadata has them: for full attention and for a window's."""
+    prefix = f"{header.architecture}."
+    n_embd = integer(header, prefix + "embedding_length", layer)
+    n_head = integer(header, prefix + "attention.head_count", layer)
+    if not n_embd or not n_head:
+        return
+    n_head_kv = integer(header, prefix + "attention.head_count_kv", layer) or n_head
+    queries = 2 if row.gated_q else 1
+    for suffix in ("", "_swa"):
+        k = integer(header, f"{prefix}attention.key_length{suffix}", layer) or n_embd // n_head
+        v = integer(header, f"{prefix}attention.value_length{suffix}", layer) or n_embd // n_head
+        yield queries * n_head * k, n_head_kv * k, n_head_kv * v
