@@ -1,0 +1,148 @@
+"""The copy engine and the ways out: threads, holes, pipes, links, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as T
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gguf_fuse import copying
+from gguf_fuse.gguf_file import read_header
+from gguf_fuse.placement import Copy, place
+from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
+from gguf_fuse.rewrite import fuse
+from tests.conftest import FAST, dry, fused_copy, gguf_fuse
+
+Model = Callable[..., Path]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_write_the_same_file(model: Model, tmp_path: Path, threads: int) -> None:
+    original = model(n_embd=256, n_layer=3, types={"*": T.Q8_0})
+    expected = fused_copy(original).read_bytes()
+    output = tmp_path / "threads.gguf"
+    fuse(original, str(output), options=replace(FAST, threads=threads))
+    assert output.read_bytes() == expected
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=6),
+    block=st.integers(1, 17),
+)
+def test_blocks_are_the_ranges_in_order(lengths: list[int], block: int) -> None:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    copies = [Copy(start, start + 1000, n) for start, n in zip(starts, lengths, strict=True)]
+    covered = [
+        (piece.source + i, piece.target + i)
+        for piece in copying.iter_blocks(copies, block)
+        for i in range(piece.n_bytes)
+    ]
+    assert covered == [(i, i + 1000) for i in range(sum(lengths))]
+
+
+def test_adjacent_ranges_are_merged(model: Model) -> None:
+    """Q, K and V of a file of the converter lie side by side: nothing moves but the header."""
+    placement = dry(model(types={"*": T.F16})).placement
+    assert len(placement.copies) == 1
+
+
+def test_padding_is_zero_whatever_the_input_had_there(model: Model) -> None:
+    """Bytes between tensors may be anybody's memory: they are not carried along."""
+    original = model(n_embd=36, n_head=3, n_head_kv=1, alignment=32)
+    expected = fused_copy(original).read_bytes()
+    header = read_header(original)
+    data = bytearray(original.read_bytes())
+    for tensor in header.tensors:
+        end = header.data_start + tensor.offset + tensor.n_bytes
+        data[end : end + -end % header.alignment] = b"\xaa" * (-end % header.alignment)
+    assert data != original.read_bytes()
+    original.write_bytes(data)
+    again = original.with_name("again.gguf")
+    fuse(original, str(again), options=FAST)
+    assert again.read_bytes() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_HOLE"), reason="the platform does not tell holes")
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    original, output = tmp_path / "in.gguf", tmp_path / "out.gguf"
+    write_random_model(original, spec_of_size(ModelSpec(types={"*": T.F16}), 50_000_000))
+    header = read_header(original)
+    data = original.read_bytes()
+    hole = range(header.data_start // 4096 * 4096 + 4096, len(data) - 8192)
+    with original.open("r+b") as file:  # the same size, but most of it was never written
+        file.truncate(hole.start)
+        file.truncate(len(data))
+        file.seek(hole.stop)
+        file.write(data[hole.stop :])
+    result = fuse(original, str(output), options=FAST)
+    assert output.stat().st_blocks * 512 < 1_000_000
+    assert result.written.n_copied < 1_000_000
+    source, written = original.read_bytes(), output.read_bytes()
+    for copy in result.placement.copies:
+        expected = source[copy.source : copy.source + copy.n_bytes]
+        assert written[copy.target : copy.target + copy.n_bytes] == expected
+
+
+def test_a_pipe_gets_the_same_bytes(model: Model) -> None:
+    original = model(n_embd=36, n_head=3, n_head_kv=1, alignment=64)
+    command = [sys.executable, "-m", "gguf_fuse", "fuse", str(original), "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stdout == fused_copy(original).read_bytes()
+    assert b"attention layers fused" in done.stderr
+
+
+def test_a_link_is_followed(model: Model, tmp_path: Path) -> None:
+    original = model()
+    real, link = tmp_path / "real.gguf", tmp_path / "link.gguf"
+    link.symlink_to(real)
+    fuse(original, str(link), options=FAST)
+    assert link.is_symlink()
+    assert real.read_bytes() == fused_copy(original).read_bytes()
+
+
+def test_placement_pads_the_last_tensor(model: Model) -> None:
+    plan = dry(model(n_embd=36, n_head=3, n_head_kv=1, alignment=256)).plan
+    assert place(plan).n_bytes % 256 == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    peaks = []
+    for n_bytes in (30_000_000, 300_000_000):
+        original = tmp_path / f"{n_bytes}.gguf"
+        write_random_model(original, spec_of_size(ModelSpec(types={"*": T.F16}), n_bytes))
+        peaks.append(peak_of_fusing(original, tmp_path / "out.gguf"))
+        original.unlink()
+    assert peaks[1] < 100_000_000
+    assert abs(peaks[1] - peaks[0]) < 10_000_000
+
+
+def peak_of_fusing(original: Path, output: Path) -> int:
+    """Peak resident memory of the whole command, in bytes."""
+    script = (
+        "import sys\n"
+        "from gguf_fuse.cli import main\n"
+        "try: main()\n"
+        "finally: print(*(l for l in open('/proc/self/status') if 'VmHWM' in l), file=sys.stderr)"
+    )
+    options = ["--force", "--quiet", "--no-sync", "--reflink", "never"]
+    command = [sys.executable, "-c", script, "fuse", str(original), str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[-2]) * 1024
+
+
+def test_syncing_changes_no_byte(model: Model, tmp_path: Path) -> None:
+    original = model()
+    for option in ("--sync", "--no-sync"):
+        done = gguf_fuse("fuse", original, tmp_path / f"{option}.gguf", option)
+        assert done.returncode == 0, done.stderr
+    synced, unsynced = (tmp_path / f"{option}.gguf" for option in ("--sync", "--no-sync"))
+    assert synced.read_bytes() == unsynced.read_bytes()
