@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, ParamSpec
 
 import typer
 from rich.console import Console
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_NOTHING_TO_DO = 3
+EXIT_NOT_VERIFIED = 4
 EXIT_INTERRUPTED = 130
 
 FUSE_FLAG = "--fuse-qkv-weights"
@@ -75,6 +76,9 @@ AnyArchitecture = Annotated[
 ]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Replace an existing OUT.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.")]
+Workers = Annotated[
+    int, typer.Option("--threads", min=1, max=256, help="Threads.", show_default="up to 4")
+]
 Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.", show_default="2")]
 Clone = Annotated[
     Reflink,
@@ -86,6 +90,7 @@ Sync = Annotated[
 ]
 
 _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
+_DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 _P = ParamSpec("_P")
 
 
@@ -126,9 +131,9 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    """One line, whatever a damaged file put into a name."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"gguf-fuse: {line}", file=sys.stderr)
+    from gguf_fuse.report import one_line
+
+    print(f"gguf-fuse: {one_line(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -233,9 +238,142 @@ def inspect(source: In, as_json: AsJson = False) -> None:
         return _print_json(report.inspect_json(header, layers, row))
     console = _console()
     for label, value in report.file_lines(header, row):
-        console.print(f"[bold]{label:<13}[/]{escape(value)}", highlight=False)
+        console.print(f"[bold]{label:<13}[/]{escape(report.one_line(value))}", highlight=False)
     console.print()
     console.print(report.inspect_table(layers) if layers else "no attention layers")
+
+
+@app.command(epilog="Example: gguf-fuse verify model-Q4_0.gguf model-Q4_0-fused.gguf")
+@_exits
+def verify(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The file before.")],
+    fused: Annotated[Path, typer.Argument(metavar="FUSED", help="The file after.")],
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers to compute: 0,5-7 or all, or 4x for 4 spread evenly; auto is all of a "
+            "small model, 4x of a large one. Bytes are compared in all layers."
+        ),
+    ] = "auto",
+    n_prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 48,
+    n_decode: Annotated[int, typer.Option(min=1, help="Decode steps.")] = 4,
+    n_seqs: Annotated[int, typer.Option(min=1, help="Sequences, of different lengths.")] = 3,
+    n_kv: Annotated[int, typer.Option(min=1, help="Cells in the cache before decoding.")] = 1000,
+    threads: Workers = _DEFAULT_WORKERS,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random activations.")] = 0,
+    structure_only: Annotated[
+        bool, typer.Option("--structure-only", help="Compare the bytes, compute nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
+    from gguf_fuse import report
+    from gguf_fuse import verify as verifier
+
+    try:
+        choice = verifier.parse_layers(layers)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layers") from error
+    with _steps(quiet) as (on_start, on_progress):
+        result = verifier.verify(
+            original,
+            fused,
+            verifier.Options(
+                layers=choice,
+                n_prompt=n_prompt,
+                n_decode=n_decode,
+                n_seqs=n_seqs,
+                n_kv=n_kv,
+                threads=threads,
+                seed=seed,
+                structure_only=structure_only,
+                on_start=on_start,
+                on_progress=on_progress,
+            ),
+        )
+    if as_json:
+        _print_json(report.verify_json(result))
+    elif not quiet:
+        for part in report.verify_parts(result):
+            _console().print(part, highlight=False)
+    if not result.ok:
+        _fail(report.verify_failure(result), EXIT_NOT_VERIFIED)
+
+
+@app.command(epilog="Example: gguf-fuse bench model-Q4_0.gguf --plot decode.png")
+@_exits
+def bench(
+    model: Annotated[
+        Optional[Path],  # noqa: UP045 (older typer cannot read `Path | None`)
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Whose shapes to take; else 32 heads, 8 KV heads, 128 wide.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Workers = _DEFAULT_WORKERS,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE.png|.svg", help="Draw time per token over context.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time projections, separate and fused, and the ways to decode. Weights are random."""
+    from gguf_fuse import bench as benchmark
+    from gguf_fuse import report
+
+    if plot is not None:
+        benchmark.check_plot(plot)
+    with _steps(quiet) as (on_start, on_progress):
+        result = benchmark.bench(model, threads=threads, on_start=on_start, on_progress=on_progress)
+    if plot is not None:
+        benchmark.plot(result, plot)
+    if as_json:
+        return _print_json(report.bench_json(result))
+    if not quiet:
+        for part in report.bench_parts(result):
+            _console().print(part, highlight=False)
+
+
+@app.command(epilog="Example: gguf-fuse demo --keep demo-files")
+@_exits
+def demo(
+    keep: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Leave the files there.", show_default=False),
+    ] = None,
+) -> None:
+    """Make a small model with random weights, fuse it, verify it, and take it back."""
+    import tempfile
+
+    from gguf_fuse.random_model import demo_spec, write_random_model
+
+    with tempfile.TemporaryDirectory(prefix="gguf-fuse-demo-") as scratch:
+        folder = keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("model.gguf", "model-fused.gguf", "model-back.gguf")
+        model, fused, back = (folder / name for name in names)
+        _say(f"a llama-like model with random weights: {model}")
+        write_random_model(model, demo_spec())
+        _say(f"$ gguf-fuse {FUSE_FLAG} {model.name} {fused.name}")
+        fuse(model, str(fused), force=True)
+        _say(f"$ gguf-fuse verify {model.name} {fused.name}")
+        verify(model, fused)
+        _say(f"$ gguf-fuse unfuse {fused.name} {back.name}")
+        unfuse(fused, str(back), force=True)
+        same = model.read_bytes() == back.read_bytes()
+        _say(f"$ cmp {model.name} {back.name}")
+        if not same:
+            _fail(f"{back}: differs from {model}", EXIT_NOT_VERIFIED)
+        _console().print("identical, byte for byte")
+
+
+def _say(line: str) -> None:
+    _console().print(f"\n[bold]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 # -- output -------------------------------------------------------------------------------------
@@ -291,6 +429,30 @@ def _options(
             on_start=lambda n_bytes: progress.update(task, total=n_bytes, visible=True),
             on_progress=lambda n_bytes: progress.advance(task, n_bytes),
             on_flush=lambda: progress.update(task, description="waiting for the disk"),
+        )
+
+
+@contextmanager
+def _steps(quiet: bool) -> Iterator[tuple[Callable[[str, int], None], Callable[[int], None]]]:
+    """What begins, and steps done: a bar for each stage, where somebody watches."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, n_steps: None, lambda n_steps: None
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=_console(stderr=True), transient=True) as bars:
+        tasks = [bars.add_task("", visible=False)]
+        yield (
+            lambda what, n_steps: bars.update(
+                tasks[0], description=what, completed=0, total=n_steps, visible=True
+            ),
+            lambda n_steps: bars.advance(tasks[0], n_steps),
         )
 
 

@@ -20,6 +20,7 @@ from gguf_fuse.gguf_file import (
     ByteOrder,
     GGUFError,
     Header,
+    Segment,
     TensorInfo,
     encode_pair,
     row_bytes,
@@ -40,7 +41,7 @@ PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes, see `placement`
 JOINED = ("weight", "bias")  # laid end to end
 SHARED = ("scale", "input_scale")  # one value each, so the fused tensor has the same one value
 
-_PROJECTION = re.compile(r"((?:(?:v|a|enc|dec)\.)?blk\.\d+)\.attn_(?:q|k|v|qkv)\.weight")
+_PROJECTION = re.compile(r"((?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6})\.attn_(?:q|k|v|qkv)\.weight")
 
 
 class Refused(GGUFError):
@@ -62,14 +63,6 @@ class Status(Enum):
     MISMATCH = "not fusable"  # Q, K and V are there, but cannot be one tensor
     INCOMPLETE = "incomplete"  # the layer shares K or V with another, or computes none
     SEPARATE = "separate"  # the loader would not read them fused
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A range of bytes of the source file; start counts from the start of the file."""
-
-    start: int
-    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +109,7 @@ class Layer:
 class Plan:
     """A new file: its metadata, its tensors in order, and what became of each layer.
 
+    metadata: pairs, as they lie in the source or as new bytes; n_metadata: how many they are.
     may_pad: whether a key that only takes up space may be added to the metadata.
     """
 
@@ -123,7 +117,7 @@ class Plan:
     byte_order: ByteOrder
     alignment: int
     n_metadata: int
-    metadata_bytes: bytes
+    metadata: tuple[Segment | bytes, ...]
     tensors: tuple[PlannedTensor, ...]
     changed: tuple[Layer, ...]
     skipped: tuple[Layer, ...]
@@ -136,7 +130,11 @@ class Plan:
 def scalar_names(header: Header) -> list[str]:
     """Tensors whose values decide whether a layer can be fused: the caller reads their bytes."""
     suffixes = tuple(f".{part}.{kind}" for part in PARTS for kind in SHARED)
-    return [tensor.name for tensor in header.tensors if tensor.name.endswith(suffixes)]
+    return [
+        tensor.name
+        for tensor in header.tensors
+        if tensor.name.endswith(suffixes) and tensor.n_bytes == 4
+    ]
 
 
 def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
@@ -212,12 +210,7 @@ def _decide(
     if missing:
         return Layer(layer, Status.INCOMPLETE, types, rows, f"no {', '.join(missing)}")
     joins, reason = _joins(layer, tensors, scalars, row)
-    reason = (
-        reason
-        or _unequal_rows(rows, row)
-        or (f"{FUSED}.weight is there already" if fused is not None else None)
-        or _left_over(siblings)
-    )
+    reason = reason or _unequal_rows(rows, row) or _in_the_way(siblings)
     if reason:
         return Layer(layer, Status.MISMATCH, types, rows, reason)
     return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins))
@@ -296,10 +289,15 @@ def _unequal_rows(rows: Sequence[int], row: Architecture) -> str | None:
     return f"rows differ ({listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
 
 
-def _left_over(siblings: Sequence[str]) -> str | None:
-    """llama.cpp aborts on a tensor that nothing reads, such as a clamp of attn_q alone."""
+def _in_the_way(siblings: Sequence[str]) -> str | None:
+    """A fused tensor that exists, or a part's tensor that nothing would read any more.
+
+    llama.cpp aborts on left-over tensors, such as a clamp of attn_q alone.
+    """
     for name in siblings:
         part, _, kind = name.partition(".")
+        if part == "qkv":
+            return f"attn_{name} is there already"
         if part in ("q", "k", "v") and kind not in (*JOINED, *SHARED):
             return f"attn_{name} would have no place beside {FUSED}"
     return None
@@ -332,7 +330,7 @@ def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool
         header.byte_order,
         header.alignment,
         len(header.metadata) + len(record),
-        header.metadata.raw + b"".join(record),
+        (*(header.metadata.segment(key) for key in header.metadata), *record),
         tuple(_fused_tensors(header, joins)),
         fusable,
         tuple(layer for layer in layers if layer.status is not Status.FUSABLE),

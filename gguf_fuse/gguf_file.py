@@ -31,13 +31,17 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_KEY_BYTES = 65535  # the specification's limit; tensor names are held to it as well
 MAX_ARRAY_DEPTH = 8
-# No real header comes near: the largest vocabularies make about 20 MB.
-MAX_HEADER_BYTES = 1 << 30
+# No real file comes near these; they bound the time that a damaged one can take.
+MAX_PAIRS = 1 << 16
+MAX_TENSORS = 1 << 18
+MAX_STRINGS = 1 << 22  # in arrays of the metadata; the largest vocabularies have half a million
+MAX_NESTED_ARRAYS = 1 << 17
+MAX_DECODED_BYTES = 1 << 23  # of one value that somebody asks for
 
 _FIXED_HEADER_BYTES = 24  # magic, version, tensor count, metadata count
 _MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8  # name length, one byte of name, n_dims, type, offset
-_READ_AHEAD = 1 << 20
+_WINDOW_BYTES = 1 << 20
 
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -88,27 +92,41 @@ class TensorInfo:
     n_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of bytes of a file; start counts from the start of the file."""
+
+    start: int
+    n_bytes: int
+
+
 class _Span(NamedTuple):
-    """Where one metadata pair lies in the metadata bytes; value: after key and value type."""
+    """Where a metadata pair lies in the file; value: after key and value type.
+
+    element, length: of an array, else None and 0.
+    """
 
     start: int
     value: int
     end: int
     type: GGUFValueType
+    element: GGUFValueType | None
+    length: int
 
 
 class Metadata(Mapping[str, Any]):
-    """The metadata pairs: raw bytes kept verbatim, a value decoded when it is asked for."""
+    """The metadata pairs. A value is read from the file and decoded when it is asked for."""
 
-    def __init__(self, raw: bytes, spans: dict[str, _Span], byte_order: ByteOrder) -> None:
-        self.raw = raw
-        self.byte_order: ByteOrder = byte_order
+    def __init__(self, path: str, spans: dict[str, _Span], byte_order: ByteOrder) -> None:
+        self._path = path
         self._spans = spans
         self._prefix = _struct_prefix(byte_order)
 
     def __getitem__(self, key: str) -> Any:
+        """The value. Raises GGUFError if it takes more than MAX_DECODED_BYTES."""
         span = self._spans[key]
-        return self._decode(span.type, span.value)[0]
+        data = self._read(key, span.value, span.end)
+        return self._decode(data, span.type, 0)[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spans)
@@ -119,38 +137,52 @@ class Metadata(Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:
         return key in self._spans  # Mapping's own would decode the value
 
-    def pair_bytes(self, key: str) -> bytes:
-        """The pair as it lies in the file: key, value type and value."""
+    @property
+    def n_bytes(self) -> int:
+        return sum(span.end - span.start for span in self._spans.values())
+
+    def segment(self, key: str) -> Segment:
+        """Where the pair lies in the file: key, value type and value."""
         span = self._spans[key]
-        return self.raw[span.start : span.end]
+        return Segment(span.start, span.end - span.start)
+
+    def pair_bytes(self, key: str) -> bytes:
+        """The bytes of `segment`. Raises GGUFError as looking up the value does."""
+        span = self._spans[key]
+        return self._read(key, span.start, span.end)
 
     def value_type(self, key: str) -> GGUFValueType:
         return self._spans[key].type
 
-    def array_head(self, key: str) -> tuple[int, int] | None:
-        """Element type and length of an array value, without decoding it; None for a scalar."""
+    def array_head(self, key: str) -> tuple[GGUFValueType, int] | None:
+        """Element type and length of an array value; None for a scalar."""
         span = self._spans[key]
-        if span.type != GGUFValueType.ARRAY:
-            return None
-        kind, length = struct.unpack_from(self._prefix + "IQ", self.raw, span.value)
-        return kind, length
+        return None if span.element is None else (span.element, span.length)
 
-    def _decode(self, kind: GGUFValueType, at: int) -> tuple[Any, int]:
+    def _read(self, key: str, start: int, end: int) -> bytes:
+        if end - start > MAX_DECODED_BYTES:
+            raise GGUFError(
+                f"{self._path}: metadata key {key!r} takes {end - start} bytes, too many to look "
+                f"at (the limit is {MAX_DECODED_BYTES})"
+            )
+        return _read_range(self._path, start, end - start)
+
+    def _decode(self, data: bytes, kind: GGUFValueType, at: int) -> tuple[Any, int]:
         if kind == GGUFValueType.STRING:
             start = at + 8
-            end = start + struct.unpack_from(self._prefix + "Q", self.raw, at)[0]
-            return self.raw[start:end].decode("utf-8", "replace"), end
+            end = start + struct.unpack_from(self._prefix + "Q", data, at)[0]
+            return data[start:end].decode("utf-8", "replace"), end
         if kind != GGUFValueType.ARRAY:
             code = self._prefix + _SCALARS[kind]
-            return struct.unpack_from(code, self.raw, at)[0], at + _SCALAR_BYTES[kind]
-        element_id, length = struct.unpack_from(self._prefix + "IQ", self.raw, at)
+            return struct.unpack_from(code, data, at)[0], at + _SCALAR_BYTES[kind]
+        element_id, length = struct.unpack_from(self._prefix + "IQ", data, at)
         element, at = _VALUE_TYPES[element_id], at + 12
         if element in _SCALARS:
-            values = struct.unpack_from(f"{self._prefix}{length}{_SCALARS[element]}", self.raw, at)
+            values = struct.unpack_from(f"{self._prefix}{length}{_SCALARS[element]}", data, at)
             return list(values), at + length * _SCALAR_BYTES[element]
         items = []
         for _ in range(length):
-            item, at = self._decode(element, at)
+            item, at = self._decode(data, element, at)
             items.append(item)
         return items, at
 
@@ -207,15 +239,24 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
     """The data of a few small tensors, by name. Raises GGUFError if it cannot be read."""
     wanted = {tensor.name: tensor for tensor in header.tensors}
+    return {
+        name: _read_range(
+            header.path, header.data_start + wanted[name].offset, wanted[name].n_bytes
+        )
+        for name in names
+    }
+
+
+def _read_range(path: str, start: int, n_bytes: int) -> bytes:
     try:
-        with Path(header.path).open("rb", buffering=0) as file:
-            found = {}
-            for name in names:
-                file.seek(header.data_start + wanted[name].offset)
-                found[name] = file.read(wanted[name].n_bytes)
-            return found
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(n_bytes)
     except OSError as error:
-        raise GGUFError(f"{header.path}: {error.strerror}") from error
+        raise GGUFError(f"{path}: {error.strerror}") from error
+    if len(data or b"") < n_bytes:
+        raise GGUFError(f"{path}: the file became shorter while it was read")
+    return data
 
 
 def align(offset: int, alignment: int) -> int:
@@ -250,20 +291,16 @@ def encode_pair(
     return _encode_string(key, prefix) + head + body
 
 
-def encode_header(
-    version: int,
-    byte_order: ByteOrder,
-    alignment: int,
-    metadata: tuple[int, bytes],
-    tensors: Iterable[TensorInfo],
-) -> bytes:
-    """The bytes before the tensor data, padded; metadata is the number of pairs and their bytes."""
+def encode_start(version: int, byte_order: ByteOrder, n_tensors: int, n_pairs: int) -> bytes:
+    """The fixed header; the metadata pairs follow it."""
+    counts = struct.pack(_struct_prefix(byte_order) + "IQQ", version, n_tensors, n_pairs)
+    return MAGIC + counts
+
+
+def encode_tensors(tensors: Iterable[TensorInfo], byte_order: ByteOrder) -> bytes:
+    """The tensor list; zeros up to the alignment follow it, then the data."""
     prefix = _struct_prefix(byte_order)
-    infos = [_encode_tensor(tensor, prefix) for tensor in tensors]
-    n_pairs, pairs = metadata
-    fixed = MAGIC + struct.pack(prefix + "IQQ", version, len(infos), n_pairs)
-    header = b"".join([fixed, pairs, *infos])
-    return header.ljust(align(len(header), alignment), b"\0")
+    return b"".join(_encode_tensor(tensor, prefix) for tensor in tensors)
 
 
 def _encode_tensor(tensor: TensorInfo, prefix: str) -> bytes:
@@ -289,23 +326,29 @@ def _struct_prefix(byte_order: ByteOrder) -> str:
 
 
 class _Parser:
-    """Walks the header once, front to back, over a buffer that grows as it is needed."""
+    """Walks the header once, front to back, over a window of the file that moves along.
+
+    What is only skipped is not read: memory does not grow with the header.
+    """
 
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd
         self.name = name
         self.stamp = Stamp.of(os.fstat(fd))
         self.file_bytes = self.stamp.n_bytes
-        self.buffer = bytearray()
+        self.window = b""
+        self.window_start = 0
         self.at = 0
         self.place = "the fixed header"
         self.byte_order: ByteOrder = "little"
+        self.n_strings = 0
+        self.n_arrays = 0
 
     def header(self) -> Header:
         version = self._version()
         n_tensors, n_pairs = self._unpack(self.u64), self._unpack(self.u64)
-        self._check_count(n_pairs, _MIN_PAIR_BYTES, "metadata pairs")
-        self._check_count(n_tensors, _MIN_TENSOR_BYTES, "tensors")
+        self._check_count(n_pairs, _MIN_PAIR_BYTES, "metadata pairs", MAX_PAIRS)
+        self._check_count(n_tensors, _MIN_TENSOR_BYTES, "tensors", MAX_TENSORS)
         metadata = self._metadata(n_pairs)
         alignment = self._alignment(metadata)
         self._check_known_keys(metadata)
@@ -331,10 +374,10 @@ class _Parser:
             if magic == MAGIC:
                 self._truncated()
             self.fail(f"not a GGUF file: {self.file_bytes} bytes that begin with {magic!r}")
-        magic = bytes(self._take(len(MAGIC)))
+        magic = self._take(len(MAGIC))
         if magic != MAGIC:
             self.fail(f"not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}")
-        raw = bytes(self._take(4))
+        raw = self._take(4)
         # A version is a small number: swapped, its low half is zero.
         if raw[:2] == b"\0\0" and raw != b"\0\0\0\0":
             self.byte_order = "big"
@@ -347,18 +390,19 @@ class _Parser:
             self.fail(f"GGUF version {version} is not supported, only versions 2 and 3")
         return version
 
-    def _check_count(self, count: int, least_bytes: int, what: str) -> None:
+    def _check_count(self, count: int, least_bytes: int, what: str, most: int) -> None:
         left = self.file_bytes - self.at
         if count * least_bytes > left:
             self.fail(
                 f"the header says {count} {what}, more than the {left} bytes after it can hold: "
                 "the file is truncated or damaged"
             )
+        if count > most:
+            self.fail(f"the header says {count} {what}; at most {most} are supported")
 
     # -- metadata -----------------------------------------------------------------------------
 
     def _metadata(self, n_pairs: int) -> Metadata:
-        first = self.at
         spans: dict[str, _Span] = {}
         for index in range(n_pairs):
             start = self.at
@@ -369,9 +413,9 @@ class _Parser:
             self.place = f"metadata key {key!r}"
             kind = self._value_type()
             value = self.at
-            self._skip_value(kind, 0)
-            spans[key] = _Span(start - first, value - first, self.at - first, kind)
-        return Metadata(bytes(self.buffer[first : self.at]), spans, self.byte_order)
+            element, length = self._skip_value(kind)
+            spans[key] = _Span(start, value, self.at, kind, element, length)
+        return Metadata(self.name, spans, self.byte_order)
 
     def _value_type(self) -> GGUFValueType:
         kind = self._unpack(self.u32)
@@ -379,37 +423,49 @@ class _Parser:
             self.fail(f"{self.place} has value type {kind}; the highest known is 12")
         return _VALUE_TYPES[kind]
 
-    def _skip_value(self, kind: GGUFValueType, depth: int) -> None:
+    def _skip_value(self, kind: GGUFValueType) -> tuple[GGUFValueType | None, int]:
+        """Element type and length, if it is an array."""
         if kind == GGUFValueType.ARRAY:
-            return self._skip_array(depth + 1)
+            return self._skip_array(1)
         if kind == GGUFValueType.STRING:
-            return self._skip_strings(1)
-        self._skip(_SCALAR_BYTES[kind])
+            self._skip_strings(1)
+        else:
+            self._skip(_SCALAR_BYTES[kind])
+        return None, 0
 
-    def _skip_array(self, depth: int) -> None:
+    def _skip_array(self, depth: int) -> tuple[GGUFValueType, int]:
         if depth > MAX_ARRAY_DEPTH:
             self.fail(f"{self.place} nests arrays more than {MAX_ARRAY_DEPTH} deep")
-        kind = self._value_type()
+        element = self._value_type()
         length = self._unpack(self.u64)
-        least_bytes = {GGUFValueType.STRING: 8, GGUFValueType.ARRAY: 12}.get(kind)
-        self._check_count(length, least_bytes or _SCALAR_BYTES[kind], f"elements in {self.place}")
-        if kind == GGUFValueType.STRING:
-            return self._skip_strings(length)
-        if kind != GGUFValueType.ARRAY:
-            return self._skip(length * _SCALAR_BYTES[kind])
-        for _ in range(length):
-            self._skip_array(depth + 1)
+        what = f"elements in {self.place}"
+        if element == GGUFValueType.STRING:
+            self._check_count(length, 8, what, MAX_STRINGS - self.n_strings)
+            self.n_strings += length
+            self._skip_strings(length)
+        elif element == GGUFValueType.ARRAY:
+            self._check_count(length, 12, what, MAX_NESTED_ARRAYS - self.n_arrays)
+            self.n_arrays += length
+            for _ in range(length):
+                self._skip_array(depth + 1)
+        else:
+            n_bytes = _SCALAR_BYTES[element]
+            self._check_count(length, n_bytes, what, self.file_bytes)
+            self._skip(length * n_bytes)
+        return element, length
 
     def _skip_strings(self, count: int) -> None:
         """The hot loop: a vocabulary has some 400,000 strings, tokens and merges together."""
-        at, have, unpack, buffer = self.at, len(self.buffer), self.u64.unpack_from, self.buffer
+        unpack, window, start = self.u64.unpack_from, self.window, self.window_start
+        at, last = self.at - start, len(window) - 8
         for _ in range(count):
-            if at + 8 > have:
-                self._need(at + 8)
-                have = len(buffer)
-            at += 8 + unpack(buffer, at)[0]
-        self._need(at)
-        self.at = at
+            if at > last:
+                self._load(start + at, 8)
+                window, at, start = self.window, 0, self.window_start
+                last = len(window) - 8
+            at += 8 + unpack(window, at)[0]
+        self.at = start
+        self._skip(at)
 
     def _alignment(self, metadata: Metadata) -> int:
         key = "general.alignment"
@@ -453,7 +509,7 @@ class _Parser:
         head = metadata.array_head(key)
         found = metadata.value_type(key).name
         if head is not None:
-            found = f"an array of {_VALUE_TYPES[head[0]].name}"
+            found = f"an array of {head[0].name}"
         self.fail(f"metadata key {key!r} is {found}, it must be {wanted}")
 
     # -- tensors ------------------------------------------------------------------------------
@@ -495,7 +551,12 @@ class _Parser:
                     f"tensor {name!r} ends at byte {data_start + offset + n_bytes}, the file at "
                     f"byte {self.file_bytes}: it is truncated; download or copy it again"
                 )
-            if offset + n_bytes > limit or n_bytes == 0:
+            if n_bytes == 0:
+                self.fail(
+                    f"tensor {name!r} of the unknown {type_name(kind)} has no data before offset "
+                    f"{limit}"
+                )
+            if offset + n_bytes > limit:
                 self.fail(
                     f"tensor {name!r} ({n_bytes} bytes at offset {offset}) overlaps the tensor at "
                     f"offset {limit}"
@@ -532,38 +593,34 @@ class _Parser:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
-            self.fail(f"the {what} of {self.place} is not UTF-8: {bytes(data[:32])!r}")
+            self.fail(f"the {what} of {self.place} is not UTF-8: {data[:32]!r}")
 
     def _unpack(self, layout: struct.Struct) -> int:
-        self._need(self.at + layout.size)
-        value: int = layout.unpack_from(self.buffer, self.at)[0]
-        self.at += layout.size
+        value: int = layout.unpack(self._take(layout.size))[0]
         return value
 
-    def _take(self, n_bytes: int) -> bytearray:
-        self._need(self.at + n_bytes)
-        data = self.buffer[self.at : self.at + n_bytes]
+    def _take(self, n_bytes: int) -> bytes:
+        start = self.at - self.window_start
+        if start + n_bytes > len(self.window):
+            self._load(self.at, n_bytes)
+            start = 0
         self.at += n_bytes
-        return data
+        return self.window[start : start + n_bytes]
 
     def _skip(self, n_bytes: int) -> None:
-        self._need(self.at + n_bytes)
+        if self.at + n_bytes > self.file_bytes:
+            self._truncated()
         self.at += n_bytes
 
-    def _need(self, end: int) -> None:
-        """Have the first `end` bytes of the file in the buffer."""
-        if end <= len(self.buffer):
-            return
-        if end > self.file_bytes:
+    def _load(self, start: int, n_bytes: int) -> None:
+        """Move the window to where the walk goes on, over n_bytes at least."""
+        if start + n_bytes > self.file_bytes:
             self._truncated()
-        if end > MAX_HEADER_BYTES:
-            self.fail(f"{self.place} reaches beyond {MAX_HEADER_BYTES} bytes of header")
-        wanted = min(max(end, 2 * len(self.buffer), _READ_AHEAD), self.file_bytes)
-        while len(self.buffer) < wanted:
-            data = os.read(self.fd, wanted - len(self.buffer))
-            if not data:
-                self._truncated()
-            self.buffer += data
+        os.lseek(self.fd, start, os.SEEK_SET)
+        self.window = os.read(self.fd, max(n_bytes, _WINDOW_BYTES))
+        self.window_start = start
+        if len(self.window) < n_bytes:
+            self._truncated()
 
     def _truncated(self) -> NoReturn:
         self.fail(

@@ -11,13 +11,20 @@ that were shifted alike share one good padding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gguf.constants import GGUFValueType
 
 from gguf_fuse.fusion import PADDING_KEY, Plan
-from gguf_fuse.gguf_file import TensorInfo, align, encode_header, encode_pair
+from gguf_fuse.gguf_file import (
+    Segment,
+    TensorInfo,
+    align,
+    encode_pair,
+    encode_start,
+    encode_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +38,17 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The whole new file: the header's bytes, then data in rising order, zeros between.
+    """The whole new file; where nothing is said, there are zeros.
 
-    clones: ranges that the file system can share with the source. copies: the rest.
+    literals: new bytes and where they go. copies: ranges of the source. clones: ranges that the
+    file system can share with the source. data_start, n_bytes: of the new file.
     """
 
-    header: bytes
+    literals: tuple[tuple[int, bytes], ...]
     copies: tuple[Copy, ...]
     clones: tuple[Copy, ...]
+    data_start: int
     n_bytes: int
-
-    @property
-    def n_copied(self) -> int:
-        return sum(copy.n_bytes for copy in self.copies)
 
     @property
     def n_cloned(self) -> int:
@@ -55,19 +60,20 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
 
     clone_block: the size of the blocks that source and target can share; None: they cannot.
     """
-    infos, end = _offsets(plan)
-    copies = _merged(_moves(plan, infos))  # targets count from the start of the data
-    header = _header(plan, infos, None)
+    infos, data_bytes = _offsets(plan)
+    moves = list(_moves(plan, infos))  # targets count from the start of the data
+    n_padding = None
     if clone_block and plan.may_pad:
-        wanted = _best_start(copies, clone_block)
-        header = _padded_header(plan, infos, wanted, clone_block)
-    moved = [Copy(copy.source, len(header) + copy.target, copy.n_bytes) for copy in copies]
-    n_bytes = len(header) + end
-    if not clone_block:
-        return Placement(header, tuple(moved), (), n_bytes)
-    clones = [clone for copy in moved for clone in _interior(copy, clone_block)]
-    edges = [edge for copy in moved for edge in _edges(copy, clone_block)]
-    return Placement(header, tuple(edges), tuple(clones), n_bytes)
+        n_padding = _padding(plan, infos, _best_start(plan, moves, clone_block), clone_block)
+    literals, header_copies, header_end = _lay(_header(plan, infos, n_padding))
+    data_start = align(header_end, plan.alignment)
+    data = [Copy(move.source, data_start + move.target, move.n_bytes) for move in moves]
+    copies = _merged([*header_copies, *data])
+    clones = [clone for copy in copies for clone in _interior(copy, clone_block)]
+    edges = [edge for copy in copies for edge in _edges(copy, clone_block)]
+    return Placement(
+        tuple(literals), tuple(edges), tuple(clones), data_start, data_start + data_bytes
+    )
 
 
 def _offsets(plan: Plan) -> tuple[list[TensorInfo], int]:
@@ -101,40 +107,59 @@ def _merged(copies: Iterable[Copy]) -> list[Copy]:
 # -- the header ---------------------------------------------------------------------------------
 
 
-def _header(plan: Plan, infos: Iterable[TensorInfo], n_padding: int | None) -> bytes:
-    pairs = [plan.metadata_bytes]
+def _header(
+    plan: Plan, infos: Sequence[TensorInfo], n_padding: int | None
+) -> list[Segment | bytes]:
+    pairs = list(plan.metadata)
     if n_padding is not None:
         zeros = [0] * n_padding
         pairs.append(encode_pair(PADDING_KEY, GGUFValueType.UINT8, zeros, plan.byte_order))
-    metadata = (plan.n_metadata + len(pairs) - 1, b"".join(pairs))
-    return encode_header(plan.version, plan.byte_order, plan.alignment, metadata, infos)
+    n_pairs = plan.n_metadata + (n_padding is not None)
+    start = encode_start(plan.version, plan.byte_order, len(infos), n_pairs)
+    return [start, *pairs, encode_tensors(infos, plan.byte_order)]
 
 
-def _padded_header(plan: Plan, infos: list[TensorInfo], wanted: int, block: int) -> bytes:
-    """A header whose length is `wanted` modulo the block."""
-    unpadded = _header(plan, infos, None)
-    if len(unpadded) % block == wanted:
-        return unpadded
-    least = len(_header(plan, infos, 0))
-    return _header(plan, infos, (wanted - least) % block)
+def _lay(
+    pieces: Iterable[Segment | bytes],
+) -> tuple[list[tuple[int, bytes]], list[Copy], int]:
+    """Literals and copies, one after the other, and where the last one ends."""
+    literals: list[tuple[int, bytes]] = []
+    copies: list[Copy] = []
+    at = 0
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            literals.append((at, piece))
+            at += len(piece)
+        else:
+            copies.append(Copy(piece.start, at, piece.n_bytes))
+            at += piece.n_bytes
+    return literals, copies, at
 
 
-def _best_start(copies: Iterable[Copy], block: int) -> int:
+def _padding(plan: Plan, infos: Sequence[TensorInfo], wanted: int, block: int) -> int | None:
+    """How many zero bytes move the start of the data to `wanted` modulo the block."""
+    if align(_lay(_header(plan, infos, None))[2], plan.alignment) % block == wanted:
+        return None
+    return (wanted - _lay(_header(plan, infos, 0))[2]) % max(block, plan.alignment)
+
+
+def _best_start(plan: Plan, moves: Iterable[Copy], block: int) -> int:
     """The start of the data, modulo the block, that lets the most bytes be cloned."""
     gain: Counter[int] = Counter()
-    for copy in copies:
-        start = (copy.source - copy.target) % block
-        moved = Copy(copy.source, start + copy.target, copy.n_bytes)
-        gain[start] += sum(clone.n_bytes for clone in _interior(moved, block))
+    for move in _merged(moves):
+        start = (move.source - move.target) % block
+        if start % min(plan.alignment, block) == 0:
+            moved = Copy(move.source, start + move.target, move.n_bytes)
+            gain[start] += sum(clone.n_bytes for clone in _interior(moved, block))
     return max(gain, key=lambda start: gain[start], default=0)
 
 
 # -- cloning ------------------------------------------------------------------------------------
 
 
-def _interior(copy: Copy, block: int) -> list[Copy]:
+def _interior(copy: Copy, block: int | None) -> list[Copy]:
     """The whole blocks of a range, if its source and its target lie alike."""
-    if (copy.source - copy.target) % block:
+    if not block or (copy.source - copy.target) % block:
         return []
     first = align(copy.source, block)
     last = (copy.source + copy.n_bytes) // block * block
@@ -143,7 +168,7 @@ def _interior(copy: Copy, block: int) -> list[Copy]:
     return [Copy(first, copy.target + first - copy.source, last - first)]
 
 
-def _edges(copy: Copy, block: int) -> list[Copy]:
+def _edges(copy: Copy, block: int | None) -> list[Copy]:
     """What `_interior` leaves of a range."""
     inside = _interior(copy, block)
     if not inside:

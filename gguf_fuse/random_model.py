@@ -627,6 +627,16 @@ def _shaped(spec: ModelSpec, n_embd: int, n_layer: int) -> ModelSpec:
 # --- what the file holds -----------------------------------------------------------------------
 
 
+def demo_spec() -> ModelSpec:
+    """A small llama whose types are mixed like those of a Q4_K_M file: V is Q6_K in two layers."""
+    from gguf import GGMLQuantizationType as T
+
+    more_bits = {f"blk.{layer}.attn_v.weight": T.Q6_K for layer in (0, 7)}
+    return ModelSpec(
+        n_layer=8, n_embd=512, n_head=8, n_head_kv=2, n_ctx=4096, types={"*": T.Q4_K, **more_bits}
+    )
+
+
 def _architecture(spec: ModelSpec) -> Architecture:
     return ARCHITECTURES[spec.architecture]
 

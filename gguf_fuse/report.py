@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 from rich.table import Table
@@ -14,6 +16,12 @@ from gguf_fuse.architectures import Architecture, Loader
 from gguf_fuse.fusion import FUSED, Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
 from gguf_fuse.rewrite import STANDARD_OUTPUT, Result
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gguf_fuse.bench import Bench, ProjectionRow
+    from gguf_fuse.verify import Report, Timing
 
 _INSPECT_STATUS = {
     Status.FUSABLE: "fusable",
@@ -30,6 +38,16 @@ _INSPECT_LOADER = {
     Loader.NO_ATTENTION: "unknown",
     Loader.UNKNOWN: "unknown",
 }
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """Fit for a terminal, whatever a damaged file put into a name; what is too long is cut."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 3 :]}"
+
+
+def _text(content: str = "", style: str = "") -> Text:
+    return Text(one_line(content), style)
 
 
 # -- for machines -------------------------------------------------------------------------------
@@ -92,6 +110,45 @@ def inspect_json(header: Header, layers: Sequence[Layer], row: Architecture) -> 
     }
 
 
+def verify_json(report: Report) -> dict[str, Any]:
+    layers = []
+    for layer in report.layers:
+        checks = {
+            name: {"error": _finite(check.error), "limit": _finite(check.limit), "ok": check.ok}
+            for name, check in layer.checks.items()
+        }
+        remark = layer.problem or layer.note
+        note = {"note": remark} if remark else {}
+        layers.append({"layer": layer.layer, "ok": layer.ok, "checks": checks} | note)
+    structure = report.structure
+    return {
+        "ok": report.ok,
+        "structure": {"ok": structure.ok, "problems": list(structure.problems)},
+        "layers": layers,
+        "timing": _timing_json(report.timing) | {"structure_s": round(structure.seconds, 3)},
+    }
+
+
+def _timing_json(timing: Timing | None) -> dict[str, Any]:
+    if timing is None:
+        return {}
+    return {"layer": timing.layer, "n_tokens": timing.n_tokens, "n_kv": timing.n_kv} | {
+        f"{name}_ms": round(ms, 4) for name, ms in timing.ms.items()
+    }
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no nan."""
+    return number if math.isfinite(number) else None
+
+
+def bench_json(result: Bench) -> dict[str, Any]:
+    return {
+        "projection": [asdict(row) for row in result.projection],
+        "decode": [asdict(row) for row in result.decode],
+    }
+
+
 def _layer_json(layer: Layer, status: str) -> dict[str, Any]:
     reason = layer.reason
     if status == "skipped" and layer.status is Status.FUSED:
@@ -114,13 +171,13 @@ def _layer_order(layer: dict[str, Any]) -> tuple[str, int]:
 
 
 def fuse_table(plan: Plan) -> Table:
-    rows = [(layer, Text(f"fused into {FUSED}", "green")) for layer in plan.changed]
-    rows += [(layer, Text(f"left: {_why(layer)}", "yellow")) for layer in plan.skipped]
+    rows = [(layer, _text(f"fused into {FUSED}", "green")) for layer in plan.changed]
+    rows += [(layer, _text(f"left: {_why(layer)}", "yellow")) for layer in plan.skipped]
     return _layer_table(rows)
 
 
 def unfuse_table(plan: Plan) -> Table:
-    rows = [(layer, Text("split into attn_q, attn_k, attn_v", "green")) for layer in plan.changed]
+    rows = [(layer, _text("split into attn_q, attn_k, attn_v", "green")) for layer in plan.changed]
     return _layer_table(rows)
 
 
@@ -129,7 +186,7 @@ def inspect_table(layers: Sequence[Layer]) -> Table:
     return _layer_table(
         (
             layer,
-            Text(
+            _text(
                 _INSPECT_STATUS[layer.status] + (f": {layer.reason}" if layer.reason else ""),
                 styles.get(layer.status, "yellow"),
             ),
@@ -148,15 +205,16 @@ def _layer_table(rows: Iterable[tuple[Layer, Text]]) -> Table:
     for layer, result in rows:
         key = (layer.types, layer.rows, result.plain)
         alike.setdefault(key, ([], result))[0].append(layer.name)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layers", overflow="fold")
     table.add_column("#", justify="right")
     table.add_column("type")
     table.add_column("rows")
     table.add_column("result", overflow="fold")
     for (types, n_rows, _), (names, result) in alike.items():
-        kinds = types[:1] if len(set(types)) == 1 else types
-        cells = (", ".join(kinds), " + ".join(map(str, n_rows)))
+        # Types that differ are in the result's reason.
+        kind = types[0] if len(set(types)) == 1 else "mixed"
+        cells = (kind, " + ".join(map(str, n_rows)))
         table.add_row(_ranges(names), str(len(names)), *cells, result)
     return table
 
@@ -220,7 +278,7 @@ def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
         ),
         ("architecture", str(header.architecture)),
         ("name", str(header.metadata.get("general.name", "-"))),
-        ("metadata", f"{len(header.metadata)} keys, {decimal(len(header.metadata.raw))}"),
+        ("metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"),
         ("tensors", f"{len(header.tensors)}: {types}"),
         ("loader", f"llama.cpp's {row.loader.value} ({_proof(row)})"),
     ]
@@ -232,3 +290,179 @@ def _proof(row: Architecture) -> str:
         "source": "by its source code",
         "none": "not in the table",
     }[row.source]
+
+
+# -- verify -------------------------------------------------------------------------------------
+
+_MOST_PROBLEMS = 20  # more are alike, and JSON has them all
+_CHECK_TITLES = {
+    "projection": "project",
+    "decode_expand": "decode\nexpand",
+    "decode_broadcast": "decode\nbroadcast",
+    "decode_split": "decode\nsplit",
+}
+
+
+def verify_parts(report: Report) -> Iterator[RenderableType]:
+    """What `verify` says: bytes, numbers, time, and what is wrong."""
+    structure, mark = report.structure, _mark(report.structure.ok)
+    speed = decimal(int(structure.n_bytes / max(structure.seconds, 1e-9)))
+    yield mark.append(
+        f" structure: {structure.n_fused} fused layers; {decimal(structure.n_bytes)} of tensors "
+        f"compared in {structure.seconds:.2f} s ({speed}/s)"
+    )
+    yield from (_text(f"  {problem}", "red") for problem in structure.problems[:_MOST_PROBLEMS])
+    if len(structure.problems) > _MOST_PROBLEMS:
+        yield _text(
+            f"  and {len(structure.problems) - _MOST_PROBLEMS} more (--json has all)", "red"
+        )
+    if not report.layers:
+        return
+    n_partly = sum(layer.note is not None for layer in report.layers)
+    mark = _mark(all(layer.ok for layer in report.layers))
+    if n_partly and mark.plain == "ok":
+        mark = _text("PARTLY", "yellow")
+    partly = f", {n_partly} of them without attention" if n_partly else ""
+    yield mark.append(
+        f" numbers: {len(report.layers)} layers computed{partly}; largest errors against float64"
+    )
+    yield _text()
+    yield _checks_table(report)
+    yield _text()
+    yield from (_text(line, "red") for line in _number_problems(report))
+    notes: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.note:
+            notes.setdefault(layer.note, []).append(layer.layer)
+    yield from (_text(f"{_ranges(names)}: {note}", "yellow") for note, names in notes.items())
+    if report.timing is not None:
+        yield from _timing_lines(report.timing)
+
+
+def _mark(ok: bool) -> Text:
+    return _text("ok", "green") if ok else _text("FAILED", "bold red")
+
+
+def _checks_table(report: Report) -> Table:
+    names = list(dict.fromkeys(name for layer in report.layers for name in layer.checks))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    for name in names:
+        table.add_column(_CHECK_TITLES.get(name, name), justify="right", min_width=7)
+    table.add_column("of\nlimit", justify="right")
+    for layer in report.layers:
+        cells = []
+        for name in names:
+            check = layer.checks.get(name)
+            style = "" if check is None or check.ok else "bold red"
+            cells.append(_text("-" if check is None else f"{check.error:.1e}", style))
+        shares = [check.error / check.limit for check in layer.checks.values()]
+        table.add_row(layer.layer, *cells, _share(max(shares)) if shares else "-")
+    return table
+
+
+def _share(share: float) -> Text:
+    return _text(f"{share:.0%}") if share <= 1 else _text("over", "bold red")
+
+
+def _number_problems(report: Report) -> Iterator[str]:
+    for layer in report.layers:
+        if layer.problem:
+            yield f"{layer.layer}: {layer.problem}"
+        for name, check in layer.checks.items():
+            if not check.ok:
+                yield f"{layer.layer}: {name}: error {check.error:.2e}, limit {check.limit:.2e}"
+
+
+def verify_failure(report: Report) -> str:
+    """One line: the first problem, and how many more there are."""
+    problems = [*report.structure.problems, *_number_problems(report)]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"verification failed: {problems[0]}{more}"
+
+
+def _timing_lines(timing: Timing) -> Iterator[Text]:
+    tokens = "1 token" if timing.n_tokens == 1 else f"{timing.n_tokens} tokens"
+    ms = {name: f"{_ms(value)} ms" for name, value in timing.ms.items()}
+    yield _text(
+        f"time in {timing.layer}, {tokens} at once: projections {ms['separate']} separate, "
+        f"{ms['fused']} fused"
+    )
+    if "split" in ms:
+        yield _text(
+            f"decode over {timing.n_kv} cells: {ms['expand']} expanded, {ms['broadcast']} "
+            f"broadcast, {ms['split']} split"
+        )
+
+
+# -- bench --------------------------------------------------------------------------------------
+
+_NO_GAIN = 0.05  # a difference in time below this is noise
+
+
+def bench_parts(result: Bench) -> Iterator[RenderableType]:
+    shape = result.shape
+    yield _text(
+        f"{result.source}: n_embd {shape.n_embd}, {shape.n_head} heads, {shape.n_head_kv} KV "
+        f"heads, {shape.head_dim} wide; {result.threads} threads; medians in ms",
+    )
+    yield _text()
+    yield _bench_table(
+        ("n_tokens", "separate", "fused", "gain"),
+        (
+            (str(row.n_tokens), _ms(row.separate_ms), _ms(row.fused_ms), f"{_gain(row):+.0%}")
+            for row in result.projection
+        ),
+    )
+    yield _text(projection_verdict(result.projection))
+    yield _text()
+    yield _bench_table(
+        ("n_kv", "expand", "broadcast", "split", "K, V read", "expand / split", "of reading"),
+        (
+            (
+                str(row.n_kv),
+                *map(_ms, (row.expand_ms, row.broadcast_ms, row.split_ms, row.stream_ms)),
+                f"{row.expand_ms / row.split_ms:.1f} x",
+                f"{row.stream_ms / row.split_ms:.0%}",
+            )
+            for row in result.decode
+        ),
+    )
+    yield _text("of reading: the speed of split, where 100% is K and V merely read once")
+    if result.left_out:
+        left_out = ", ".join(map(str, result.left_out))
+        yield _text(f"left out, not enough free memory: n_kv {left_out}", "yellow")
+
+
+def _bench_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _gain(row: ProjectionRow) -> float:
+    return row.separate_ms / row.fused_ms - 1
+
+
+def projection_verdict(rows: Sequence[ProjectionRow]) -> str:
+    """What the measurement says of fusing, and no more than that."""
+    faster = [str(row.n_tokens) for row in rows if _gain(row) > _NO_GAIN]
+    slower = [str(row.n_tokens) for row in rows if _gain(row) < -_NO_GAIN]
+    equal = [str(row.n_tokens) for row in rows if abs(_gain(row)) <= _NO_GAIN]
+    parts = [
+        f"{what} at n_tokens {', '.join(counts)}"
+        for what, counts in (
+            ("gains", faster),
+            (f"gains nothing (within {_NO_GAIN:.0%})", equal),
+            ("costs", slower),
+        )
+        if counts
+    ]
+    return f"here, in numpy, fusing {'; '.join(parts)}" if parts else ""

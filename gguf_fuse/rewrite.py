@@ -91,7 +91,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     if options.dry_run:
         if output != STANDARD_OUTPUT:
             check_destination(source, Path(output), placement, force=options.force)
-        written = Written(placement.n_copied, placement.n_cloned)
+        written = Written(sum(copy.n_bytes for copy in placement.copies), placement.n_cloned)
     elif output == STANDARD_OUTPUT:
         options.on_start(placement.n_bytes)
         written = stream(source, placement, sys.stdout.fileno(), options.on_progress)

@@ -29,7 +29,6 @@ from gguf_fuse.fusion import (
     Plan,
     PlannedTensor,
     Refused,
-    Segment,
     Status,
     integer,
     layer_names,
@@ -39,7 +38,7 @@ from gguf_fuse.fusion import (
     refuse_other_kinds,
     untouched,
 )
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, row_bytes, type_name
+from gguf_fuse.gguf_file import GGUFError, Header, Segment, TensorInfo, row_bytes, type_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
         header.byte_order,
         header.alignment,
         len(kept),
-        b"".join(header.metadata.pair_bytes(key) for key in kept),
+        tuple(header.metadata.segment(key) for key in kept),
         tuple(_restored_tensors(header, splits)),
         changed,
         (),

@@ -106,8 +106,8 @@ def write(
     try:
         with open_source(source) as source_fd, _published(real, force) as target_fd:
             reserve(target_fd, placement.n_bytes, ())
-            write_all(target_fd, memoryview(placement.header), 0)
-            on_progress(len(placement.header))
+            for at, data in placement.literals:
+                write_all(target_fd, memoryview(data), at)
             refused = clone_ranges(source_fd, target_fd, placement.clones, on_progress)
             if refused and clone_all:
                 raise GGUFError(f"{destination}: the file system refused to clone a range")
@@ -144,23 +144,39 @@ def stream(
     """
     try:
         with open_source(source) as source_fd:
-            _stream_bytes(target_fd, memoryview(placement.header))
-            on_progress(len(placement.header))
-            buffer, at = memoryview(bytearray(BLOCK_BYTES)), len(placement.header)
-            for block in iter_blocks(placement.copies):
-                _stream_bytes(target_fd, memoryview(bytes(block.target - at)))
-                view = buffer[: block.n_bytes]
-                read_all(source_fd, view, block.source)
-                _stream_bytes(target_fd, view)
-                at = block.target + block.n_bytes
-                on_progress(block.n_bytes)
-            _stream_bytes(target_fd, memoryview(bytes(placement.n_bytes - at)))
+            at = 0
+            for start, data in _pieces(source_fd, placement):
+                _stream_zeros(target_fd, start - at)
+                _stream_bytes(target_fd, data)
+                on_progress(start + len(data) - at)
+                at = start + len(data)
+            _stream_zeros(target_fd, placement.n_bytes - at)
             _check_unchanged(source, source_fd)
     except InputLost as error:
         raise GGUFError(f"{source.path}: {error}") from error
     except OSError as error:
         raise GGUFError(f"standard output: {error.strerror}") from error
-    return Written(placement.n_copied, 0)
+    return Written(sum(copy.n_bytes for copy in placement.copies), 0)
+
+
+def _pieces(source_fd: int, placement: Placement) -> Iterator[tuple[int, memoryview]]:
+    """All that is not zero, in the order of the new file; a view holds until the next one."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    literals = [(at, memoryview(data)) for at, data in placement.literals]
+    for block in iter_blocks(placement.copies):
+        while literals and literals[0][0] < block.target:
+            yield literals.pop(0)
+        view = buffer[: block.n_bytes]
+        read_all(source_fd, view, block.source)
+        yield block.target, view
+    yield from literals
+
+
+def _stream_zeros(fd: int, count: int) -> None:
+    zeros = memoryview(bytes(min(count, BLOCK_BYTES)))
+    while count:
+        _stream_bytes(fd, zeros[:count])
+        count -= len(zeros[:count])
 
 
 def _stream_bytes(fd: int, view: memoryview) -> None:

@@ -34,7 +34,7 @@ def main(
         model = Path(folder, "model.gguf")
         write_random_model(model, ModelSpec(n_vocab=vocab, n_embd=32, tokenizer="bpe"))
         medians = measure(model, rounds)
-        metadata_mb = len(read_header(model).metadata.raw) / 1e6
+        metadata_mb = read_header(model).metadata.n_bytes / 1e6
     if as_json:
         print(json.dumps({"metadata_mb": metadata_mb, "seconds": medians}, indent=2))
         return

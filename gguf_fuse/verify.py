@@ -1,0 +1,878 @@
+"""ORIGINAL and FUSED -> Report: the bytes, then the numbers, then the time.
+
+Structure is exact and of all layers: a fused tensor is Q, K and V end to end, and all else is the
+same. Numbers are computed in numpy from each file's own weights, of some layers: the same random
+activations go through ORIGINAL's weights and through FUSED's, then through attention as the
+architecture does it. Both are held against float64; see `Check` for the limit.
+
+Prints nothing. Axis names are those of `attention`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_fuse import attention, fusion, layer
+from gguf_fuse.attention import AttentionParams, Floats, Linear
+from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved
+from gguf_fuse.copying import InputLost, read_all
+from gguf_fuse.fusion import RECORD_VERSION
+from gguf_fuse.gguf_file import (
+    GGUFError,
+    Header,
+    Stamp,
+    TensorInfo,
+    read_header,
+    read_tensors,
+    type_name,
+)
+from gguf_fuse.layer import AttentionLayer, Heads, NotModelled, Projections
+
+BLOCK_BYTES = 256 * 1024  # two of them stay in the L2 cache between reading and comparing
+
+FACTOR = 2.0
+EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
+
+SMALL_MODEL = 1 << 24  # elements of all Q, K and V: up to here every layer is computed
+N_SPREAD = 4  # above it, so many layers
+
+ROW_BLOCK = 1024  # rows of a weight that exist in float64 at one time
+
+_RECORD = "gguf_fuse."
+_PLAIN = "plain"  # the way whose error sets the limit
+
+Positions: TypeAlias = NDArray[np.int64]
+# q, k, v, mask, params -> [n_seqs, n_head, n_tokens, head_dim_v]
+Attend = Callable[[Floats, Floats, Floats, Floats | None, AttentionParams], Floats]
+
+OnStart = Callable[[str, int], None]  # what begins, and how many steps it has
+OnProgress = Callable[[int], None]  # steps that were just done
+
+
+def _ignore_start(what: str, n_steps: int) -> None:
+    pass
+
+
+def _ignore_progress(n_steps: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compute. n_kv: cells that each cache holds before the first decode step."""
+
+    layers: Choice = field(default_factory=lambda: Choice())
+    n_prompt: int = 48
+    n_decode: int = 4
+    n_seqs: int = 3
+    n_kv: int = 1000
+    threads: int = DEFAULT_THREADS
+    seed: int = 0
+    structure_only: bool = False
+    on_start: OnStart = _ignore_start
+    on_progress: OnProgress = _ignore_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The largest error of one way to compute, relative to the largest value of the reference.
+
+    limit: FACTOR times the error of the plain way (separate projections, expanded K and V, both
+    float32) against the same float64 reference, plus 4 EPS, because the plain way may happen to be
+    exact. In attention EPS times the largest score is added: rounding moves a score s by EPS |s|,
+    and exp turns that into an error relative to its weight, by luck more in one way than another.
+    """
+
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit  # nan is not
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Numbers of one layer. note: what was not computed, and why; problem: why nothing could be."""
+
+    layer: str
+    checks: Mapping[str, Check]
+    note: str | None = None
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and all(check.ok for check in self.checks.values())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in milliseconds, in one layer: projections and decode steps of n_seqs tokens."""
+
+    layer: str
+    n_tokens: int
+    n_kv: int
+    ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    structure: Structure
+    layers: tuple[LayerReport, ...]
+    timing: Timing | None
+
+    @property
+    def ok(self) -> bool:
+        return self.structure.ok and all(report.ok for report in self.layers)
+
+
+def verify(original: Path, fused: Path, options: Options | None = None) -> Report:
+    """Does FUSED hold what ORIGINAL holds, and compute what it computes?
+
+    Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have.
+    """
+    options = options or Options()
+    before, after = read_header(original), read_header(fused)
+    names = [] if options.structure_only else choose_layers(before, options.layers)
+    structure = compare_structure(
+        before,
+        after,
+        threads=options.threads,
+        on_start=options.on_start,
+        on_progress=options.on_progress,
+    )
+    layers, timing = compare_numbers(before, after, names, options)
+    return Report(structure, layers, timing)
+
+
+# -- which layers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
+
+    numbers: frozenset[int] | None = None
+    spread: int | None = None
+    all: bool = False
+
+
+def parse_layers(text: str) -> Choice:
+    """ "0,5-7", "all", "4x" (four evenly spaced ones), "auto". Raises ValueError."""
+    if text in ("auto", "all"):
+        return Choice(all=text == "all")
+    if re.fullmatch(r"[1-9]\d{0,5}x", text):
+        return Choice(spread=int(text[:-1]))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{text!r}: write layers as 0,5-7 or all, or 4x for 4 spread evenly")
+        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return Choice(frozenset(numbers))
+
+
+def choose_layers(header: Header, choice: Choice) -> list[str]:
+    """Names of attention layers. Raises GGUFError for a number that no layer has."""
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    names = [found.name for found in fusion.examine(header, scalars, any_architecture=True)]
+    if choice.numbers is not None:
+        by_number = {int(name.rpartition(".")[2]) for name in names}
+        if absent := sorted(choice.numbers - by_number):
+            raise GGUFError(f"{header.path}: no attention layer {absent[0]}; --layers is wrong")
+        return [name for name in names if int(name.rpartition(".")[2]) in choice.numbers]
+    if choice.all or (choice.spread is None and _n_elements(header, names) <= SMALL_MODEL):
+        return names
+    return _evenly(names, choice.spread or N_SPREAD)
+
+
+def _n_elements(header: Header, names: Sequence[str]) -> int:
+    wanted = {f"{name}.attn_{part}.weight" for name in names for part in ("q", "k", "v", "qkv")}
+    return sum(math.prod(tensor.ne) for tensor in header.tensors if tensor.name in wanted)
+
+
+def _evenly(names: Sequence[str], count: int) -> list[str]:
+    """The first, the last, and others at even distances between them."""
+    if count >= len(names):
+        return list(names)
+    last = len(names) - 1
+    return [names[round(i * last / max(count - 1, 1))] for i in range(count)]
+
+
+# -- structure ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Whether the two files hold the same bytes; each problem names its place."""
+
+    problems: tuple[str, ...]
+    n_fused: int  # attention layers that are fused in FUSED alone
+    n_bytes: int  # compared, of one file
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class _Fusion:
+    """A tensor of FUSED alone, and the three of ORIGINAL that it must hold. shared: one value."""
+
+    name: str
+    parts: tuple[TensorInfo, ...]
+    shared: bool
+
+    @property
+    def ne(self) -> tuple[int, ...]:
+        first = self.parts[0].ne
+        return first if self.shared else (*first[:-1], sum(part.ne[-1] for part in self.parts))
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(part.ne[-1] if part.ne else 1 for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Bytes that must be equal. Starts count from the files' starts."""
+
+    place: str  # what a problem says before the row
+    original: int
+    fused: int
+    n_bytes: int
+    unit: str  # "row", or "element" of a tensor of one dimension
+    unit_bytes: int
+
+
+def compare_structure(
+    original: Header,
+    fused: Header,
+    *,
+    threads: int = DEFAULT_THREADS,
+    on_start: OnStart = _ignore_start,
+    on_progress: OnProgress = _ignore_progress,
+) -> Structure:
+    """Every tensor and every metadata value of both files, byte for byte.
+
+    What is fused, and where its rows must come from, follows from ORIGINAL's tensors alone: the
+    record in FUSED's metadata is checked, not believed. Memory does not grow with the files.
+    Raises GGUFError for a file that cannot be read, or that changes meanwhile.
+    """
+    started = time.perf_counter()
+    fusions, problems = _fusions(original, fused)
+    problems += _format_problems(original, fused)
+    problems += _metadata_problems(original, fused)
+    problems += _record_problems(original, fused, fusions)
+    problems += _listing_problems(original, fused, fusions)
+    ranges, misfits = _ranges(original, fused, fusions)
+    problems += misfits
+    n_bytes = sum(part.n_bytes for part in ranges)
+    on_start("comparing", n_bytes)
+    problems += _compare_data(original, fused, ranges, threads, on_progress)
+    n_fused = sum(fusion.name.endswith(".weight") for fusion in fusions)
+    return Structure(tuple(problems), n_fused, n_bytes, time.perf_counter() - started)
+
+
+def _fusions(original: Header, fused: Header) -> tuple[list[_Fusion], list[str]]:
+    """What FUSED has fused that ORIGINAL has separate. Found anew, not by fusion.py's rules: a
+    mistake there must show here.
+    """
+    before = {tensor.name: tensor for tensor in original.tensors}
+    fusions, problems = [], []
+    for tensor in fused.tensors:
+        layer, found, kind = tensor.name.partition(".attn_qkv.")
+        if not found or kind != "weight" or tensor.name in before:
+            continue
+        for kind in ("weight", "bias", "scale", "input_scale"):
+            names = [f"{layer}.attn_{part}.{kind}" for part in "qkv"]
+            parts = tuple(before[name] for name in names if name in before)
+            if len(parts) == 3:
+                shared = kind.endswith("scale")
+                fusions.append(_Fusion(f"{layer}.attn_qkv.{kind}", parts, shared))
+            elif parts or kind == "weight":
+                missing = ", ".join(name for name in names if name not in before)
+                problems.append(f"{layer}: is fused, but the original has no {missing}")
+    return fusions, problems
+
+
+def _format_problems(original: Header, fused: Header) -> list[str]:
+    facts = [
+        ("version", original.version, fused.version),
+        ("byte order", original.byte_order, fused.byte_order),
+        ("alignment", original.alignment, fused.alignment),
+    ]
+    return [f"{what}: {a}, but {b} in the fused file" for what, a, b in facts if a != b]
+
+
+def _metadata_problems(original: Header, fused: Header) -> list[str]:
+    """Pairs are compared as bytes: a value that only decodes to the same is not the same."""
+    if original.byte_order != fused.byte_order:
+        return []  # every pair would differ; that problem is named already
+    before, after = original.metadata, fused.metadata
+    problems = [f"metadata {key}: missing in the fused file" for key in before if key not in after]
+    for key in after:
+        if key in before:
+            if before.pair_bytes(key) != after.pair_bytes(key):
+                problems.append(f"metadata {key}: {_difference(original, fused, key)}")
+        elif not key.startswith(_RECORD):
+            problems.append(f"metadata {key}: only in the fused file")
+    common = [[key for key in keys if key in before and key in after] for keys in (before, after)]
+    return problems + _order_problems("metadata", *common)
+
+
+def _difference(original: Header, fused: Header, key: str) -> str:
+    """The two values where they are short, else the first byte that differs."""
+    values = [repr(header.metadata[key]) for header in (original, fused)]
+    if values[0] != values[1] and max(map(len, values)) <= 40:
+        return f"{values[0]}, but {values[1]} in the fused file"
+    pairs = original.metadata.pair_bytes(key), fused.metadata.pair_bytes(key)
+    at = next(
+        (i for i, (a, b) in enumerate(zip(*pairs, strict=False)) if a != b), min(map(len, pairs))
+    )
+    return f"differs from byte {at} of the pair on"
+
+
+def _order_problems(what: str, before: Sequence[str], after: Sequence[str]) -> list[str]:
+    for old, new in zip(before, after, strict=True):
+        if old != new:
+            return [f"{what} {new}: stands where {old} should stand: the order differs"]
+    return []
+
+
+def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]) -> list[str]:
+    """Is what gguf-fuse wrote for the way back true? A file without a record is fine."""
+    metadata = fused.metadata
+    keys = [_RECORD + name for name in ("version", "tensors", "rows", "positions")]
+    written = [key for key in keys if key in metadata]
+    if not written or written[0] in original.metadata:
+        return []
+    if len(written) < len(keys):
+        return [
+            f"metadata {key}: missing, the record is incomplete"
+            for key in keys
+            if key not in written
+        ]
+    version, names, rows, positions = (metadata[key] for key in keys)
+    if version != RECORD_VERSION:
+        return [f"metadata {keys[0]}: {version}, this release knows {RECORD_VERSION}"]
+    if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
+        return [f"metadata {_RECORD}*: the record has values of a wrong type"]
+    if not 3 * len(names) == len(rows) == len(positions) or len(set(names)) < len(names):
+        return [f"metadata {_RECORD}*: the lengths of the record's arrays do not fit"]
+    place = {tensor.name: at for at, tensor in enumerate(original.tensors)}
+    truth = {
+        fusion.name: (fusion.rows, tuple(place[part.name] for part in fusion.parts))
+        for fusion in fusions
+    }
+    problems = [
+        f"metadata {keys[1]}: {name} is fused but not named" for name in truth if name not in names
+    ]
+    for at, name in enumerate(names):
+        if name not in truth:
+            problems.append(f"metadata {keys[1]}: {name} is named but not fused")
+            continue
+        told = tuple(rows[3 * at : 3 * at + 3]), tuple(positions[3 * at : 3 * at + 3])
+        for key, said, true in zip(keys[2:], told, truth[name], strict=True):
+            if said != true:
+                problems.append(f"metadata {key}: {said} for {name}, the original says {true}")
+    return problems
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _listing_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]) -> list[str]:
+    """Nothing missing, nothing extra, the order kept: a fused tensor stands where Q stood."""
+    stands_for = {fusion.parts[0].name: fusion.name for fusion in fusions}
+    absorbed = {part.name for fusion in fusions for part in fusion.parts[1:]}
+    expected = [
+        stands_for.get(tensor.name, tensor.name)
+        for tensor in original.tensors
+        if tensor.name not in absorbed
+    ]
+    present = [tensor.name for tensor in fused.tensors]
+    wanted, there = set(expected), set(present)
+    problems = [f"{name}: missing in the fused file" for name in expected if name not in there]
+    problems += [f"{name}: only in the fused file" for name in present if name not in wanted]
+    return problems + _order_problems(
+        "tensor",
+        [name for name in expected if name in there],
+        [name for name in present if name in wanted],
+    )
+
+
+def _ranges(
+    original: Header, fused: Header, fusions: Sequence[_Fusion]
+) -> tuple[list[_Range], list[str]]:
+    """What to compare, in the order of FUSED; a tensor of another shape or type is a problem."""
+    before = {tensor.name: tensor for tensor in original.tensors}
+    fused_from = {fusion.name: fusion for fusion in fusions}
+    ranges: list[_Range] = []
+    problems: list[str] = []
+    for tensor in fused.tensors:
+        source = fused_from.get(tensor.name)
+        if source is None and tensor.name not in before:
+            continue  # named as extra already
+        parts = source.parts if source else (before[tensor.name],)
+        ne = source.ne if source else parts[0].ne
+        misfits = [
+            f"{tensor.name}: {what} {has}, but {wanted} in the original's {part.name}"
+            for part in parts
+            for what, has, wanted in _facts(tensor, part, ne)
+            if has != wanted
+        ]
+        problems += misfits
+        if not misfits:
+            ranges += _tensor_ranges(original, fused, tensor, parts, bool(source and source.shared))
+    return ranges, problems
+
+
+def _facts(
+    tensor: TensorInfo, part: TensorInfo, ne: tuple[int, ...]
+) -> list[tuple[str, object, object]]:
+    return [
+        ("type", type_name(tensor.type), type_name(part.type)),
+        ("ne", list(tensor.ne), list(ne)),
+    ]
+
+
+def _tensor_ranges(
+    original: Header,
+    fused: Header,
+    tensor: TensorInfo,
+    parts: Sequence[TensorInfo],
+    shared: bool,
+) -> Iterator[_Range]:
+    start = fused.data_start + tensor.offset
+    for part in parts:
+        # Of an unknown type, n_bytes is the room up to the next tensor: padding may be in it.
+        n_bytes = min(part.n_bytes, tensor.n_bytes)
+        unit = "row" if len(part.ne) > 1 else "element"
+        n_units = max(1, math.prod(part.ne[1:]) if len(part.ne) > 1 else math.prod(part.ne))
+        place = tensor.name
+        if part.name != tensor.name:
+            place += f": {part.name.rsplit('.', 2)[-2]}"
+        yield _Range(
+            place, original.data_start + part.offset, start, n_bytes, unit, -(-n_bytes // n_units)
+        )
+        start += 0 if shared else n_bytes
+
+
+def _compare_data(
+    original: Header,
+    fused: Header,
+    ranges: Sequence[_Range],
+    threads: int,
+    on_progress: OnProgress,
+) -> list[str]:
+    """Threads take blocks in turn, each with two buffers of its own -> a problem per range."""
+    blocks = ((at, start) for at, part in enumerate(ranges) for start in _starts(part))
+    first: dict[int, int] = {}  # by range: the first byte that differs
+    lock, stop = threading.Lock(), threading.Event()
+
+    def work(left: int, right: int) -> None:
+        a, b = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+        while not stop.is_set():
+            with lock:
+                at, start = next(blocks, (-1, 0))
+            if at < 0:
+                return
+            part = ranges[at]
+            n_bytes = min(BLOCK_BYTES, part.n_bytes - start)
+            if start < first.get(at, part.n_bytes):
+                _read_block(original, left, memoryview(a)[:n_bytes], part.original + start)
+                _read_block(fused, right, memoryview(b)[:n_bytes], part.fused + start)
+                differs = _first_difference(a, b, n_bytes)
+                if differs is not None:
+                    with lock:
+                        first[at] = min(first.get(at, part.n_bytes), start + differs)
+            on_progress(n_bytes)
+
+    with _opened(original) as left, _opened(fused) as right, ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in as_completed([pool.submit(work, left, right) for _ in range(threads)]):
+                future.result()
+        except BaseException:
+            stop.set()  # the pool waits for its threads: let them end at once
+            raise
+    return [_data_problem(ranges[at], first[at]) for at in sorted(first)]
+
+
+def _starts(part: _Range) -> range:
+    return range(0, part.n_bytes, BLOCK_BYTES)
+
+
+def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:
+    # == of two bytearrays is memcmp; of two memoryviews it goes element by element.
+    if (a == b) if n_bytes == len(a) else (a[:n_bytes] == b[:n_bytes]):
+        return None
+    x, y = (np.frombuffer(data, np.uint8, n_bytes) for data in (a, b))
+    return int(np.argmax(x != y))
+
+
+def _data_problem(part: _Range, at: int) -> str:
+    return (
+        f"{part.place} differs in {part.unit} {at // part.unit_bytes} "
+        f"(byte {part.original + at} of the original, byte {part.fused + at} of the fused file)"
+    )
+
+
+@contextlib.contextmanager
+def _opened(header: Header) -> Iterator[int]:
+    """The file, the same from the reading of its header to the end."""
+    try:
+        fd = os.open(header.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            _check_unchanged(header, fd)
+            yield fd
+            _check_unchanged(header, fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise GGUFError(f"{header.path}: {error.strerror}") from error
+
+
+def _check_unchanged(header: Header, fd: int) -> None:
+    if Stamp.of(os.fstat(fd)) != header.stamp:
+        raise GGUFError(f"{header.path}: changed while it was read; run again when it is at rest")
+
+
+def _read_block(header: Header, fd: int, view: memoryview, start: int) -> None:
+    try:
+        read_all(fd, view, start)
+    except InputLost as error:
+        raise GGUFError(f"{header.path}: {error}") from error
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+def compare_numbers(
+    original: Header, fused: Header, names: Sequence[str], options: Options
+) -> tuple[tuple[LayerReport, ...], Timing | None]:
+    """Layer by layer, so that memory holds the weights of one layer of each file."""
+    options.on_start("computing", len(names))
+    reports: list[LayerReport] = []
+    timing: Timing | None = None
+    with blas_threads(options.threads), np.errstate(all="ignore"):
+        for name in names:
+            report, layer_timing = _compare_layer(original, fused, name, options, timing is None)
+            reports.append(report)
+            timing = timing or layer_timing
+            options.on_progress(1)
+    return tuple(reports), timing
+
+
+def _compare_layer(
+    original: Header, fused: Header, name: str, options: Options, timed: bool
+) -> tuple[LayerReport, Timing | None]:
+    try:
+        before, note = _read(original, name)
+    except GGUFError as error:
+        note = f"numbers not computed: {_reason(error, original)}"
+        return LayerReport(name, {}, note), None
+    try:
+        trial = _Trial(before, _read_like(before, fused, name), options)
+        report = LayerReport(name, trial.checks(), note)
+        return report, trial.timing(name) if timed else None
+    except (GGUFError, ValueError) as error:
+        # ORIGINAL was read: what fails now is the other file's fault.
+        problem = f"the fused file's layer cannot be computed: {_reason(error, fused)}"
+        return LayerReport(name, {}, note, problem), None
+
+
+def _reason(error: Exception, header: Header) -> str:
+    return str(error).removeprefix(f"{header.path}: ")
+
+
+class _Weights(NamedTuple):
+    """One layer of one file. attention None: not modelled, so only projections can be computed."""
+
+    projections: Projections
+    attention: AttentionLayer | None
+
+
+def _read(header: Header, name: str) -> tuple[_Weights, str | None]:
+    """ORIGINAL's layer, and a note where its attention cannot be computed."""
+    try:
+        read = layer.read_layer(header, name)
+        return _Weights(read.projections, read), None
+    except GGUFError as error:
+        why = "not modelled" if isinstance(error, NotModelled) else "cannot be computed"
+        note = f"attention {why}, projections only: {_reason(error, header)}"
+    return _Weights(layer.read_projections(header, name), None), note
+
+
+def _read_like(before: _Weights, header: Header, name: str) -> _Weights:
+    """FUSED's layer, split where ORIGINAL's rows end: FUSED's own record is not believed."""
+    read = None if before.attention is None else layer.read_layer(header, name)
+    own = layer.read_projections(header, name) if read is None else read.projections
+    projections = replace(own, rows=before.projections.rows)
+    return _Weights(projections, read and replace(read, projections=projections))
+
+
+class _Path:
+    """One way through the layer: weights, and a KV cache in the way's precision."""
+
+    def __init__(self, weights: _Weights, *, exact: bool = False) -> None:
+        self.weights = weights
+        self.exact = exact
+        self.dtype = np.dtype(np.float64 if exact else np.float32)
+        self.k = self.v = np.zeros((0, 0, 0, 0), self.dtype)  # see `allocate`
+
+    @property
+    def layer(self) -> AttentionLayer:
+        assert self.weights.attention is not None
+        return self.weights.attention
+
+    def project(self, x: Floats) -> tuple[Floats, Floats, Floats]:
+        """x [n_seqs, n_tokens, n_embd] -> [n_seqs, n_tokens, rows] of Q, K and V."""
+        read = self.weights.attention
+        clamp = 0.0 if read is None else read.spec.clamp
+        if self.exact:
+            return _project_exactly(self.weights.projections, x, clamp)
+        return layer.project(self.weights.projections, x, clamp)
+
+    def heads(self, x: Floats, positions: Positions) -> Heads:
+        """x [n_seqs, n_tokens, n_embd] at positions [n_seqs, n_tokens], -1 for padding."""
+        return layer.positioned(self.layer, *self.project(x), positions)
+
+    def allocate(self, heads: Heads, n_cells: int) -> None:
+        """A cache of n_cells whose first cells are the prompt's K and V."""
+        n_seqs, n_head_kv, n_prompt, _ = heads.k.shape
+        self.k, self.v = (
+            np.zeros((n_seqs, n_head_kv, n_cells, part.shape[3]), self.dtype)
+            for part in (heads.k, heads.v)
+        )  # [n_seqs, n_head_kv, n_cells, head_dim], [..., head_dim_v]
+        self.k[:, :, :n_prompt], self.v[:, :, :n_prompt] = heads.k, heads.v
+
+    def store(self, heads: Heads, cells: Sequence[int]) -> None:
+        """One token of each sequence goes into a cell of its own."""
+        for seq, cell in enumerate(cells):
+            self.k[seq, :, cell] = heads.k[seq, :, 0]  # [n_head_kv, head_dim]
+            self.v[seq, :, cell] = heads.v[seq, :, 0]  # [n_head_kv, head_dim_v]
+
+    def decode(self, way: Attend, heads: Heads, cells: Sequence[int]) -> Floats:
+        """One token of each sequence, its last cell -> [n_seqs, n_head, 1, head_dim_v]."""
+        filled = attention.padded_positions([cell + 1 for cell in cells], self.k.shape[2])
+        return self.attend(way, heads, self.k, self.v, np.array(cells)[:, None], filled)
+
+    def attend(
+        self,
+        way: Attend,
+        heads: Heads,
+        k: Floats,
+        v: Floats,
+        q_positions: Positions,
+        k_positions: Positions,
+    ) -> Floats:
+        """q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]; as in `attention`."""
+        seen = layer.mask(self.layer.spec, q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
+        attended = way(heads.q, k, v, seen, self.layer.params)
+        return attended if heads.gate is None else attention.apply_gate(attended, heads.gate)
+
+    def largest_score(self, heads: Heads, k: Floats) -> float:
+        """Largest |scale · Q·K| of any query and any cell of k, masked or not."""
+        rows = attention.group_heads(heads.q, k.shape[1])  # [n_seqs, n_head_kv, group, n_tokens, d]
+        largest = 0.0
+        for seq, head in itertools.product(range(k.shape[0]), range(k.shape[1])):
+            queries = rows[seq, head].reshape(-1, k.shape[3])  # [group * n_tokens, head_dim]
+            scores = queries @ k[seq, head].T  # [group * n_tokens, n_kv]
+            largest = max(largest, float(np.max(np.abs(scores))))
+        return self.layer.params.scale * largest
+
+
+def _project_exactly(
+    projections: Projections, x: Floats, clamp: float
+) -> tuple[Floats, Floats, Floats]:
+    """In float64, some rows at a time: a whole weight in float64 would double the memory."""
+    doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
+    outputs = [
+        attention.project(doubles, part.weight, part.scale, part.bias, clamp)
+        for linear in _linears(projections)
+        for part in _row_blocks(linear)
+    ]
+    joined = np.concatenate(outputs, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
+    return attention.split_rows(joined, projections.rows)
+
+
+def _linears(projections: Projections) -> tuple[Linear, ...]:
+    if projections.separate is not None:
+        return projections.separate
+    assert projections.fused is not None
+    return (projections.fused,)
+
+
+def _row_blocks(linear: Linear) -> Iterator[Linear]:
+    for start in range(0, len(linear.weight), ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        bias = None if linear.bias is None else linear.bias[rows]
+        yield Linear(linear.weight[rows], linear.scale, bias)
+
+
+class _Gauge:
+    """Errors against float64, over all steps; the plain way's error sets the limit."""
+
+    def __init__(self) -> None:
+        self.top = 0.0
+        self.largest_score = 0.0
+        self.errors: dict[str, float] = {}
+
+    def add(self, exact: Floats, ways: Mapping[str, Floats], largest_score: float = 0.0) -> None:
+        # numpy's maximum keeps a nan, Python's may drop it.
+        self.top = float(np.maximum(self.top, np.max(np.abs(exact), initial=0.0)))
+        self.largest_score = max(self.largest_score, largest_score)
+        for name, result in ways.items():
+            error = np.max(np.abs(result - exact), initial=0.0)
+            self.errors[name] = float(np.maximum(self.errors.get(name, 0.0), error))
+
+    def checks(self) -> dict[str, Check]:
+        unit = self.top or 1.0
+        floor = EPS * (4 + self.largest_score)
+        limit = FACTOR * self.errors[_PLAIN] / unit + floor
+        return {
+            name: Check(error / unit, limit)
+            for name, error in self.errors.items()
+            if name != _PLAIN
+        }
+
+
+class _Trial:
+    """The same random activations through ORIGINAL's weights, through FUSED's, and in float64.
+
+    Sequences have different lengths. After the prompt each cache is filled with random K and V up
+    to its length, as if many tokens had gone by: projecting those would cost far more than all
+    else and show nothing new.
+    """
+
+    def __init__(self, original: _Weights, fused: _Weights, options: Options) -> None:
+        self.plain, self.fused = _Path(original), _Path(fused)
+        self.exact = _Path(original, exact=True)
+        self.options = options
+        self.random = np.random.default_rng(options.seed)
+        self.prompts = _lengths(options.n_prompt, options.n_seqs)
+        self.contexts = _lengths(max(options.n_kv, options.n_prompt), options.n_seqs)
+        self.n_embd = _linears(original.projections)[0].weight.shape[1]
+
+    @property
+    def paths(self) -> tuple[_Path, _Path, _Path]:
+        return self.plain, self.fused, self.exact
+
+    def activations(self, n_tokens: int) -> Floats:
+        """[n_seqs, n_tokens, n_embd], as after a norm."""
+        shape = (self.options.n_seqs, n_tokens, self.n_embd)
+        return self.random.standard_normal(shape, dtype=np.float32)
+
+    def checks(self) -> dict[str, Check]:
+        x = self.activations(self.options.n_prompt)
+        checks = {"projection": self.check_projection(x)}
+        if self.plain.weights.attention is not None:
+            checks |= self.check_prefill(x) | self.check_decode()
+        return checks
+
+    def check_projection(self, x: Floats) -> Check:
+        """The worst of Q, K and V, each relative to its own size."""
+        checks: list[Check] = []
+        for plain, fused, exact in zip(*(path.project(x) for path in self.paths), strict=True):
+            gauge = _Gauge()
+            gauge.add(exact, {_PLAIN: plain, "projection": fused})
+            checks += gauge.checks().values()
+        return max(checks, key=lambda check: (not check.ok, check.error / check.limit))
+
+    def check_prefill(self, x: Floats) -> dict[str, Check]:
+        positions = attention.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
+        heads = [path.heads(x, positions) for path in self.paths]
+        self.fill_caches(heads)
+        ways = (attention.expanded_attention, attention.broadcast_attention, _reference)
+        plain, fused, exact = (
+            path.attend(way, own, own.k, own.v, positions, positions)
+            for path, own, way in zip(self.paths, heads, ways, strict=True)
+        )
+        gauge = _Gauge()
+        size = self.exact.largest_score(heads[2], heads[2].k)
+        gauge.add(exact, {_PLAIN: plain, "prefill": fused}, size)
+        return gauge.checks()
+
+    def fill_caches(self, heads: Sequence[Heads]) -> None:
+        n_cells = max(self.contexts) + self.options.n_decode
+        for path, own in zip(self.paths, heads, strict=True):
+            path.allocate(own, n_cells)
+        for seq, (prompt, context) in enumerate(zip(self.prompts, self.contexts, strict=True)):
+            for cache in ("k", "v"):
+                known = getattr(self.plain, cache)[seq, :, :prompt]  # [n_head_kv, prompt, dim]
+                size = np.sqrt(np.mean(known * known))
+                shape = (known.shape[0], context - prompt, known.shape[2])
+                filling = size * self.random.standard_normal(shape, dtype=np.float32)
+                for path in self.paths:
+                    getattr(path, cache)[seq, :, prompt:context] = filling
+
+    def check_decode(self) -> dict[str, Check]:
+        gauge = _Gauge()
+        for step in range(self.options.n_decode):
+            cells = [context + step for context in self.contexts]
+            heads = self.decode_heads(cells)
+            for path, own in zip(self.paths, heads, strict=True):
+                path.store(own, cells)
+            plain, fused, exact = heads
+            ways = {_PLAIN: self.plain.decode(attention.expanded_attention, plain, cells)}
+            for name, way in self.decodes().items():
+                ways[f"decode_{name}"] = self.fused.decode(way, fused, cells)
+            size = self.exact.largest_score(exact, self.exact.k)
+            gauge.add(self.exact.decode(_reference, exact, cells), ways, size)
+        return gauge.checks()
+
+    def decode_heads(self, cells: Sequence[int]) -> list[Heads]:
+        """One new token of each sequence, at the position of its cell, by every path."""
+        x, positions = self.activations(1), np.array(cells)[:, None]  # [n_seqs, 1]
+        return [path.heads(x, positions) for path in self.paths]
+
+    def decodes(self) -> dict[str, Attend]:
+        split = functools.partial(attention.split_attention, n_threads=self.options.threads)
+        return {
+            "expand": attention.expanded_attention,
+            "broadcast": attention.broadcast_attention,
+            "split": split,
+        }
+
+    def timing(self, name: str) -> Timing:
+        """One token of each sequence through the projections, and the last decode step again."""
+        x = self.activations(1)
+        ways: dict[str, Callable[[], object]] = {
+            "separate": functools.partial(self.plain.project, x),
+            "fused": functools.partial(self.fused.project, x),
+        }
+        if self.plain.weights.attention is not None:
+            cells = [context + self.options.n_decode - 1 for context in self.contexts]
+            heads = self.decode_heads(cells)[1]
+            for decode, way in self.decodes().items():
+                ways[decode] = functools.partial(self.fused.decode, way, heads, cells)
+        return Timing(name, self.options.n_seqs, max(self.contexts), interleaved(ways))
+
+
+def _reference(
+    q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
+) -> Floats:
+    return attention.reference_attention(q, k, v, mask, params)
+
+
+def _lengths(longest: int, n_seqs: int) -> list[int]:
+    """Sequences of different length: from `longest` down to about half of it."""
+    return [max(1, longest - seq * longest // (2 * n_seqs)) for seq in range(n_seqs)]

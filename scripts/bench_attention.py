@@ -1,0 +1,133 @@
+"""Compare split-KV decode in numpy with PyTorch's scaled_dot_product_attention, where installed.
+
+Both get the same float32 Q, K and V and as many threads, and take turns; medians count. What is
+also timed is reading K and V once, which nobody can undercut.
+
+Examples:
+
+    python scripts/bench_attention.py
+    python scripts/bench_attention.py --threads 2 --n-kv 8192,32768 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from gguf_fuse import attention
+from gguf_fuse.attention import AttentionParams, Floats
+from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved, stream
+
+Way = Callable[[], Any]
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.threads < 1 or options.heads % options.kv_heads:
+        raise SystemExit("threads must be at least 1, heads a multiple of kv-heads")
+    rows = [measure(n_kv, options) for n_kv in options.n_kv]
+    if options.json:
+        print(json.dumps({"threads": options.threads, "torch": torch_version(), "rows": rows}))
+    else:
+        print_table(rows, options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=DEFAULT_THREADS)
+    parser.add_argument("--n-kv", type=numbers, default=numbers("512,2048,8192,32768"))
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for the repeats of one row")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def torch_version() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    return str(torch.__version__)
+
+
+def measure(n_kv: int, options: argparse.Namespace) -> dict[str, float | None]:
+    """One row; torch_ms and its largest difference are None where torch is not installed."""
+    random = np.random.default_rng(n_kv)
+
+    def draw(*shape: int) -> Floats:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    q = draw(1, options.heads, 1, options.head_dim)  # [n_seqs, n_head, n_tokens, head_dim]
+    k = draw(1, options.kv_heads, n_kv, options.head_dim)  # [n_seqs, n_head_kv, n_kv, head_dim]
+    v = draw(1, options.kv_heads, n_kv, options.head_dim)  # [n_seqs, n_head_kv, n_kv, head_dim]
+    params = AttentionParams(scale=options.head_dim**-0.5)
+    split = functools.partial(
+        attention.split_attention, q, k, v, None, params, n_threads=options.threads
+    )
+    ways: dict[str, Way] = {"split": split}
+    torch = torch_way(q, k, v, options.threads)
+    with ThreadPoolExecutor(options.threads) as pool, blas_threads(options.threads):
+        ways["stream"] = functools.partial(stream, (k, v), options.threads, pool)
+        if torch is not None:
+            ways["torch"] = torch
+        ms = interleaved(ways, options.seconds)
+    difference = None if torch is None else float(np.max(np.abs(split() - np.asarray(torch()))))
+    return {
+        "n_kv": n_kv,
+        "split_ms": ms["split"],
+        "torch_ms": ms.get("torch"),
+        "stream_ms": ms["stream"],
+        "difference": difference,
+    }
+
+
+def torch_way(q: Floats, k: Floats, v: Floats, threads: int) -> Way | None:
+    """PyTorch's grouped-query attention over the same memory; None where torch is missing."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    tensors = [torch.from_numpy(array) for array in (q, k, v)]
+
+    def way() -> Any:
+        with torch.inference_mode():
+            return torch.nn.functional.scaled_dot_product_attention(*tensors, enable_gqa=True)
+
+    return way
+
+
+def print_table(rows: list[dict[str, float | None]], options: argparse.Namespace) -> None:
+    print(
+        f"decode, {options.heads} heads, {options.kv_heads} KV heads, {options.head_dim} wide, "
+        f"{options.threads} threads, torch {torch_version() or 'is not installed'}; ms\n"
+    )
+    print(f"{'n_kv':>7} {'split':>9} {'torch':>9} {'K, V read':>9} {'torch/split':>11} difference")
+    for row in rows:
+        torch, split = row["torch_ms"], row["split_ms"]
+        assert split is not None
+        cells = ["-", "-", "-"]
+        if torch is not None:
+            cells = [f"{torch:.3f}", f"{torch / split:.2f} x", f"{row['difference']:.1e}"]
+        print(
+            f"{row['n_kv']:>7} {split:>9.3f} {cells[0]:>9} {row['stream_ms']:>9.3f} "
+            f"{cells[1]:>11} {cells[2]:>10}"
+        )
+
+
+if __name__ == "__main__":
+    main()
