@@ -291,7 +291,7 @@ def plot(result: Bench, path: Path) -> None:
         yscale="log",
         xlabel="context (cells of the KV cache)",
         ylabel="attention of one layer, one token (ms)",
-        title=f"{_heads(result.shape)}, {result.threads} threads",
+        title=f"{_heads(result.shape)}, threads: {result.threads}",
     )
     axes.set_xticks(n_kv, [str(length) for length in n_kv])
     axes.minorticks_off()

@@ -99,6 +99,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if FUSE_FLAG in arguments and arguments[0] != "fuse":
         arguments = ["fuse", *arguments]
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             number = getattr(signal, name)
@@ -121,11 +124,11 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
             _fail(str(nothing), EXIT_NOTHING_TO_DO)
         except GGUFError as error:
             _fail(str(error), EXIT_ERROR)
-        except BrokenPipeError:
+        except OSError as error:  # all others are GGUFErrors by now
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _fail("standard output: closed by the program that reads it", EXIT_ERROR)
+            _fail(f"standard output: {error.strerror}", EXIT_ERROR)
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+            _fail("interrupted", EXIT_INTERRUPTED)
 
     return run
 
@@ -404,6 +407,8 @@ def _check_output(output: str, as_json: bool) -> None:
         return
     if as_json:
         raise typer.BadParameter("--json and OUT - both want standard output")
+    if sys.__stdout__ is None:
+        raise typer.BadParameter("OUT is -, but standard output is closed")
     if sys.stdout.isatty():
         raise typer.BadParameter("OUT is -, but standard output is a terminal; pipe it somewhere")
 

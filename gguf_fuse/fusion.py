@@ -262,6 +262,8 @@ def _not_joinable(
         return f"row lengths differ: {', '.join(str(part.ne[0]) for part in parts)}"
     if kind == "weight":
         return None
+    if row_bytes(parts[0].type, 1) == 0:
+        return f"biases of {type_name(parts[0].type)} come in blocks"
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != joins[0].rows:
         return f"biases of {listed(lengths)} elements for {listed(joins[0].rows)} rows"
@@ -340,8 +342,10 @@ def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool
 
 def refuse_other_kinds(header: Header) -> None:
     """Raises Refused for GGUF files that are no models: shards, adapters, importance matrices."""
-    n_shards = integer(header, "split.count", 0) or 1
-    if n_shards != 1:
+    n_shards = header.metadata.get("split.count", 0)
+    if type(n_shards) is not int:
+        raise GGUFError(f"{header.path}: split.count is no number: is this a shard?")
+    if n_shards > 1:
         shard = (integer(header, "split.no", 0) or 0) + 1
         raise Refused(
             f"{header.path}: shard {shard} of {n_shards}; merge the shards first "

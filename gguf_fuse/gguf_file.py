@@ -551,12 +551,9 @@ class _Parser:
                     f"tensor {name!r} ends at byte {data_start + offset + n_bytes}, the file at "
                     f"byte {self.file_bytes}: it is truncated; download or copy it again"
                 )
-            if n_bytes == 0:
-                self.fail(
-                    f"tensor {name!r} of the unknown {type_name(kind)} has no data before offset "
-                    f"{limit}"
-                )
-            if offset + n_bytes > limit:
+            if n_bytes == 0 and limit == data_bytes:
+                self.fail(f"tensor {name!r} of the unknown {type_name(kind)} has no data")
+            if offset + n_bytes > limit or n_bytes == 0:
                 self.fail(
                     f"tensor {name!r} ({n_bytes} bytes at offset {offset}) overlaps the tensor at "
                     f"offset {limit}"

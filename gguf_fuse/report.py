@@ -404,7 +404,7 @@ def bench_parts(result: Bench) -> Iterator[RenderableType]:
     shape = result.shape
     yield _text(
         f"{result.source}: n_embd {shape.n_embd}, {shape.n_head} heads, {shape.n_head_kv} KV "
-        f"heads, {shape.head_dim} wide; {result.threads} threads; medians in ms",
+        f"heads, {shape.head_dim} wide; threads: {result.threads}; medians in ms",
     )
     yield _text()
     yield _bench_table(
@@ -417,7 +417,7 @@ def bench_parts(result: Bench) -> Iterator[RenderableType]:
     yield _text(projection_verdict(result.projection))
     yield _text()
     yield _bench_table(
-        ("n_kv", "expand", "broadcast", "split", "K, V read", "expand / split", "of reading"),
+        ("n_kv", "expand", "broadcast", "split", "K, V\nread", "expand\n/ split", "of\nreading"),
         (
             (
                 str(row.n_kv),

@@ -40,6 +40,8 @@ from gguf_fuse.fusion import (
 )
 from gguf_fuse.gguf_file import GGUFError, Header, Segment, TensorInfo, row_bytes, type_name
 
+_FUSED_NAMES = tuple(f".{FUSED}.{kind}" for kind in (*JOINED, *SHARED))
+
 
 @dataclass(frozen=True, slots=True)
 class _Split:
@@ -50,8 +52,12 @@ class _Split:
     positions: tuple[int, int, int] | None
 
     @property
+    def kind(self) -> str:
+        return self.tensor.name.partition(f".{FUSED}.")[2]
+
+    @property
     def shared(self) -> bool:
-        return self.tensor.name.endswith(tuple(f".{kind}" for kind in SHARED))
+        return self.kind in SHARED
 
 
 def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
@@ -76,7 +82,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
             split.rows,
         )
         for split in splits
-        if split.tensor.name.endswith(".weight")
+        if split.kind == "weight"
     )
     return Plan(
         header.version,
@@ -135,15 +141,15 @@ def _recorded_splits(header: Header) -> list[_Split]:
     n_restored = len(header.tensors) + 2 * len(names)
     if len(set(positions) & set(range(n_restored))) < len(positions):
         _damaged(header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors")
-    if len(set(names)) < len(names):
-        _damaged(header, f"{TENSORS_KEY} names a tensor twice")
+    if not names or len(set(names)) < len(names):
+        _damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits = []
     for name, (q, k, v), at in zip(names, _triples(rows), _triples(positions), strict=True):
-        if name not in tensors or f".{FUSED}." not in name:
+        if name not in tensors or not name.endswith(_FUSED_NAMES):
             _damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
         splits.append(_Split(tensors[name], (q, k, v), at))
-        _check_rows(header, splits[-1])
+        _check_split(header, splits[-1])
     return splits
 
 
@@ -162,15 +168,23 @@ def _damaged(header: Header, problem: str) -> NoReturn:
     raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
 
 
-def _check_rows(header: Header, split: _Split) -> None:
+def _check_split(header: Header, split: _Split) -> None:
     tensor, rows = split.tensor, split.rows
-    if not split.shared and (sum(rows) != tensor.ne[-1] or min(rows) < 1):
-        _damaged(header, f"{tensor.name!r} has {tensor.ne[-1]} rows, not {listed(rows)}")
-    if row_bytes(tensor.type, 0) is None:
+    if split.shared:
+        return
+    if row_bytes(tensor.type, 1) is None:
         raise Refused(
             f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
             "this gguf-py does not know; a newer one may"
         )
+    n_dims = 2 if split.kind == "weight" else 1
+    if len(tensor.ne) != n_dims or (n_dims == 1 and row_bytes(tensor.type, 1) == 0):
+        raise Refused(
+            f"{header.path}: tensor {tensor.name!r} of {type_name(tensor.type)} with dimensions "
+            f"{list(tensor.ne)} has no rows to split"
+        )
+    if sum(rows) != tensor.ne[-1] or min(rows) < 1:
+        _damaged(header, f"{tensor.name!r} has {tensor.ne[-1]} rows, not {listed(rows)}")
 
 
 def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
@@ -189,14 +203,14 @@ def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
             tensor = tensors.get(f"{layer}.{FUSED}.{kind}")
             if tensor is not None:
                 splits.append(_Split(tensor, rows, None))
-                _check_rows(header, splits[-1])
+                _check_split(header, splits[-1])
     return splits
 
 
 def _rows_by_heads(
     header: Header, layer: str, weight: TensorInfo, row: Architecture
 ) -> tuple[int, int, int]:
-    n_rows = weight.ne[-1]
+    n_rows = weight.ne[-1] if weight.ne else 1
     if row.equal_rows and n_rows % 3 == 0:
         return (n_rows // 3,) * 3
     index = int(layer.rsplit(".", 1)[1])

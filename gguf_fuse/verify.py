@@ -35,6 +35,7 @@ from gguf_fuse.fusion import RECORD_VERSION
 from gguf_fuse.gguf_file import (
     GGUFError,
     Header,
+    Metadata,
     Stamp,
     TensorInfo,
     read_header,
@@ -44,6 +45,9 @@ from gguf_fuse.gguf_file import (
 from gguf_fuse.layer import AttentionLayer, Heads, NotModelled, Projections
 
 BLOCK_BYTES = 256 * 1024  # two of them stay in the L2 cache between reading and comparing
+
+SHORT_PAIR = 4096  # bytes of a metadata pair that is looked at as a whole
+LONG_VALUE = 60  # characters of a value that a problem does not show
 
 FACTOR = 2.0
 EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
@@ -253,11 +257,11 @@ class _Fusion:
 class _Range:
     """Bytes that must be equal. Starts count from the files' starts."""
 
-    place: str  # what a problem says before the row
+    place: str  # of a tensor, or "metadata" and a key
     original: int
     fused: int
     n_bytes: int
-    unit: str  # "row", or "element" of a tensor of one dimension
+    unit: str  # "row", "element" of a tensor of one dimension, "byte" of a metadata pair
     unit_bytes: int
 
 
@@ -278,11 +282,13 @@ def compare_structure(
     started = time.perf_counter()
     fusions, problems = _fusions(original, fused)
     problems += _format_problems(original, fused)
-    problems += _metadata_problems(original, fused)
+    long_pairs, misfits = _compare_metadata(original, fused)
+    problems += misfits
     problems += _record_problems(original, fused, fusions)
     problems += _listing_problems(original, fused, fusions)
     ranges, misfits = _ranges(original, fused, fusions)
     problems += misfits
+    ranges = [*long_pairs, *ranges]
     n_bytes = sum(part.n_bytes for part in ranges)
     on_start("comparing", n_bytes)
     problems += _compare_data(original, fused, ranges, threads, on_progress)
@@ -321,32 +327,39 @@ def _format_problems(original: Header, fused: Header) -> list[str]:
     return [f"{what}: {a}, but {b} in the fused file" for what, a, b in facts if a != b]
 
 
-def _metadata_problems(original: Header, fused: Header) -> list[str]:
-    """Pairs are compared as bytes: a value that only decodes to the same is not the same."""
+def _compare_metadata(original: Header, fused: Header) -> tuple[list[_Range], list[str]]:
+    """Pairs that are too long to hold are left to be compared with the tensors' data."""
     if original.byte_order != fused.byte_order:
-        return []  # every pair would differ; that problem is named already
+        return [], []  # every pair would differ; that problem is named already
     before, after = original.metadata, fused.metadata
+    ranges: list[_Range] = []
     problems = [f"metadata {key}: missing in the fused file" for key in before if key not in after]
     for key in after:
-        if key in before:
-            if before.pair_bytes(key) != after.pair_bytes(key):
-                problems.append(f"metadata {key}: {_difference(original, fused, key)}")
-        elif not key.startswith(_RECORD):
-            problems.append(f"metadata {key}: only in the fused file")
+        if key not in before:
+            if not key.startswith(_RECORD):
+                problems.append(f"metadata {key}: only in the fused file")
+            continue
+        a, b = before.segment(key), after.segment(key)
+        if max(a.n_bytes, b.n_bytes) <= SHORT_PAIR:
+            problems += _compare_pair(before, after, key)
+        elif a.n_bytes != b.n_bytes:
+            problems.append(f"metadata {key}: {a.n_bytes} bytes, but {b.n_bytes} in the fused file")
+        else:
+            ranges.append(_Range(f"metadata {key}", a.start, b.start, a.n_bytes, "byte", 1))
     common = [[key for key in keys if key in before and key in after] for keys in (before, after)]
-    return problems + _order_problems("metadata", *common)
+    return ranges, problems + _order_problems("metadata", *common)
 
 
-def _difference(original: Header, fused: Header, key: str) -> str:
-    """The two values where they are short, else the first byte that differs."""
-    values = [repr(header.metadata[key]) for header in (original, fused)]
-    if values[0] != values[1] and max(map(len, values)) <= 40:
-        return f"{values[0]}, but {values[1]} in the fused file"
-    pairs = original.metadata.pair_bytes(key), fused.metadata.pair_bytes(key)
-    at = next(
-        (i for i, (a, b) in enumerate(zip(*pairs, strict=False)) if a != b), min(map(len, pairs))
-    )
-    return f"differs from byte {at} of the pair on"
+def _compare_pair(before: Metadata, after: Metadata, key: str) -> list[str]:
+    """As bytes: a value that only decodes to the same is not the same."""
+    if before.pair_bytes(key) == after.pair_bytes(key):
+        return []
+    a, b = repr(before[key]), repr(after[key])
+    if a == b:
+        a, b = f"of type {before.value_type(key).name}", f"of type {after.value_type(key).name}"
+    if len(a) > LONG_VALUE or len(b) > LONG_VALUE:
+        return [f"metadata {key}: the value differs in the fused file"]
+    return [f"metadata {key}: {a}, but {b} in the fused file"]
 
 
 def _order_problems(what: str, before: Sequence[str], after: Sequence[str]) -> list[str]:

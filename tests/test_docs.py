@@ -1,0 +1,98 @@
+"""The README is true: its commands run, its two scripts run, its output is what is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gguf_fuse.random_model import demo_spec, write_random_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str) -> list[str]:
+    found = re.search(rf"<!-- {name}.*?-->\n```\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found[1].splitlines()
+
+
+def test_commands(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "in.gguf", demo_spec())
+    (tmp_path / "gguf-fuse").write_text(f'#!/bin/sh\nexec {sys.executable} -m gguf_fuse "$@"\n')
+    (tmp_path / "gguf-fuse").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for line in block("commands"):
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for name in ("back.gguf", "demo-files/model-back.gguf"):
+        assert (tmp_path / name).stat().st_size == (tmp_path / "in.gguf").stat().st_size
+    assert (tmp_path / "back.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
+    assert (tmp_path / "piped.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def masked(line: str) -> str:
+    """Without what differs from run to run: times, speeds, and spaces at the end."""
+    return re.sub(r"[\d.]+ s\b|\([\d.]+ \wB/s\)", "#", line).rstrip()
+
+
+def test_output_of_the_demo() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gguf_fuse", "demo"], capture_output=True, text=True, check=True
+    )
+    printed = [masked(line) for line in done.stdout.splitlines()]
+    for line in block("demo"):
+        assert masked(line) in printed
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "convert_and_fuse.sh"])
+def test_scripts_are_sound(script: str) -> None:
+    path = ROOT / "scripts" / script
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_pipeline_with_stand_ins_for_llama_cpp(tmp_path: Path) -> None:
+    """convert_and_fuse.sh runs through; conversion and quantization only copy a model."""
+    write_random_model(tmp_path / "model.gguf", demo_spec())
+    tools = tmp_path / "llama.cpp" / "build" / "bin"
+    tools.mkdir(parents=True)
+    source = shlex.quote(str(tmp_path / "model.gguf"))
+    convert = (
+        f"import shutil, sys; shutil.copy({source!r}, sys.argv[sys.argv.index('--outfile') + 1])"
+    )
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(convert)
+    (tools / "llama-quantize").write_text('#!/bin/sh\ncp "$2" "$3"\n')
+    (tools / "gguf-fuse").write_text(f'#!/bin/sh\nexec {sys.executable} -m gguf_fuse "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "convert_and_fuse.sh", "folder", tmp_path / "out.gguf", "Q4_K"],
+        env={**os.environ, "LLAMA_CPP": str(tmp_path / "llama.cpp")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "llama.cpp",
+        "model.gguf",
+        "out.gguf",
+    ]
+
+
+def test_small_runs_of_the_benchmarks() -> None:
+    for name, *arguments in (
+        ["bench_copy.py", "--size", "5M", "--rounds", "1", "--cp-only", "--json"],
+        ["bench_header.py", "--rounds", "1", "--vocab", "2000", "--json"],
+    ):
+        script = str(ROOT / "scripts" / name)
+        subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True)
