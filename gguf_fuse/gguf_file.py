@@ -369,14 +369,14 @@ class _Parser:
     # -- fixed header -------------------------------------------------------------------------
 
     def _version(self) -> int:
-        if self.file_bytes < _FIXED_HEADER_BYTES:
-            magic = os.read(self.fd, len(MAGIC))
-            if magic == MAGIC:
-                self._truncated()
-            self.fail(f"not a GGUF file: {self.file_bytes} bytes that begin with {magic!r}")
-        magic = self._take(len(MAGIC))
-        if magic != MAGIC:
-            self.fail(f"not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}")
+        if self.file_bytes == 0:
+            self.fail("not a GGUF file: it is empty; download or copy it again")
+        start = os.read(self.fd, _FIXED_HEADER_BYTES)
+        if start.startswith(b"version https://git-lfs"):
+            self.fail("not a GGUF file but a Git LFS pointer to one; run git lfs pull")
+        if not start.startswith(MAGIC):
+            self.fail(f"not a GGUF file: it begins with {start[:4]!r} instead of {MAGIC!r}")
+        self._skip(len(MAGIC))
         raw = self._take(4)
         # A version is a small number: swapped, its low half is zero.
         if raw[:2] == b"\0\0" and raw != b"\0\0\0\0":
@@ -536,28 +536,31 @@ class _Parser:
         self, entries: list[tuple[str, tuple[int, ...], int, int]], data_start: int, alignment: int
     ) -> tuple[TensorInfo, ...]:
         data_bytes = max(self.file_bytes - data_start, 0)
-        by_offset = sorted(entries, key=lambda entry: entry[3])
-        limits = [*(entry[3] for entry in by_offset[1:]), data_bytes][: len(by_offset)]
-        tensors = {}
-        for (name, ne, kind, offset), limit in zip(by_offset, limits, strict=True):
+        for name, _, _, offset in entries:
             if offset % alignment:
                 self.fail(
                     f"tensor {name!r} lies at offset {offset}, not a multiple of the alignment "
                     f"{alignment}"
                 )
+        by_offset = sorted(entries, key=lambda entry: entry[3])
+        tensors = {}
+        for index, (name, ne, kind, offset) in enumerate(by_offset):
+            after = by_offset[index + 1] if index + 1 < len(by_offset) else None
+            limit = data_bytes if after is None else after[3]
             n_bytes = self._n_bytes(name, ne, kind, max(limit - offset, 0))
-            if offset + n_bytes > data_bytes:
+            end = data_start + offset + n_bytes
+            if end > self.file_bytes and n_bytes:
                 self.fail(
-                    f"tensor {name!r} ends at byte {data_start + offset + n_bytes}, the file at "
-                    f"byte {self.file_bytes}: it is truncated; download or copy it again"
+                    f"tensor {name!r} ends at byte {end}, the file at byte {self.file_bytes}: it "
+                    "is truncated or damaged; download or copy it again"
                 )
-            if n_bytes == 0 and limit == data_bytes:
+            if after is not None and offset + max(n_bytes, 1) > limit:
+                self.fail(
+                    f"tensor {name!r} ({n_bytes} bytes at offset {offset}) overlaps {after[0]!r} "
+                    f"at offset {limit}"
+                )
+            if n_bytes == 0:
                 self.fail(f"tensor {name!r} of the unknown {type_name(kind)} has no data")
-            if offset + n_bytes > limit or n_bytes == 0:
-                self.fail(
-                    f"tensor {name!r} ({n_bytes} bytes at offset {offset}) overlaps the tensor at "
-                    f"offset {limit}"
-                )
             tensors[name] = TensorInfo(name, ne, kind, offset, n_bytes)
         return tuple(tensors[entry[0]] for entry in entries)
 
@@ -606,23 +609,23 @@ class _Parser:
 
     def _skip(self, n_bytes: int) -> None:
         if self.at + n_bytes > self.file_bytes:
-            self._truncated()
+            self._truncated(self.at + n_bytes)
         self.at += n_bytes
 
     def _load(self, start: int, n_bytes: int) -> None:
         """Move the window to where the walk goes on, over n_bytes at least."""
         if start + n_bytes > self.file_bytes:
-            self._truncated()
+            self._truncated(start + n_bytes)
         os.lseek(self.fd, start, os.SEEK_SET)
         self.window = os.read(self.fd, max(n_bytes, _WINDOW_BYTES))
         self.window_start = start
         if len(self.window) < n_bytes:
-            self._truncated()
+            self._truncated(start + n_bytes)
 
-    def _truncated(self) -> NoReturn:
+    def _truncated(self, end: int) -> NoReturn:
         self.fail(
-            f"the file ends at byte {self.file_bytes}, inside {self.place}: it is truncated or "
-            "damaged; download or copy it again"
+            f"{self.place} runs to byte {end}, the file ends at byte {self.file_bytes}: it is "
+            "truncated or damaged; download or copy it again"
         )
 
     def fail(self, problem: str) -> NoReturn:

@@ -67,7 +67,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     without a record cannot be split for certain, NothingToDo where nothing is fused.
     """
     refuse_other_kinds(header)
-    if VERSION_KEY in header.metadata:
+    if any(key in header.metadata for key in (VERSION_KEY, TENSORS_KEY, ROWS_KEY, POSITIONS_KEY)):
         splits = _recorded_splits(header)
     else:
         splits = _derived_splits(header, any_architecture)
@@ -130,7 +130,7 @@ def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
 
 
 def _recorded_splits(header: Header) -> list[_Split]:
-    version = header.metadata[VERSION_KEY]
+    version = header.metadata.get(VERSION_KEY)
     if version != RECORD_VERSION:
         _damaged(header, f"{VERSION_KEY} is {version}, this release knows {RECORD_VERSION}")
     names = _array(header, TENSORS_KEY, str)

@@ -244,7 +244,7 @@ def a_zip_file() -> Content:
     return b"PK\3\4" + bytes(100)
 
 
-@evil("not a GGUF file", "vers")
+@evil("not a GGUF file", "git lfs pull")
 def a_git_lfs_pointer() -> Content:
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 42\n"
 

@@ -1,0 +1,184 @@
+"""The benchmark: what it measures and how it tells; never how long anything takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gguf_fuse import bench as benchmark
+from gguf_fuse.bench import (
+    Bench,
+    DecodeRow,
+    ProjectionRow,
+    Shape,
+    bench,
+    check_plot,
+    interleaved,
+    plot,
+    shape_of,
+)
+from gguf_fuse.cli import app
+from gguf_fuse.gguf_file import GGUFError, read_header
+from gguf_fuse.report import projection_verdict
+from tests.conftest import fused_copy
+
+Model = Callable[..., Path]
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark of a moment."""
+    monkeypatch.setattr(benchmark, "N_TOKENS", (1, 3))
+    monkeypatch.setattr(benchmark, "N_KV", (64, 100))
+    monkeypatch.setattr(benchmark, "BUDGET_S", 0.0)
+    monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 8, (32, 16, 16)))
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def some_result() -> Bench:
+    projection = (ProjectionRow(1, 1.0, 1.0), ProjectionRow(8, 2.0, 1.0))
+    decode = tuple(DecodeRow(n, 8.0 * n, 2.0 * n, 1.0 * n, 0.5 * n) for n in (512, 1024))
+    return Bench("default shape", Shape(), 2, projection, decode, (2048,))
+
+
+def test_rows_are_what_was_asked_for(short: None) -> None:
+    result = bench(threads=2)
+    assert [row.n_tokens for row in result.projection] == [1, 3]
+    assert [row.n_kv for row in result.decode] == [64, 100]
+    for row in (*map(asdict, result.projection), *map(asdict, result.decode)):
+        assert min(row.values()) > 0
+
+
+def test_default_shape_adds_up() -> None:
+    shape = Shape()
+    assert shape.rows == (
+        shape.n_head * shape.head_dim,
+        shape.n_head_kv * shape.head_dim,
+        shape.n_head_kv * shape.head_dim_v,
+    )
+
+
+def test_shape_is_the_models(model: Model) -> None:
+    path = model(n_head=4, n_head_kv=1, key_length=24, value_length=8)
+    expected = Shape(64, 4, 1, 24, 8, (96, 24, 8))
+    for each in (path, fused_copy(path)):
+        source, shape = shape_of(read_header(each))
+        assert shape == expected
+        assert source == f"{each}, blk.0"
+
+
+def test_a_gate_counts_among_the_rows(model: Model) -> None:
+    _, shape = shape_of(read_header(model(architecture="qwen35")))
+    assert shape.rows[0] == 2 * shape.n_head * shape.head_dim
+
+
+def test_a_model_without_a_known_shape(model: Model) -> None:
+    outcome = run(model(architecture="bitnet"))
+    assert outcome.exit_code == 1
+    assert "not modelled" in outcome.stderr
+
+
+def test_too_long_contexts_are_left_out(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        benchmark, "_free_bytes", lambda: benchmark._decode_bytes(benchmark.DEFAULT_SHAPE, 64)
+    )
+    result = bench(threads=1)
+    assert [row.n_kv for row in result.decode] == [64]
+    assert result.left_out == (100,)
+    assert "left out, not enough free memory: n_kv 100" in run("--threads", "1").stdout
+
+
+def test_memory_of_a_decode_counts_the_copies() -> None:
+    shape = Shape()
+    k_and_v = 2 * 4 * shape.n_head_kv * shape.head_dim * 1000
+    assert benchmark._decode_bytes(shape, 1000) > k_and_v * (1 + 32 // 8)
+
+
+def test_ways_take_turns() -> None:
+    calls: list[str] = []
+    ms = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, budget_s=0.0)  # type: ignore[misc]
+    assert set(ms) == {"a", "b"}
+    assert calls == list("ab") * (1 + benchmark.MIN_REPEATS)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    seen: list[int] = []
+    monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
+    monkeypatch.setattr(np, "dot", lambda a, b: seen.append(len(a)))
+    arrays = [np.zeros((3, 41), np.float32), np.zeros((5, 41), np.float32)]
+    with ThreadPoolExecutor(threads) as pool:
+        benchmark.stream(arrays, threads, pool)
+    assert sum(seen) == 8 * 41
+    assert max(seen) == 100
+
+
+def test_json_is_as_documented(short: None) -> None:
+    value = json.loads(run("--json").stdout)
+    assert set(value) == {"projection", "decode"}
+    assert {tuple(row) for row in value["projection"]} == {("n_tokens", "separate_ms", "fused_ms")}
+    assert {tuple(row) for row in value["decode"]} == {
+        ("n_kv", "expand_ms", "broadcast_ms", "split_ms", "stream_ms")
+    }
+
+
+def test_table_says_where_fusing_gains_nothing(short: None, model: Model) -> None:
+    outcome = run(model(), "--threads", "1")
+    assert outcome.exit_code == 0
+    for word in ("n_tokens", "separate", "fused", "n_kv", "broadcast", "split", "here, in numpy"):
+        assert word in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("separate", "expected"),
+    [
+        ((1.0, 1.04), "here, in numpy, fusing gains nothing (within 5%) at n_tokens 1, 8"),
+        ((1.2, 1.0), "fusing gains at n_tokens 1; gains nothing (within 5%) at n_tokens 8"),
+        ((0.8, 1.2), "fusing gains at n_tokens 8; costs at n_tokens 1"),
+    ],
+)
+def test_the_verdict_follows_the_measurement(separate: tuple[float, float], expected: str) -> None:
+    rows = [ProjectionRow(n, ms, 1.0) for n, ms in zip((1, 8), separate, strict=True)]
+    assert expected in projection_verdict(rows)
+
+
+def test_plot_without_matplotlib_is_one_line(
+    short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name)
+    )
+    outcome = run("--plot", tmp_path / "decode.png")
+    assert outcome.exit_code == 1
+    assert outcome.stderr.count("\n") == 1
+    assert "gguf-fuse[plot]" in outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["decode.jpg", "decode", "absent/decode.png"])
+def test_plots_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(GGUFError, match=r"must end in|does not exist"):
+        check_plot(tmp_path / name)
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+@pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
+def test_plot_draws_a_file(tmp_path: Path, name: str, magic: bytes) -> None:
+    plot(some_result(), tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(magic)
