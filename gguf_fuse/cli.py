@@ -127,8 +127,8 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
         except OSError as error:  # all others are GGUFErrors by now
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"standard output: {error.strerror}", EXIT_ERROR)
-        except KeyboardInterrupt:
-            _fail("interrupted", EXIT_INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
 
     return run
 

@@ -124,12 +124,14 @@ def write(
             if sync:
                 on_flush()
                 os.fsync(target_fd)
-        if sync:
-            _sync_folder(real.parent)
     except InputLost as error:
         raise GGUFError(f"{source.path}: {error}") from error
     except OSError as error:
         raise GGUFError(f"{destination}: {error.strerror}; nothing was written") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was written") from None
+    if sync:
+        _sync_folder(real.parent)
     n_refused = sum(clone.n_bytes for clone in refused)
     n_copied = sum(copy.n_bytes for copy in copies)
     return Written(n_copied, placement.n_cloned - n_refused)
