@@ -96,6 +96,9 @@ _P = ParamSpec("_P")
 
 def main() -> None:
     """The console command. The bare form `gguf-fuse --fuse-qkv-weights IN OUT` means `fuse`."""
+    # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
+    # need; this is 2^16 cycles. It is read when numpy is loaded.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     arguments = sys.argv[1:]
     if FUSE_FLAG in arguments and arguments[0] != "fuse":
         arguments = ["fuse", *arguments]

@@ -87,12 +87,12 @@ def compare(where: Path, n_bytes: int, rounds: int, all_tools: bool) -> list[Row
         write_random_model(model, spec_of_size(f16, n_bytes))
         commands = contenders(model, output, all_tools)
         runs: dict[str, list[Run]] = {name: [] for name in commands}
-        for _ in range(rounds):
-            for name, command in commands.items():
+        for turn in range(rounds):
+            for name in rotated(list(commands), turn):
                 output.unlink(missing_ok=True)
                 os.sync()
                 read_through(model)
-                runs[name].append(timed(command))
+                runs[name].append(timed(commands[name]))
         return rows_of(runs, file_system(where), model.stat().st_size)
 
 
@@ -117,6 +117,12 @@ def contenders(model: Path, output: Path, all_tools: bool) -> dict[str, list[str
     if shutil.which("llama-quantize"):
         found["llama-quantize COPY"] = ["llama-quantize", *paths, "COPY"]
     return found
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Whoever comes after a slow one finds another page cache: each round begins elsewhere."""
+    at = turn % len(names)
+    return names[at:] + names[:at]
 
 
 def read_through(path: Path) -> None:
