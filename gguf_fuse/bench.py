@@ -216,16 +216,19 @@ def _free_bytes() -> float:
 # -- timing -------------------------------------------------------------------------------------
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], budget_s: float | None = None
+) -> dict[str, float]:
     """Median milliseconds of each way; they take turns until the budget is spent.
 
     Each turn begins with a call that is not timed: OpenBLAS's threads spin for some 25 ms after
     their last work, on cores that whoever comes next with threads of its own would have to share.
     """
+    budget_s = BUDGET_S if budget_s is None else budget_s
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     started = time.perf_counter()
     for turn in range(MAX_REPEATS):
-        if turn >= MIN_REPEATS and time.perf_counter() - started > BUDGET_S:
+        if turn >= MIN_REPEATS and time.perf_counter() - started > budget_s:
             break
         for name, way in ways.items():
             way()

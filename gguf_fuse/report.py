@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gguf_fuse.architectures import Architecture, Loader
+from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader
 from gguf_fuse.fusion import FUSED, Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
 from gguf_fuse.rewrite import STANDARD_OUTPUT, Result
@@ -280,16 +280,18 @@ def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
         ("name", str(header.metadata.get("general.name", "-"))),
         ("metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"),
         ("tensors", f"{len(header.tensors)}: {types}"),
-        ("loader", f"llama.cpp's {row.loader.value} ({_proof(row)})"),
+        ("loader", _loader_line(row)),
     ]
 
 
-def _proof(row: Architecture) -> str:
-    return {
+def _loader_line(row: Architecture) -> str:
+    proof = {
         "measured": "measured: a model was fused and loaded",
         "source": "by its source code",
-        "none": "not in the table",
+        "none": "it is not in the table",
     }[row.source]
+    since = f" since build {FIRST_BUILD}" if row.loader is Loader.READS_FUSED else ""
+    return f"llama.cpp {row.loader.value}{since} ({proof})"
 
 
 # -- verify -------------------------------------------------------------------------------------

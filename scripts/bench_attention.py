@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # as the command does, see cli.py
 
 import numpy as np
 
