@@ -147,3 +147,20 @@ def test_syncing_changes_no_byte(model: Model, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     synced, unsynced = (tmp_path / f"{option}.gguf" for option in ("--sync", "--no-sync"))
     assert synced.read_bytes() == unsynced.read_bytes()
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_other_platforms_copy_plainly(model: Model, tmp_path: Path, platform: str) -> None:
+    """Nothing Linux-only at import or in the plain copy: no fcntl, no libc calls, no O_TMPFILE."""
+    original = model(types={"*": T.F16})
+    output = tmp_path / "out.gguf"
+    script = (
+        "import sys, gguf, numpy, ctypes, os\n"
+        f"sys.platform, sys.modules['fcntl'], ctypes.CDLL = {platform!r}, None, None\n"
+        "del os.O_TMPFILE\n"
+        "from pathlib import Path\n"
+        "from gguf_fuse.rewrite import Options, fuse\n"
+        f"fuse(Path({str(original)!r}), {str(output)!r}, options=Options(threads=3))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert output.read_bytes() == fused_copy(original).read_bytes()
