@@ -877,7 +877,7 @@ class _Trial:
             heads = self.decode_heads(cells)[1]
             for decode, way in self.decodes().items():
                 ways[decode] = functools.partial(self.fused.decode, way, heads, cells)
-        return Timing(name, self.options.n_seqs, max(self.contexts), interleaved(ways))
+        return Timing(name, self.options.n_seqs, max(self.contexts), interleaved(ways, 0.5))
 
 
 def _reference(
