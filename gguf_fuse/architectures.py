@@ -1,7 +1,8 @@
 """What each architecture's loader in llama.cpp reads: a table, and two look-ups.
 
 `general.architecture` names the loader. A file it cannot load is worse than no file, so only
-architectures that are known to read a fused `attn_qkv` are fused without being told to.
+architectures that are known to read a fused `attn_qkv` are fused without being told to. The same
+holds for `ffn_gate_up_exps` (field `gate_up`).
 
 Where the rows come from (column `source`), all for llama.cpp of November 2026:
 - measured: a random model was fused and both files loaded; the logits were bit-identical (or the
@@ -17,20 +18,39 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from gguf_fuse.kinds import GATE_UP, Kind
+
 FIRST_BUILD = "b9093 (May 2026)"
 
 Source = Literal["measured", "source", "none"]
 
 
 class Loader(Enum):
-    """What a loader does with `attn_qkv`; the value completes "its loader ..."."""
+    """What a loader does with a fused tensor; see `phrase`."""
 
-    READS_FUSED = "reads fused Q, K and V"
-    NEEDS_SEPARATE = "needs separate Q, K and V"
-    CRASHES = "crashes on fused Q, K and V"
-    ALREADY_FUSED = "always has fused Q, K and V"
+    READS_FUSED = "reads fused {}"
+    NEEDS_SEPARATE = "needs separate {}"
+    CRASHES = "crashes on fused {}"
+    ALREADY_FUSED = "always has fused {}"
     NO_ATTENTION = "has no attention of this kind"
-    UNKNOWN = "is not known to read fused Q, K and V"
+    UNKNOWN = "is not known to read fused {}"
+
+    def phrase(self, words: str = "Q, K and V") -> str:
+        """Completes "its loader ..."; words: what is fused."""
+        return self.value.format(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a loader does with one kind of fused tensor.
+
+    biases, scales: whether the fused path of the graph applies them.
+    """
+
+    loader: Loader
+    source: Source
+    biases: bool = True
+    scales: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +66,14 @@ class Architecture:
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
     gated_q: bool = False
+    # ffn_gate_up_exps, in place of ffn_gate_exps and ffn_up_exps.
+    gate_up: Reads = Reads(Loader.UNKNOWN, "none", scales=False)
+
+    def reads(self, kind: Kind) -> Reads:
+        """What its loader does with a fused tensor of this kind."""
+        if kind is GATE_UP:
+            return self.gate_up
+        return Reads(self.loader, self.source, self.biases, self.scales)
 
 
 _ROWS: dict[tuple[Loader, Source], str] = {
@@ -78,6 +106,27 @@ _NO_BIASES = {"gemma4"}
 _NO_SCALES = {"gemma3n", "kimi-linear", "mimo2"}
 _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
 
+# Loaders that look for ffn_gate_up_exps.weight first (create_tensor_gate_up_exps, or gemma4's own
+# code); all others want gate and up separate. None reads a bias of the fused tensor. A scale of
+# ffn_up_exps would be applied to both halves, and is loaded only where ffn_up_exps.weight is.
+_GATE_UP: dict[Source, str] = {
+    "measured": "",
+    "source": """
+        cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 mistral4 qwen35moe qwen3next
+        qwen4exp""",
+}
+_GATE_UP_SOURCES: dict[str, Source] = {
+    name: source for source, names in _GATE_UP.items() for name in names.split()
+}
+
+
+def _gate_up(name: str) -> Reads:
+    if name in _GATE_UP_SOURCES:
+        source = _GATE_UP_SOURCES[name]
+        return Reads(Loader.READS_FUSED, source, biases=False, scales=False)
+    return Reads(Loader.NEEDS_SEPARATE, "source", scales=False)
+
+
 # Vision and audio encoders (general.architecture = clip), by projector type. Their common graph
 # reads attn_qkv, splits it by n_head (so K and V must have Q's rows) and applies no scale.
 _PROJECTORS: dict[tuple[Loader, Source], str] = {
@@ -100,6 +149,7 @@ ARCHITECTURES = {
         biases=name not in _NO_BIASES,
         scales=name not in _NO_SCALES,
         gated_q=name in _GATED_Q,
+        gate_up=_gate_up(name),
     )
     for (loader, source), names in _ROWS.items()
     for name in names.split()
