@@ -79,8 +79,8 @@ class Architecture:
 _ROWS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "measured"): """
         afmoe apertus arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe
-        command-r deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4
-        falcon-h1 gemma gemma2 gemma3 gemma4 glm4 glm4moe gpt-oss granite granite_swa
+        command-r deci deepseek deepseek2-ocr dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4
+        falcon-h1 gemma gemma2 gemma3 gemma3n gemma4 glm4 glm4moe gpt-oss granite granite_swa
         granitehybrid granitemoe grok grovemoe hrm_text hunyuan-dense hunyuan-moe hunyuan_vl
         hy_v3 internlm2 jais2 jamba kimi-linear laguna lfm2 lfm2moe llada llada-moe llama llama4
         maincoder maple mellum mimo2 minicpm minimax-01 minimax-m2 minimax-m3 mistral3
@@ -89,8 +89,8 @@ _ROWS: dict[tuple[Loader, Source], str] = {
         qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1 seed_oss
         smallthinker smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
     (Loader.READS_FUSED, "source"): """
-        bert chameleon deepseek2-ocr eurobert gemma-embedding gemma3n jina-bert-v2 jina-bert-v3
-        llama-embed nomic-bert nomic-bert-moe step35""",
+        bert chameleon eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed nomic-bert
+        nomic-bert-moe step35""",
     (Loader.CRASHES, "measured"): "bailingmoe3 glm5-next kimi-k3 qwen4exp",
     (Loader.NEEDS_SEPARATE, "source"): """
         bitnet deepseek2 deepseek32 deepseek4 dflash dots3note eagle3 gemma4-assistant glm-dsa
@@ -110,8 +110,7 @@ _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
 # code); all others want gate and up separate. None reads a bias of the fused tensor. A scale of
 # ffn_up_exps would be applied to both halves, and is loaded only where ffn_up_exps.weight is.
 _GATE_UP: dict[Source, str] = {
-    "measured": "",
-    "source": """
+    "measured": """
         cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 mistral4 qwen35moe qwen3next
         qwen4exp""",
 }
