@@ -1,7 +1,8 @@
 """What each architecture's loader in llama.cpp reads: a table, and two look-ups.
 
 `general.architecture` names the loader. A file it cannot load is worse than no file, so only
-architectures that are known to read a fused `attn_qkv` are fused without being told to.
+architectures that are known to read a fused `attn_qkv` are fused without being told to. The same
+holds for `ffn_gate_up_exps` (field `gate_up`).
 
 Where the rows come from (column `source`), all for llama.cpp of November 2026:
 - measured: a random model was fused and both files loaded; the logits were bit-identical (or the
@@ -17,20 +18,39 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from gguf_fuse.kinds import GATE_UP, Kind
+
 FIRST_BUILD = "b9093 (May 2026)"
 
 Source = Literal["measured", "source", "none"]
 
 
 class Loader(Enum):
-    """What a loader does with `attn_qkv`; the value completes "its loader ..."."""
+    """What a loader does with a fused tensor; see `phrase`."""
 
-    READS_FUSED = "reads fused Q, K and V"
-    NEEDS_SEPARATE = "needs separate Q, K and V"
-    CRASHES = "crashes on fused Q, K and V"
-    ALREADY_FUSED = "always has fused Q, K and V"
+    READS_FUSED = "reads fused {}"
+    NEEDS_SEPARATE = "needs separate {}"
+    CRASHES = "crashes on fused {}"
+    ALREADY_FUSED = "always has fused {}"
     NO_ATTENTION = "has no attention of this kind"
-    UNKNOWN = "is not known to read fused Q, K and V"
+    UNKNOWN = "is not known to read fused {}"
+
+    def phrase(self, words: str = "Q, K and V") -> str:
+        """Completes "its loader ..."; words: what is fused."""
+        return self.value.format(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a loader does with one kind of fused tensor.
+
+    biases, scales: whether the fused path of the graph applies them.
+    """
+
+    loader: Loader
+    source: Source
+    biases: bool = True
+    scales: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +66,21 @@ class Architecture:
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
     gated_q: bool = False
+    # ffn_gate_up_exps, in place of ffn_gate_exps and ffn_up_exps.
+    gate_up: Reads = Reads(Loader.UNKNOWN, "none", scales=False)
+
+    def reads(self, kind: Kind) -> Reads:
+        """What its loader does with a fused tensor of this kind."""
+        if kind is GATE_UP:
+            return self.gate_up
+        return Reads(self.loader, self.source, self.biases, self.scales)
 
 
 _ROWS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "measured"): """
         afmoe apertus arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe
-        command-r deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4
-        falcon-h1 gemma gemma2 gemma3 gemma4 glm4 glm4moe gpt-oss granite granite_swa
+        command-r deci deepseek deepseek2-ocr dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4
+        falcon-h1 gemma gemma2 gemma3 gemma3n gemma4 glm4 glm4moe gpt-oss granite granite_swa
         granitehybrid granitemoe grok grovemoe hrm_text hunyuan-dense hunyuan-moe hunyuan_vl
         hy_v3 internlm2 jais2 jamba kimi-linear laguna lfm2 lfm2moe llada llada-moe llama llama4
         maincoder maple mellum mimo2 minicpm minimax-01 minimax-m2 minimax-m3 mistral3
@@ -61,8 +89,8 @@ _ROWS: dict[tuple[Loader, Source], str] = {
         qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1 seed_oss
         smallthinker smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
     (Loader.READS_FUSED, "source"): """
-        bert chameleon deepseek2-ocr eurobert gemma-embedding gemma3n jina-bert-v2 jina-bert-v3
-        llama-embed nomic-bert nomic-bert-moe step35""",
+        bert chameleon eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed nomic-bert
+        nomic-bert-moe step35""",
     (Loader.CRASHES, "measured"): "bailingmoe3 glm5-next kimi-k3 qwen4exp",
     (Loader.NEEDS_SEPARATE, "source"): """
         bitnet deepseek2 deepseek32 deepseek4 dflash dots3note eagle3 gemma4-assistant glm-dsa
@@ -77,6 +105,26 @@ _ROWS: dict[tuple[Loader, Source], str] = {
 _NO_BIASES = {"gemma4"}
 _NO_SCALES = {"gemma3n", "kimi-linear", "mimo2"}
 _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
+
+# Loaders that look for ffn_gate_up_exps.weight first (create_tensor_gate_up_exps, or gemma4's own
+# code); all others want gate and up separate. None reads a bias of the fused tensor. A scale of
+# ffn_up_exps would be applied to both halves, and is loaded only where ffn_up_exps.weight is.
+_GATE_UP: dict[Source, str] = {
+    "measured": """
+        cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 mistral4 qwen35moe qwen3next
+        qwen4exp""",
+}
+_GATE_UP_SOURCES: dict[str, Source] = {
+    name: source for source, names in _GATE_UP.items() for name in names.split()
+}
+
+
+def _gate_up(name: str) -> Reads:
+    if name in _GATE_UP_SOURCES:
+        source = _GATE_UP_SOURCES[name]
+        return Reads(Loader.READS_FUSED, source, biases=False, scales=False)
+    return Reads(Loader.NEEDS_SEPARATE, "source", scales=False)
+
 
 # Vision and audio encoders (general.architecture = clip), by projector type. Their common graph
 # reads attn_qkv, splits it by n_head (so K and V must have Q's rows) and applies no scale.
@@ -100,6 +148,7 @@ ARCHITECTURES = {
         biases=name not in _NO_BIASES,
         scales=name not in _NO_SCALES,
         gated_q=name in _GATED_Q,
+        gate_up=_gate_up(name),
     )
     for (loader, source), names in _ROWS.items()
     for name in names.split()

@@ -34,6 +34,7 @@ EXIT_NOT_VERIFIED = 4
 EXIT_INTERRUPTED = 130
 
 FUSE_FLAG = "--fuse-qkv-weights"
+GATE_UP_FLAG = "--fuse-gate-up-exps"
 
 _EXIT_CODES = """\b
 Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or
@@ -95,12 +96,15 @@ _P = ParamSpec("_P")
 
 
 def main() -> None:
-    """The console command. The bare form `gguf-fuse --fuse-qkv-weights IN OUT` means `fuse`."""
+    """The console command. The bare form `gguf-fuse --fuse-qkv-weights IN OUT` means `fuse`.
+
+    So does `gguf-fuse --fuse-gate-up-exps IN OUT`, and both flags together.
+    """
     # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     arguments = sys.argv[1:]
-    if FUSE_FLAG in arguments and arguments[0] != "fuse":
+    if {FUSE_FLAG, GATE_UP_FLAG} & set(arguments) and arguments[0] != "fuse":
         arguments = ["fuse", *arguments]
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
@@ -165,13 +169,17 @@ def fuse(
     source: In,
     output: Out,
     fuse_qkv_weights: Annotated[
-        bool, typer.Option(FUSE_FLAG, help="What fuse does; makes the bare form read well.")
-    ] = True,
+        bool, typer.Option(FUSE_FLAG, help="Q, K and V into attn_qkv: without flags, all it does.")
+    ] = False,
+    fuse_gate_up_exps: Annotated[
+        bool,
+        typer.Option(GATE_UP_FLAG, help="Gate and up of experts into ffn_gate_up_exps."),
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     on_mismatch: Annotated[
         OnMismatch,
-        typer.Option(help="A layer whose Q, K and V cannot be one tensor: leave it, or fail."),
+        typer.Option(help="A layer whose parts cannot be one tensor: leave it, or fail."),
     ] = OnMismatch.skip,
     any_architecture: AnyArchitecture = False,
     force: Force = False,
@@ -183,13 +191,16 @@ def fuse(
     """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
     from gguf_fuse import report, rewrite
     from gguf_fuse.fusion import NothingToDo
+    from gguf_fuse.kinds import GATE_UP, QKV
 
+    wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     _check_output(output, as_json)
     with _options(dry_run, force, sync, threads, reflink, quiet) as options:
         try:
             result = rewrite.fuse(
                 source,
                 output,
+                kinds=tuple(kind for kind, is_wanted in wanted if is_wanted),
                 on_mismatch=on_mismatch.value,
                 any_architecture=any_architecture,
                 options=options,
@@ -236,14 +247,19 @@ def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
     from gguf_fuse import fusion, report
     from gguf_fuse.gguf_file import read_header, read_tensors
+    from gguf_fuse.kinds import KINDS, QKV
 
     header = read_header(source)
-    layers = fusion.examine(header, read_tensors(header, fusion.scalar_names(header)))
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    layers = fusion.examine(header, scalars, kinds=KINDS)
     row = fusion.loader_of(header, layers[0].name if layers else "blk.0")
     if as_json:
         return _print_json(report.inspect_json(header, layers, row))
     console = _console()
-    for label, value in report.file_lines(header, row):
+    lines = report.file_lines(header, row)
+    if any(layer.kind is not QKV for layer in layers):
+        lines.append(report.experts_line(row))
+    for label, value in lines:
         console.print(f"[bold]{label:<13}[/]{escape(report.one_line(value))}", highlight=False)
     console.print()
     console.print(report.inspect_table(layers) if layers else "no attention layers")

@@ -1,21 +1,21 @@
 """Header -> Plan of the fused file. Pure: no I/O, no printing; every decision falls here.
 
-Rows of a weight are contiguous, so the fused data is Q's bytes, then K's, then V's. A plan names
-every tensor of the new file and the segments of the old file that make its data; the writer needs
-to know nothing of fusion.
+Rows of a weight are contiguous, so the fused data is Q's bytes, then K's, then V's; of experts, the
+first one's gate, its up, the next one's gate, and so on (`kinds` has the table). A plan names every
+tensor of the new file and the segments of the old file that make its data; the writer needs to
+know nothing of fusion.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NoReturn
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.architectures import Architecture, Loader, architecture, projector
+from gguf_fuse.architectures import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.gguf_file import (
     ByteOrder,
     GGUFError,
@@ -26,10 +26,12 @@ from gguf_fuse.gguf_file import (
     row_bytes,
     type_name,
 )
+from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind
 
-PARTS = ("attn_q", "attn_k", "attn_v")
-FUSED = "attn_qkv"
-RECORD_VERSION = 1
+PARTS = QKV.parts
+FUSED = QKV.fused
+# Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
+RECORD_VERSIONS = (1, 2)
 
 KEY_PREFIX = "gguf_fuse."
 VERSION_KEY = KEY_PREFIX + "version"
@@ -37,11 +39,6 @@ TENSORS_KEY = KEY_PREFIX + "tensors"
 ROWS_KEY = KEY_PREFIX + "rows"
 POSITIONS_KEY = KEY_PREFIX + "positions"
 PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes, see `placement`
-
-JOINED = ("weight", "bias")  # laid end to end
-SHARED = ("scale", "input_scale")  # one value each, so the fused tensor has the same one value
-
-_PROJECTION = re.compile(r"((?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6})\.attn_(?:q|k|v|qkv)\.weight")
 
 
 class Refused(GGUFError):
@@ -60,8 +57,8 @@ class NothingToDo(GGUFError):
 class Status(Enum):
     FUSABLE = "fusable"
     FUSED = "fused"
-    MISMATCH = "not fusable"  # Q, K and V are there, but cannot be one tensor
-    INCOMPLETE = "incomplete"  # the layer shares K or V with another, or computes none
+    MISMATCH = "not fusable"  # all parts are there, but cannot be one tensor
+    INCOMPLETE = "incomplete"  # the layer shares K or V with another, or has no such part
     SEPARATE = "separate"  # the loader would not read them fused
 
 
@@ -81,21 +78,22 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Three tensors of one layer that are (to be) one: parts in the order Q, K, V."""
+    """Tensors of one layer that are (to be) one: parts in the order of their kind."""
 
     name: str
     ne: tuple[int, ...]
     parts: tuple[TensorInfo, ...]
     shared: bool
+    kind: Kind = QKV
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple(part.ne[-1] if part.ne else 1 for part in self.parts)
+        return tuple(self.kind.rows(part.ne) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What was found in one layer. types, rows: of Q, K and V, or of the one fused tensor."""
+    """What was found in one layer. types, rows: of the parts, or of the one fused tensor."""
 
     name: str
     status: Status
@@ -103,6 +101,12 @@ class Layer:
     rows: tuple[int, ...]
     reason: str | None = None
     joins: tuple[Join, ...] = ()
+    kind: Kind = QKV
+
+    @property
+    def label(self) -> str:
+        """The name; with the tensor where it is not attention's: blk.0.ffn_gate_up_exps."""
+        return self.name if self.kind is QKV else f"{self.name}.{self.kind.fused}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,29 +155,44 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
 
 
 def examine(
-    header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool = False
+    header: Header,
+    scalars: Mapping[str, bytes],
+    *,
+    kinds: Sequence[Kind] = (QKV,),
+    any_architecture: bool = False,
 ) -> tuple[Layer, ...]:
-    """Every attention layer of the file, in order, and whether it can be fused.
+    """Every layer of the file that has parts of these kinds, and whether it can be fused.
 
-    scalars: the bytes of the tensors that `scalar_names` asks for.
+    In the order of the kinds, then of the layers. scalars: the bytes of the tensors that
+    `scalar_names` asks for.
     """
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    siblings: dict[str, list[str]] = {}
-    for tensor in header.tensors:
-        layer, _, name = tensor.name.partition(".attn_")
-        siblings.setdefault(layer, []).append(name)
     layers = []
-    for layer in layer_names(header.tensors):
-        decided = _decide(layer, tensors, siblings[layer], scalars, loader_of(header, layer))
-        layers.append(_obey_loader(decided, loader_of(header, layer), any_architecture))
+    for kind in kinds:
+        siblings = _siblings(tensors, kind)
+        for layer in layer_names(header.tensors, kind):
+            row = loader_of(header, layer)
+            decided = _decide(layer, tensors, siblings[layer], scalars, row, kind)
+            layers.append(_obey_loader(decided, row, any_architecture))
     return tuple(layers)
 
 
-def layer_names(tensors: Iterable[TensorInfo]) -> list[str]:
+def _siblings(names: Iterable[str], kind: Kind) -> dict[str, list[str]]:
+    """By layer: the tensors that belong to a part or to the fused tensor."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        own = name.rpartition("blk.")[2].partition(".")[2]
+        if own.startswith((*kind.parts, kind.fused)):
+            found.setdefault(name[: len(name) - len(own) - 1], []).append(own)
+    return found
+
+
+def layer_names(tensors: Iterable[TensorInfo], kind: Kind = QKV) -> list[str]:
     names = {tensor.name for tensor in tensors}
-    found = [match[1] for name in names if (match := _PROJECTION.fullmatch(name))]
+    pattern = kind.layer_pattern
+    found = [match[1] for name in names if (match := pattern.fullmatch(name))]
     return sorted(
-        {layer for layer in found if _is_attention(layer, names)},
+        {layer for layer in found if kind is not QKV or _is_attention(layer, names)},
         key=lambda layer: (layer.split("blk")[0], int(layer.rsplit(".", 1)[1])),
     )
 
@@ -186,10 +205,11 @@ def _is_attention(layer: str, names: set[str]) -> bool:
 
 
 def _obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
-    if any_architecture or row.loader is Loader.READS_FUSED or layer.status is Status.FUSED:
+    loader = row.reads(layer.kind).loader
+    if any_architecture or loader is Loader.READS_FUSED or layer.status is Status.FUSED:
         return layer
-    reason = f"llama.cpp's loader for {row.name} {row.loader.value}"
-    return Layer(layer.name, Status.SEPARATE, layer.types, layer.rows, reason)
+    reason = f"llama.cpp's loader for {row.name} {loader.phrase(layer.kind.words)}"
+    return replace(layer, status=Status.SEPARATE, reason=reason, joins=())
 
 
 def _decide(
@@ -198,59 +218,71 @@ def _decide(
     siblings: Sequence[str],
     scalars: Mapping[str, bytes],
     row: Architecture,
+    kind: Kind,
 ) -> Layer:
-    fused = tensors.get(f"{layer}.{FUSED}.weight")
-    weights = [tensors.get(f"{layer}.{part}.weight") for part in PARTS]
+    fused = tensors.get(f"{layer}.{kind.fused}.weight")
+    weights = [tensors.get(f"{layer}.{part}.weight") for part in kind.parts]
     found = [weight for weight in weights if weight is not None]
     types = tuple(type_name(weight.type) for weight in found)
-    rows = tuple(weight.ne[-1] for weight in found if weight.ne)
+    rows = tuple(kind.rows(weight.ne) for weight in found if weight.ne)
     if fused is not None and not found:
-        return Layer(layer, Status.FUSED, (type_name(fused.type),), fused.ne[-1:])
-    missing = [f"{part}.weight" for part, w in zip(PARTS, weights, strict=True) if w is None]
+        fused_rows = (kind.rows(fused.ne),) if fused.ne else ()
+        return Layer(layer, Status.FUSED, (type_name(fused.type),), fused_rows, kind=kind)
+    missing = [f"{part}.weight" for part, w in zip(kind.parts, weights, strict=True) if w is None]
     if missing:
-        return Layer(layer, Status.INCOMPLETE, types, rows, f"no {', '.join(missing)}")
-    joins, reason = _joins(layer, tensors, scalars, row)
-    reason = reason or _unequal_rows(rows, row) or _in_the_way(siblings)
-    if reason:
-        return Layer(layer, Status.MISMATCH, types, rows, reason)
-    return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins))
+        reason = f"no {', '.join(missing)}"
+        return Layer(layer, Status.INCOMPLETE, types, rows, reason, kind=kind)
+    joins, why_not = _joins(layer, tensors, scalars, row, kind)
+    why_not = why_not or _unequal_rows(rows, row, kind) or _in_the_way(siblings, kind)
+    if why_not:
+        return Layer(layer, Status.MISMATCH, types, rows, why_not, kind=kind)
+    return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins), kind=kind)
 
 
 def _joins(
-    layer: str, tensors: Mapping[str, TensorInfo], scalars: Mapping[str, bytes], row: Architecture
+    layer: str,
+    tensors: Mapping[str, TensorInfo],
+    scalars: Mapping[str, bytes],
+    row: Architecture,
+    fusion: Kind,
 ) -> tuple[list[Join], str | None]:
     """What to join, or the reason why not. A kind that no part has is not joined."""
     joins: list[Join] = []
     for kind in (*JOINED, *SHARED):
-        names = [f"{part}.{kind}" for part in PARTS]
+        names = [f"{part}.{kind}" for part in fusion.parts]
         parts = [tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in tensors]
         if not parts:
             continue
-        if len(parts) < len(PARTS):
+        if len(parts) < len(fusion.parts):
             absent = [name for name in names if f"{layer}.{name}" not in tensors]
             return [], f"no {', '.join(absent)} beside the other {kind}"
         reason = (
-            _not_shared(parts, kind, scalars, row)
+            _not_shared(parts, kind, scalars, row.name, row.reads(fusion))
             if kind in SHARED
-            else _not_joinable(parts, kind, joins, row)
+            else _not_joinable(parts, kind, joins, row.name, row.reads(fusion), fusion)
         )
         if reason:
             return [], reason
-        joins.append(_join(f"{layer}.{FUSED}.{kind}", parts, kind in SHARED))
+        joins.append(_join(f"{layer}.{fusion.fused}.{kind}", parts, kind in SHARED, fusion))
     return joins, None
 
 
-def _join(name: str, parts: Sequence[TensorInfo], shared: bool) -> Join:
+def _join(name: str, parts: Sequence[TensorInfo], shared: bool, fusion: Kind) -> Join:
     ne = parts[0].ne
     if not shared:
-        ne = (*ne[:-1], sum(part.ne[-1] for part in parts))
-    return Join(name, ne, tuple(parts), shared)
+        ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
+    return Join(name, ne, tuple(parts), shared, fusion)
 
 
 def _not_joinable(
-    parts: Sequence[TensorInfo], kind: str, joins: Sequence[Join], row: Architecture
+    parts: Sequence[TensorInfo],
+    kind: str,
+    joins: Sequence[Join],
+    name: str,
+    reads: Reads,
+    fusion: Kind,
 ) -> str | None:
-    n_dims, label = (2, "") if kind == "weight" else (1, "bias ")
+    n_dims, label = fusion.dims_of(kind), "" if kind == "weight" else "bias "
     for part in parts:
         if len(part.ne) != n_dims:
             return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
@@ -258,8 +290,12 @@ def _not_joinable(
         return f"{label}types differ: {', '.join(type_name(part.type) for part in parts)}"
     if row_bytes(parts[0].type, 0) is None:
         return f"{label}{type_name(parts[0].type)} is not known"
-    if len({part.ne[:-1] for part in parts}) > 1:
+    if kind == "weight" and len({part.ne[0] for part in parts}) > 1:
         return f"row lengths differ: {', '.join(str(part.ne[0]) for part in parts)}"
+    if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
+        return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
+    if fusion.n_slices(parts[0].ne) > MAX_SLICES:
+        return f"{fusion.n_slices(parts[0].ne)} experts; at most {MAX_SLICES} are supported"
     if kind == "weight":
         return None
     if row_bytes(parts[0].type, 1) == 0:
@@ -267,16 +303,18 @@ def _not_joinable(
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != joins[0].rows:
         return f"biases of {listed(lengths)} elements for {listed(joins[0].rows)} rows"
-    if not row.biases:
-        return f"llama.cpp's loader for {row.name} adds no fused bias"
+    if fusion.n_slices(parts[0].ne) != fusion.n_slices(joins[0].ne):
+        return f"biases of {parts[0].ne[-1]} experts for {joins[0].ne[-1]}"
+    if not reads.biases:
+        return f"llama.cpp's loader for {name} adds no fused bias"
     return None
 
 
 def _not_shared(
-    parts: Sequence[TensorInfo], kind: str, scalars: Mapping[str, bytes], row: Architecture
+    parts: Sequence[TensorInfo], kind: str, scalars: Mapping[str, bytes], name: str, reads: Reads
 ) -> str | None:
-    if not row.scales:
-        return f"llama.cpp's loader for {row.name} applies no fused {kind}"
+    if not reads.scales:
+        return f"llama.cpp's loader for {name} applies no fused {kind}"
     for part in parts:
         if type_name(part.type) != "F32" or part.n_bytes != 4:
             return f"{part.name} is not one float32"
@@ -285,23 +323,23 @@ def _not_shared(
     return None
 
 
-def _unequal_rows(rows: Sequence[int], row: Architecture) -> str | None:
-    if not row.equal_rows or len(set(rows)) == 1:
+def _unequal_rows(rows: Sequence[int], row: Architecture, kind: Kind) -> str | None:
+    if kind is not QKV or not row.equal_rows or len(set(rows)) == 1:
         return None
     return f"rows differ ({listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
 
 
-def _in_the_way(siblings: Sequence[str]) -> str | None:
+def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:
     """A fused tensor that exists, or a part's tensor that nothing would read any more.
 
     llama.cpp aborts on left-over tensors, such as a clamp of attn_q alone.
     """
     for name in siblings:
         part, _, kind = name.partition(".")
-        if part == "qkv":
-            return f"attn_{name} is there already"
-        if part in ("q", "k", "v") and kind not in (*JOINED, *SHARED):
-            return f"attn_{name} would have no place beside {FUSED}"
+        if part == fusion.fused:
+            return f"{name} is there already"
+        if part in fusion.parts and kind not in (*JOINED, *SHARED):
+            return f"{name} would have no place beside {fusion.fused}"
     return None
 
 
@@ -312,19 +350,29 @@ def listed(numbers: Iterable[int]) -> str:
 # -- fuse ---------------------------------------------------------------------------------------
 
 
-def fuse(header: Header, scalars: Mapping[str, bytes], *, any_architecture: bool = False) -> Plan:
-    """The plan of the fused file.
+def fuse(
+    header: Header,
+    scalars: Mapping[str, bytes],
+    *,
+    kinds: Sequence[Kind] = (QKV,),
+    any_architecture: bool = False,
+) -> Plan:
+    """The plan of the file with these kinds of tensors fused.
 
     Raises Refused where the result would not load (`any_architecture` overrides what the table of
     architectures says), NothingToDo where no layer can be fused.
     """
     refuse_other_kinds(header)
     if any(key.startswith(KEY_PREFIX) for key in header.metadata):
-        raise NothingToDo(header, "nothing to fuse: gguf-fuse has fused this file already")
-    layers = examine(header, scalars, any_architecture=any_architecture)
+        raise NothingToDo(
+            header,
+            "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
+            f"and give {' and '.join(kind.flag for kind in KINDS)} at once",
+        )
+    layers = examine(header, scalars, kinds=kinds, any_architecture=any_architecture)
     fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
     if not fusable:
-        _raise_nothing_to_fuse(header, layers)
+        _raise_nothing_to_fuse(header, layers, kinds)
     joins = [join for layer in fusable for join in layer.joins]
     record = _encode_record(joins, header)
     return Plan(
@@ -359,20 +407,29 @@ def refuse_other_kinds(header: Header) -> None:
         )
 
 
-def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoReturn:
-    row = loader_of(header, layers[0].name if layers else "blk.0")
-    if any(layer.status is Status.SEPARATE for layer in layers):
-        refuse_loader(header, row)
+def _raise_nothing_to_fuse(
+    header: Header, layers: tuple[Layer, ...], kinds: Sequence[Kind]
+) -> NoReturn:
+    separate = [layer.kind for layer in layers if layer.status is Status.SEPARATE]
+    if separate:
+        row = loader_of(header, layers[0].name)
+        refuse_loader(header, row, separate[0])
     if not layers:
-        raise NothingToDo(
-            header, "nothing to fuse: no attention layer has attn_q, attn_k or attn_v"
-        )
+        nothing = " or ".join(_no_parts(kind) for kind in kinds)
+        raise NothingToDo(header, f"nothing to fuse: no {nothing}")
     raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
 
 
-def refuse_loader(header: Header, row: Architecture) -> NoReturn:
+def _no_parts(kind: Kind) -> str:
+    *others, last = kind.parts
+    layer = "attention layer" if kind is QKV else "layer"
+    return f"{layer} has {', '.join(others)} or {last}"
+
+
+def refuse_loader(header: Header, row: Architecture, kind: Kind = QKV) -> NoReturn:
+    loader = row.reads(kind).loader.phrase(kind.words)
     raise Refused(
-        f"{header.path}: architecture {row.name!r}: llama.cpp's loader {row.loader.value}, so the "
+        f"{header.path}: architecture {row.name!r}: llama.cpp's loader {loader}, so the "
         "new file would not load; --any-architecture writes it all the same"
     )
 
@@ -381,7 +438,7 @@ def summary(layers: Sequence[Layer]) -> str:
     """The reasons of skipped layers, alike ones counted: "30 layers: types differ: Q4_K, ..."."""
     counts: dict[str, list[str]] = {}
     for layer in layers:
-        counts.setdefault(layer.reason or "already fused", []).append(layer.name)
+        counts.setdefault(layer.reason or "already fused", []).append(layer.label)
     return "; ".join(
         f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {reason}"
         for reason, names in counts.items()
@@ -394,11 +451,23 @@ def _fused_tensors(header: Header, joins: Iterable[Join]) -> Iterable[PlannedTen
     for tensor in header.tensors:
         join = stands_for.get(tensor.name)
         if join is not None:
-            sources = join.parts[:1] if join.shared else join.parts
-            segments = tuple(_segment(header, part) for part in sources)
-            yield PlannedTensor(join.name, join.ne, tensor.type, segments)
+            yield PlannedTensor(join.name, join.ne, tensor.type, _joined(header, join))
         elif tensor.name not in absorbed:
             yield untouched(header, tensor)
+
+
+def _joined(header: Header, join: Join) -> tuple[Segment, ...]:
+    """Slice by slice, the parts in turn; of shared values, the first part's."""
+    if join.shared:
+        return (_segment(header, join.parts[0]),)
+    n_slices = join.kind.n_slices(join.ne)
+    slices = [_slices(_segment(header, part), n_slices) for part in join.parts]
+    return tuple(segment for turn in zip(*slices, strict=True) for segment in turn)
+
+
+def _slices(whole: Segment, n: int) -> list[Segment]:
+    n_bytes = whole.n_bytes // n
+    return [Segment(whole.start + at * n_bytes, n_bytes) for at in range(n)]
 
 
 def untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
@@ -410,13 +479,17 @@ def _segment(header: Header, tensor: TensorInfo) -> Segment:
 
 
 def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
-    """The metadata pairs that the way back needs."""
+    """The metadata pairs that the way back needs.
+
+    rows, positions: for each fused tensor, as many numbers as its kind has parts.
+    """
+    version = 1 if all(join.kind is QKV for join in joins) else 2
     position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
     order = header.byte_order
     rows = [n for join in joins for n in join.rows]
     positions = [position[part.name] for join in joins for part in join.parts]
     return [
-        encode_pair(VERSION_KEY, GGUFValueType.UINT32, RECORD_VERSION, order),
+        encode_pair(VERSION_KEY, GGUFValueType.UINT32, version, order),
         encode_pair(TENSORS_KEY, GGUFValueType.STRING, [join.name for join in joins], order),
         encode_pair(ROWS_KEY, GGUFValueType.UINT64, rows, order),
         encode_pair(POSITIONS_KEY, GGUFValueType.UINT64, positions, order),

@@ -923,11 +923,8 @@ def _with_separate_biases(fused: Linear, tensors: _Tensors, name: str) -> Linear
 
 
 def _fused_rows(header: Header, name: str) -> Rows:
-    for layer in unfusion.unfuse(header, any_architecture=True).changed:
-        if layer.name == name:
-            q, k, v = layer.rows
-            return q, k, v
-    raise GGUFError(f"{header.path}: {name}: the record of the fusion does not name this layer")
+    q, k, v = unfusion.attention_rows(header, name)
+    return q, k, v
 
 
 def _qk_norm(header: Header, spec: AttentionSpec, tensors: _Tensors) -> QkNorm | None:

@@ -99,6 +99,9 @@ NE: dict[str, str] = {
     "ffn_sub_norm": "n_ff",
     "post_ffw_norm": "n_embd",
     "token_embd_norm": "n_embd",
+    "pre_ffw_norm_2": "n_embd",
+    "post_ffw_norm_1": "n_embd",
+    "post_ffw_norm_2": "n_embd",
     "layer_output_scale": "1",
     "ffn_gate_inp": "n_embd n_expert",
     "ffn_gate_exps": "n_embd n_ff n_expert",
@@ -114,7 +117,8 @@ _GEMMA2 = (
     "attn_norm.weight @qkv attn_output.weight post_attention_norm.weight "
     "ffn_norm.weight @ffn post_ffw_norm.weight"
 )
-_GEMMA2_NO_V = _GEMMA2.replace("@qkv", "@qk")
+_DENSE = "ffn_gate.weight ffn_up.weight ffn_down.weight"
+_GEMMA4 = f"{_GEMMA2.replace('@ffn', _DENSE)} @gemma4_experts"
 # Linear attention: 2 heads of 16 for Q and K, 4 for V.
 _DELTA_NET = (
     "attn_qkv.weight attn_gate.weight ssm_conv1d.weight ssm_dt.bias ssm_a ssm_beta.weight "
@@ -156,9 +160,74 @@ _HYPER_NE = {
 _SHARED_EXPERTS = (
     "@ffn ffn_gate_inp_shexp.weight ffn_gate_shexp.weight ffn_up_shexp.weight ffn_down_shexp.weight"
 )
+_SHARED_EXPERTS_NE = {
+    "ffn_gate_inp_shexp": "n_embd",
+    "ffn_gate_shexp": "n_embd n_ff",
+    "ffn_up_shexp": "n_embd n_ff",
+    "ffn_down_shexp": "n_ff n_embd",
+}
+# Experts and others beside them that no gate weighs.
+_PLAIN_SHARED = "@ffn ffn_gate_shexp.weight ffn_up_shexp.weight ffn_down_shexp.weight"
+# Q and K of 16 per head, 8 of them turned, made from 32 numbers per token; so are K and V.
+_LATENT = (
+    "attn_norm.weight attn_q_a.weight attn_q_a_norm.weight attn_q_b.weight attn_kv_a_mqa.weight "
+    "attn_kv_a_norm.weight attn_kv_b.weight attn_output.weight ffn_norm.weight"
+)
+# State spaces as of Mamba 2, for an n_embd of 64: 4 heads of 32, states of 16, one group.
+_MAMBA2 = (
+    "ssm_in.weight ssm_conv1d.weight ssm_conv1d.bias ssm_dt.bias ssm_a ssm_d ssm_norm.weight "
+    "ssm_out.weight"
+)
+_MAMBA2_NE = {
+    "ssm_in": "n_embd 292",
+    "ssm_conv1d": "4 160",
+    "ssm_dt": "4",
+    "ssm_a": "1 4",
+    "ssm_d": "1 4",
+    "ssm_norm": "128 1",
+    "ssm_out": "128 n_embd",
+}
+_MAMBA2_KEYS: dict[str, Value] = {
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 128,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 1,
+}
+# Four streams that are predicted and corrected, a low-rank way past attention, and an embedding
+# of 256 for each layer.
+_ALTUP = (
+    "inp_gate.weight proj.weight post_norm.weight altup_correct_coef.weight "
+    "altup_correct_scale.weight altup_predict_coef.weight altup_router.weight "
+    "altup_router_norm.weight laurel_l.weight laurel_r.weight laurel_post_norm.weight"
+)
 _BITNET = (
     "attn_norm.weight @qkv attn_output.weight attn_sub_norm.weight ffn_norm.weight @ffn "
     "ffn_sub_norm.weight"
+)
+
+# No Q, K and V of the usual kind; the first layer is dense.
+_DEEPSEEK2 = Architecture(
+    f"{_LATENT} {_DENSE} | {_LATENT} {_PLAIN_SHARED}",
+    ne={
+        "attn_q_a": "n_embd 32",
+        "attn_q_a_norm": "32",
+        "attn_q_b": "32 q",
+        "attn_kv_a_mqa": "n_embd 40",
+        "attn_kv_a_norm": "32",
+        "attn_kv_b": "32 24*n_head",
+        **_SHARED_EXPERTS_NE,
+    },
+    rotary=0.5,
+    n_head_kv=(4,),
+    n_expert=4,
+    keys={
+        "leading_dense_block_count": 1,
+        "attention.q_lora_rank": 32,
+        "attention.kv_lora_rank": 32,
+        "expert_shared_count": 1,
+        "expert_weights_scale": 1.5,
+    },
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -362,9 +431,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         n_head_kv=(2, 0),
         keys={"shortconv.l_cache": 3},
     ),
-    # Full layers have no V of their own: the raw K projection serves.
+    # Full layers have no V of their own: the raw K projection serves. Experts, if any, stand
+    # beside a dense feed-forward.
     "gemma4": Architecture(
-        f"{_GEMMA2} layer_output_scale.weight | {_GEMMA2_NO_V} layer_output_scale.weight",
+        f"{_GEMMA4} layer_output_scale.weight | "
+        f"{_GEMMA4.replace('@qkv', '@qk')} layer_output_scale.weight",
+        ne={"ffn_gate_inp.scale": "n_embd"},
         outer=f"{_TIED} rope_freqs.weight",
         qk_norm=True,
         sliding_window=8,
@@ -391,6 +463,163 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rope.dimension_sections": [2, 1, 1, 0],
             **_DELTA_NET_KEYS,
         },
+    ),
+    # As qwen35, of experts; qwen3next has ssm_beta and ssm_alpha in one.
+    "qwen35moe": Architecture(
+        f"attn_norm.weight {_DELTA_NET} post_attention_norm.weight {_SHARED_EXPERTS} | "
+        f"attn_norm.weight @qkv attn_output.weight post_attention_norm.weight {_SHARED_EXPERTS}",
+        ne={"attn_q": "n_embd 2*q", **_DELTA_NET_NE, **_SHARED_EXPERTS_NE},
+        qk_norm=True,
+        rotary=0.5,
+        n_expert=4,
+        keys={
+            "full_attention_interval": 2,
+            "expert_shared_feed_forward_length": "=n_ff",
+            "rope.dimension_sections": [2, 1, 1, 0],
+            **_DELTA_NET_KEYS,
+        },
+    ),
+    "qwen3next": Architecture(
+        "attn_norm.weight attn_qkv.weight attn_gate.weight ssm_conv1d.weight ssm_dt.bias ssm_a "
+        f"ssm_ba.weight ssm_norm.weight ssm_out.weight post_attention_norm.weight "
+        f"{_SHARED_EXPERTS} | "
+        f"attn_norm.weight @qkv attn_output.weight post_attention_norm.weight {_SHARED_EXPERTS}",
+        ne={
+            "attn_q": "n_embd 2*q",
+            "ssm_ba": "n_embd 8",
+            **_DELTA_NET_NE,
+            **_SHARED_EXPERTS_NE,
+        },
+        qk_norm=True,
+        rotary=0.5,
+        n_expert=4,
+        keys={
+            "full_attention_interval": 2,
+            "expert_shared_feed_forward_length": "=n_ff",
+            **_DELTA_NET_KEYS,
+        },
+    ),
+    # The first layer is dense; RoPE is left out in every fourth layer.
+    "cohere2moe": Architecture(
+        f"attn_norm.weight @qkv attn_output.weight {_DENSE} | "
+        "attn_norm.weight @qkv attn_output.weight @ffn | "
+        "attn_norm.weight @qkv attn_output.weight @ffn | "
+        "attn_norm.weight @qkv attn_output.weight @ffn",
+        norm="layer",
+        outer=_TIED,
+        free_head_dim=False,
+        sliding_window=8,
+        n_layer=4,
+        n_expert=4,
+        keys={"logit_scale": 0.5, "leading_dense_block_count": 1},
+    ),
+    "granite_swa": Architecture(
+        _LLAMA,
+        sinks=True,
+        sliding_window=8,
+        n_expert=4,
+        keys={
+            "attention.sliding_window_pattern": (True, False),
+            "attention.scale": 0.125,
+            "embedding_scale": 4.0,
+            "residual_scale": 0.5,
+            "logit_scale": 2.0,
+        },
+    ),
+    # The first layer is dense.
+    "hy_v3": Architecture(
+        f"attn_norm.weight @qkv attn_output.weight ffn_norm.weight {_DENSE} | "
+        f"attn_norm.weight @qkv attn_output.weight ffn_norm.weight {_PLAIN_SHARED}",
+        ne=_SHARED_EXPERTS_NE,
+        qk_norm=True,
+        n_expert=4,
+    ),
+    "deepseek2": _DEEPSEEK2,
+    "mistral4": _DEEPSEEK2,
+    "deepseek2-ocr": Architecture(
+        f"attn_norm.weight @qkv attn_output.weight ffn_norm.weight {_DENSE} | "
+        f"attn_norm.weight @qkv attn_output.weight ffn_norm.weight {_PLAIN_SHARED}",
+        ne=_SHARED_EXPERTS_NE,
+        free_head_dim=False,
+        n_head_kv=(4,),
+        n_expert=4,
+        keys={"leading_dense_block_count": 1, "expert_shared_count": 1},
+    ),
+    # Attention and a state space side by side in each layer.
+    "falcon-h1": Architecture(
+        f"attn_norm.weight {_MAMBA2} @qkv attn_output.weight ffn_norm {_DENSE}",
+        ne=_MAMBA2_NE,
+        keys=_MAMBA2_KEYS,
+    ),
+    # Every second layer is a state space.
+    "granitehybrid": Architecture(
+        f"attn_norm.weight {_MAMBA2} ffn_norm.weight @ffn | {_LLAMA}",
+        ne=_MAMBA2_NE,
+        n_head_kv=(0, 2),
+        keys={"embedding_scale": 4.0, "residual_scale": 0.5, "logit_scale": 2.0, **_MAMBA2_KEYS},
+    ),
+    "jamba": Architecture(
+        "attn_norm.weight ssm_in.weight ssm_conv1d.weight ssm_conv1d.bias ssm_x.weight "
+        "ssm_dt_norm.weight ssm_dt.weight ssm_dt.bias ssm_b_norm.weight ssm_c_norm.weight ssm_a "
+        f"ssm_d ssm_out.weight ffn_norm.weight @ffn | {_LLAMA}",
+        ne={
+            "ssm_in": "n_embd 256",
+            "ssm_conv1d": "4 128",
+            "ssm_x": "128 36",
+            "ssm_dt_norm": "4",
+            "ssm_dt": "4 128",
+            "ssm_b_norm": "16",
+            "ssm_c_norm": "16",
+            "ssm_a": "16 128",
+            "ssm_d": "128",
+            "ssm_out": "128 n_embd",
+        },
+        free_head_dim=False,
+        n_head_kv=(0, 2),
+        keys={
+            "ssm.conv_kernel": 4,
+            "ssm.inner_size": 128,
+            "ssm.state_size": 16,
+            "ssm.time_step_rank": 4,
+        },
+    ),
+    # A layer is a state space, attention or a feed-forward.
+    "nemotron_h": Architecture(
+        f"attn_norm.weight {_MAMBA2} | attn_norm.weight @qkv attn_output.weight | "
+        "attn_norm.weight ffn_up.weight ffn_down.weight",
+        norm="layer",
+        ne=_MAMBA2_NE,
+        n_head_kv=(0, 2, 0),
+        n_layer=3,
+        keys={"feed_forward_length": (0, 0, 128), **_MAMBA2_KEYS},
+    ),
+    # The layers from the 20th on use the K and V of earlier ones.
+    "gemma3n": Architecture(
+        f"{_GEMMA2} {_ALTUP}",
+        outer=f"{_TIED} altup_proj.weight altup_unembd_proj.weight per_layer_token_embd.weight "
+        "per_layer_model_proj.weight per_layer_proj_norm.weight",
+        ne={
+            "altup_proj": "n_embd n_embd 3",
+            "altup_unembd_proj": "n_embd n_embd 3",
+            "per_layer_token_embd": "256*n_layer n_vocab",
+            "per_layer_model_proj": "n_embd 256*n_layer",
+            "per_layer_proj_norm": "256",
+            "inp_gate": "n_embd 256",
+            "proj": "256 n_embd",
+            "post_norm": "n_embd",
+            "altup_correct_coef": "4 4",
+            "altup_correct_scale": "n_embd",
+            "altup_predict_coef": "4 16",
+            "altup_router": "n_embd 4",
+            "altup_router_norm": "n_embd",
+            "laurel_l": "n_embd 64",
+            "laurel_r": "64 n_embd",
+            "laurel_post_norm": "n_embd",
+        },
+        qk_norm=True,
+        sliding_window=8,
+        n_layer=22,
+        keys={"attention.sliding_window_pattern": 2},
     ),
     # Fused from the start.
     "gptneox": Architecture(
@@ -425,10 +654,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "indexer.k_proj": "n_embd key_length",
             "indexer.q_norm": "key_length",
             "indexer.k_norm": "key_length",
-            "ffn_gate_inp_shexp": "n_embd",
-            "ffn_gate_shexp": "n_embd n_ff",
-            "ffn_up_shexp": "n_embd n_ff",
-            "ffn_down_shexp": "n_ff n_embd",
+            **_SHARED_EXPERTS_NE,
             **_HYPER_NE,
             **_DELTA_NET_NE,
         },
@@ -663,6 +889,7 @@ def _sizes(spec: ModelSpec, layer: int = 0) -> dict[str, int]:
     return {
         "n_embd": spec.n_embd,
         "n_vocab": spec.n_vocab,
+        "n_layer": _n_layer(spec),
         "n_head": spec.n_head,
         "n_head_kv": n_head_kv,
         "key_length": key_length,
@@ -709,13 +936,19 @@ def _expand(word: str, spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:
         separate = _qkv(replace(spec, fused=False))
         return [(name, parts) for name, parts in separate if not name.startswith("attn_v.")]
     names = [word]
-    if word == "@ffn" and _sizes(spec)["n_expert"]:
+    if word == "@gemma4_experts":
+        names = _GEMMA4_EXPERTS.split() if _sizes(spec)["n_expert"] else []
+    elif word == "@ffn" and _sizes(spec)["n_expert"]:
         names = [f"ffn_{name}.weight" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps")]
     elif word == "@ffn":
         names = [f"ffn_{name}.weight" for name in ("gate", "up", "down")]
     return [(name, (name,)) for name in names]
 
 
+_GEMMA4_EXPERTS = (
+    "ffn_gate_inp.weight ffn_gate_inp.scale pre_ffw_norm_2.weight post_ffw_norm_1.weight "
+    "post_ffw_norm_2.weight ffn_gate_exps.weight ffn_up_exps.weight ffn_down_exps.weight"
+)
 _QKV = ("attn_q", "attn_k", "attn_v")
 
 
@@ -770,10 +1003,11 @@ _KINDS = ("weight", "bias", "scale", "input_scale")
 
 def _ne(name: str, spec: ModelSpec, layer: int) -> tuple[int, ...]:
     base, kind = _split(name)
-    if kind.endswith("scale"):
+    own = _architecture(spec).ne
+    if kind.endswith("scale") and name not in own:
         return (1,)
     sizes = _sizes(spec, layer)
-    words = _architecture(spec).ne.get(base) or NE[base]
+    words = own.get(name) or own.get(base) or NE[base]
     ne = tuple(_size(word, sizes) for word in words.split())
     return (ne[1:] or ne) if kind == "bias" else ne
 
@@ -1006,12 +1240,14 @@ def _values(name: str, ne: tuple[int, ...], n: int, spec: ModelSpec) -> NDArray[
 
     rng = _stream(name, spec)
     base, kind = _split(name)
-    if kind.endswith("scale"):
+    if kind.endswith("scale") and n == 1:
         return _scale(base, kind, spec)
     noise = rng.standard_normal(n, dtype=np.float32)
+    if kind.endswith("scale"):
+        return 1.0 + 0.2 * noise
     if base == "rope_freqs":
         return np.linspace(1.0, 8.0, n, dtype=np.float32)
-    if base.endswith("norm") and kind == "weight":
+    if base.endswith(("norm", "norm_1", "norm_2")) and kind in ("weight", ""):
         return 1.0 + 0.2 * noise
     if base.endswith("sinks"):
         return noise

@@ -12,16 +12,17 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader
-from gguf_fuse.fusion import FUSED, Layer, Plan, Status
+from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader, Source
+from gguf_fuse.fusion import Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
+from gguf_fuse.kinds import GATE_UP, KINDS, QKV
 from gguf_fuse.rewrite import STANDARD_OUTPUT, Result
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gguf_fuse.bench import Bench, ProjectionRow
-    from gguf_fuse.verify import Report, Timing
+    from gguf_fuse.verify import Report, Structure, Timing
 
 _INSPECT_STATUS = {
     Status.FUSABLE: "fusable",
@@ -80,13 +81,13 @@ def _rewrite_json(
     skipped: Sequence[Layer],
     n_tensors: int,
 ) -> dict[str, Any]:
-    layers = [_layer_json(layer, "fused") for layer in changed]
-    layers += [_layer_json(layer, "skipped") for layer in skipped]
+    found = [(layer, "fused") for layer in changed]
+    found += [(layer, "skipped") for layer in skipped]
     return {
         "input": source.path,
         "output": output,
         "architecture": source.architecture,
-        "layers": sorted(layers, key=_layer_order),
+        "layers": [_layer_json(*entry) for entry in sorted(found, key=_layer_order)],
         "fused": len(changed),
         "skipped": len(skipped),
         "tensors_in": len(source.tensors),
@@ -154,7 +155,7 @@ def _layer_json(layer: Layer, status: str) -> dict[str, Any]:
     if status == "skipped" and layer.status is Status.FUSED:
         reason = "already fused"
     return {
-        "layer": layer.name,
+        "layer": layer.label,
         "status": status,
         "reason": reason,
         "types": list(layer.types),
@@ -162,22 +163,26 @@ def _layer_json(layer: Layer, status: str) -> dict[str, Any]:
     }
 
 
-def _layer_order(layer: dict[str, Any]) -> tuple[str, int]:
-    prefix, _, number = layer["layer"].rpartition(".")
-    return prefix, int(number)
+def _layer_order(entry: tuple[Layer, str]) -> tuple[str, int, int]:
+    layer, _ = entry
+    prefix, _, number = layer.name.rpartition(".")
+    return prefix, int(number), KINDS.index(layer.kind)
 
 
 # -- for people ---------------------------------------------------------------------------------
 
 
 def fuse_table(plan: Plan) -> Table:
-    rows = [(layer, _text(f"fused into {FUSED}", "green")) for layer in plan.changed]
+    rows = [(layer, _text(f"fused into {layer.kind.fused}", "green")) for layer in plan.changed]
     rows += [(layer, _text(f"left: {_why(layer)}", "yellow")) for layer in plan.skipped]
     return _layer_table(rows)
 
 
 def unfuse_table(plan: Plan) -> Table:
-    rows = [(layer, _text("split into attn_q, attn_k, attn_v", "green")) for layer in plan.changed]
+    rows = [
+        (layer, _text(f"split into {', '.join(layer.kind.parts)}", "green"))
+        for layer in plan.changed
+    ]
     return _layer_table(rows)
 
 
@@ -187,7 +192,9 @@ def inspect_table(layers: Sequence[Layer]) -> Table:
         (
             layer,
             _text(
-                _INSPECT_STATUS[layer.status] + (f": {layer.reason}" if layer.reason else ""),
+                ("" if layer.kind is QKV else f"{layer.kind.fused}: ")
+                + _INSPECT_STATUS[layer.status]
+                + (f": {layer.reason}" if layer.reason else ""),
                 styles.get(layer.status, "yellow"),
             ),
         )
@@ -203,7 +210,7 @@ def _layer_table(rows: Iterable[tuple[Layer, Text]]) -> Table:
     """One line for all layers that are alike: 80 identical ones help nobody."""
     alike: dict[tuple[Any, ...], tuple[list[str], Text]] = {}
     for layer, result in rows:
-        key = (layer.types, layer.rows, result.plain)
+        key = (layer.kind.fused, layer.types, layer.rows, result.plain)
         alike.setdefault(key, ([], result))[0].append(layer.name)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layers", overflow="fold")
@@ -211,7 +218,7 @@ def _layer_table(rows: Iterable[tuple[Layer, Text]]) -> Table:
     table.add_column("type")
     table.add_column("rows")
     table.add_column("result", overflow="fold")
-    for (types, n_rows, _), (names, result) in alike.items():
+    for (_, types, n_rows, _), (names, result) in alike.items():
         # Types that differ are in the result's reason.
         kind = types[0] if len(set(types)) == 1 else "mixed"
         cells = (kind, " + ".join(map(str, n_rows)))
@@ -240,12 +247,8 @@ def _runs(numbers: Sequence[int]) -> str:
 
 def result_line(result: Result, verb: str, dry_run: bool) -> str:
     plan, n_bytes = result.plan, result.placement.n_bytes
-    n_layers = len(plan.changed) + len(plan.skipped)
     done = f"would be {verb}" if dry_run else verb
-    line = (
-        f"{len(plan.changed)} of {n_layers} attention layers {done}, "
-        f"{len(result.source.tensors)} tensors -> {len(plan.tensors)}"
-    )
+    line = f"{_counts(plan)} {done}, {len(result.source.tensors)} tensors -> {len(plan.tensors)}"
     if dry_run:
         return f"{line}; {decimal(n_bytes)} would be written"
     speed = decimal(int(n_bytes / max(result.seconds, 1e-9)))
@@ -254,6 +257,19 @@ def result_line(result: Result, verb: str, dry_run: bool) -> str:
         cloned, copied = decimal(result.written.n_cloned), decimal(result.written.n_copied)
         line += f", {cloned} of them cloned, {copied} copied"
     return line
+
+
+def _counts(plan: Plan) -> str:
+    """ "6 of 8 attention layers", and of the layers with experts, where there are any."""
+    counts = []
+    for kind in KINDS:
+        changed, skipped = (
+            sum(layer.kind is kind for layer in layers) for layers in (plan.changed, plan.skipped)
+        )
+        if changed or skipped:
+            what = "attention layers" if kind is QKV else "layers of experts"
+            counts.append(f"{changed} of {changed + skipped} {what}")
+    return " and ".join(counts)
 
 
 def advice(result: Result) -> str | None:
@@ -285,13 +301,22 @@ def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
 
 
 def _loader_line(row: Architecture) -> str:
-    proof = {
+    since = f" since build {FIRST_BUILD}" if row.loader is Loader.READS_FUSED else ""
+    return f"llama.cpp {row.loader.phrase()}{since} ({_proof(row.source)})"
+
+
+def experts_line(row: Architecture) -> tuple[str, str]:
+    """The same of the loader and fused experts."""
+    reads = row.gate_up
+    return "", f"llama.cpp {reads.loader.phrase(GATE_UP.words)} ({_proof(reads.source)})"
+
+
+def _proof(source: Source) -> str:
+    return {
         "measured": "measured: a model was fused and loaded",
         "source": "by its source code",
         "none": "it is not in the table",
-    }[row.source]
-    since = f" since build {FIRST_BUILD}" if row.loader is Loader.READS_FUSED else ""
-    return f"llama.cpp {row.loader.value}{since} ({proof})"
+    }[source]
 
 
 # -- verify -------------------------------------------------------------------------------------
@@ -310,7 +335,7 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
     structure, mark = report.structure, _mark(report.structure.ok)
     speed = decimal(int(structure.n_bytes / max(structure.seconds, 1e-9)))
     yield mark.append(
-        f" structure: {structure.n_fused} fused layers; {decimal(structure.n_bytes)} of tensors "
+        f" structure: {_fused_layers(structure)}; {decimal(structure.n_bytes)} of tensors "
         f"compared in {structure.seconds:.2f} s ({speed}/s)"
     )
     yield from (_text(f"  {problem}", "red") for problem in structure.problems[:_MOST_PROBLEMS])
@@ -339,6 +364,12 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
     yield from (_text(f"{_ranges(names)}: {note}", "yellow") for note, names in notes.items())
     if report.timing is not None:
         yield from _timing_lines(report.timing)
+
+
+def _fused_layers(structure: Structure) -> str:
+    n_experts = structure.n_fused_experts
+    line = f"{structure.n_fused} fused layers"
+    return f"{line}, {n_experts} with fused experts" if n_experts else line
 
 
 def _mark(ok: bool) -> Text:

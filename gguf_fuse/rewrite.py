@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from gguf_fuse import fusion, unfusion
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Plan, Refused, Status, summary
 from gguf_fuse.gguf_file import GGUFError, Header, read_header, read_tensors
+from gguf_fuse.kinds import QKV, Kind
 from gguf_fuse.placement import Placement, place
 from gguf_fuse.write import Written, check_destination, open_source, stream, write
 
@@ -57,19 +58,20 @@ def fuse(
     source: Path,
     output: str,
     *,
+    kinds: Sequence[Kind] = (QKV,),
     on_mismatch: OnMismatch = "skip",
     any_architecture: bool = False,
     options: Options | None = None,
 ) -> Result:
-    """Write `source` with fused Q, K and V to `output` ("-": standard output).
+    """Write `source` to `output` ("-": standard output) with what `kinds` names fused.
 
-    on_mismatch: "error" refuses a file with a layer whose Q, K and V cannot be one tensor.
+    on_mismatch: "error" refuses a file with a layer whose parts cannot be one tensor.
 
     Raises GGUFError (and its kinds Refused and NothingToDo); nothing is written then.
     """
     header = read_header(source)
     scalars = read_tensors(header, fusion.scalar_names(header))
-    plan = fusion.fuse(header, scalars, any_architecture=any_architecture)
+    plan = fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
     mismatched = [layer for layer in plan.skipped if layer.status is Status.MISMATCH]
     if mismatched and on_mismatch == "error":
         raise Refused(f"{header.path}: {summary(mismatched)} (--on-mismatch skip leaves them)")
@@ -79,7 +81,7 @@ def fuse(
 def unfuse(
     source: Path, output: str, *, any_architecture: bool = False, options: Options | None = None
 ) -> Result:
-    """Write `source` with separate Q, K and V to `output`; raises as `fuse` does."""
+    """Write `source` with all that is fused separate to `output`; raises as `fuse` does."""
     header = read_header(source)
     plan = unfusion.unfuse(header, any_architecture=any_architecture)
     return _carry_out(header, plan, output, options or Options())

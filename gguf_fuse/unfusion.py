@@ -1,8 +1,8 @@
-"""Header of a fused file -> Plan of the file with separate Q, K and V. Pure, like `fusion`.
+"""Header of a fused file -> Plan of the file with separate tensors. Pure, like `fusion`.
 
 What gguf-fuse fused it recorded, and the way back gives the very bytes of the original. A file
-that was fused elsewhere (by the converter) has no record: its rows follow from the head counts,
-or it is refused.
+that was fused elsewhere (by the converter) has no record: the rows of Q, K and V follow from the
+head counts, or it is refused; gate and up are halves.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from typing import Any, NoReturn
 from gguf_fuse.architectures import Architecture, Loader
 from gguf_fuse.fusion import (
     FUSED,
-    JOINED,
     KEY_PREFIX,
-    PARTS,
     POSITIONS_KEY,
-    RECORD_VERSION,
+    RECORD_VERSIONS,
     ROWS_KEY,
-    SHARED,
     TENSORS_KEY,
     VERSION_KEY,
     Layer,
@@ -39,8 +36,7 @@ from gguf_fuse.fusion import (
     untouched,
 )
 from gguf_fuse.gguf_file import GGUFError, Header, Segment, TensorInfo, row_bytes, type_name
-
-_FUSED_NAMES = tuple(f".{FUSED}.{kind}" for kind in (*JOINED, *SHARED))
+from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +44,13 @@ class _Split:
     """A fused tensor of the file and what it is to become; positions: in the restored file."""
 
     tensor: TensorInfo
-    rows: tuple[int, int, int]
-    positions: tuple[int, int, int] | None
+    fusion: Kind
+    rows: tuple[int, ...]
+    positions: tuple[int, ...] | None
 
     @property
     def kind(self) -> str:
-        return self.tensor.name.partition(f".{FUSED}.")[2]
+        return self.tensor.name.partition(f".{self.fusion.fused}.")[2]
 
     @property
     def shared(self) -> bool:
@@ -61,25 +58,30 @@ class _Split:
 
 
 def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
-    """The plan of the file with separate Q, K and V; the original one if gguf-fuse fused it.
+    """The plan of the file with separate tensors; the original one if gguf-fuse fused it.
 
     Raises GGUFError where the record of the fusion does not fit the file, Refused where a file
     without a record cannot be split for certain, NothingToDo where nothing is fused.
     """
     refuse_other_kinds(header)
-    if any(key in header.metadata for key in (VERSION_KEY, TENSORS_KEY, ROWS_KEY, POSITIONS_KEY)):
+    if _has_record(header):
         splits = _recorded_splits(header)
     else:
         splits = _derived_splits(header, any_architecture)
     if not splits:
-        raise NothingToDo(header, f"nothing to unfuse: no attention layer has {FUSED}.weight")
+        raise NothingToDo(
+            header,
+            f"nothing to unfuse: no attention layer has {FUSED}.weight, no layer "
+            f"{GATE_UP.fused}.weight",
+        )
     kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
     changed = tuple(
         Layer(
-            split.tensor.name.removesuffix(f".{FUSED}.weight"),
+            split.tensor.name.removesuffix(f".{split.fusion.fused}.weight"),
             Status.FUSED,
-            (type_name(split.tensor.type),) * 3,
+            (type_name(split.tensor.type),) * len(split.rows),
             split.rows,
+            kind=split.fusion,
         )
         for split in splits
         if split.kind == "weight"
@@ -95,6 +97,24 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
         (),
         may_pad=False,
     )
+
+
+def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
+    """Rows of Q, K and V in a layer's fused weight; raises as `unfuse` does."""
+    name = f"{layer}.{FUSED}.weight"
+    splits = _recorded_splits(header) if _has_record(header) else []
+    recorded = [split.rows for split in splits if split.tensor.name == name]
+    if recorded:
+        return recorded[0]
+    if any(split.fusion is QKV for split in splits):
+        _damaged(header, f"{TENSORS_KEY} does not name {name!r}")
+    (weight,) = (tensor for tensor in header.tensors if tensor.name == name)
+    return _rows_by_heads(header, layer, weight, loader_of(header, layer))
+
+
+def _has_record(header: Header) -> bool:
+    keys = (VERSION_KEY, TENSORS_KEY, ROWS_KEY, POSITIONS_KEY)
+    return any(key in header.metadata for key in keys)
 
 
 def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedTensor]:
@@ -118,43 +138,55 @@ def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedT
 
 
 def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
-    tensor, start = split.tensor, header.data_start + split.tensor.offset
-    parts = []
-    for name, n_rows in zip(PARTS, split.rows, strict=True):
-        restored = tensor.name.replace(f".{FUSED}.", f".{name}.")
-        ne = tensor.ne if split.shared else (*tensor.ne[:-1], n_rows)
-        n_bytes = tensor.n_bytes if split.shared else tensor.n_bytes // tensor.ne[-1] * n_rows
-        parts.append(PlannedTensor(restored, ne, tensor.type, (Segment(start, n_bytes),)))
-        start += 0 if split.shared else n_bytes
+    tensor, fusion = split.tensor, split.fusion
+    start = header.data_start + tensor.offset
+    whole = (Segment(start, tensor.n_bytes),)
+    slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
+    row = slice_bytes // fusion.rows(tensor.ne)  # bytes
+    parts, first = [], 0
+    for name, n_rows in zip(fusion.parts, split.rows, strict=True):
+        restored = tensor.name.replace(f".{fusion.fused}.", f".{name}.")
+        ne = tensor.ne if split.shared else fusion.with_rows(tensor.ne, n_rows)
+        segments = (
+            whole
+            if split.shared
+            else tuple(
+                Segment(start + at + first * row, n_rows * row)
+                for at in range(0, tensor.n_bytes, slice_bytes)
+            )
+        )
+        parts.append(PlannedTensor(restored, ne, tensor.type, segments))
+        first += n_rows
     return parts
 
 
 def _recorded_splits(header: Header) -> list[_Split]:
     version = header.metadata.get(VERSION_KEY)
-    if version != RECORD_VERSION:
-        _damaged(header, f"{VERSION_KEY} is {version}, this release knows {RECORD_VERSION}")
+    if version not in RECORD_VERSIONS:
+        known = " and ".join(map(str, RECORD_VERSIONS))
+        _damaged(header, f"{VERSION_KEY} is {version}, this release knows {known}")
     names = _array(header, TENSORS_KEY, str)
+    kinds = [kind_of(name) or QKV for name in names]
+    n_parts = sum(len(kind.parts) for kind in kinds)
     rows, positions = _array(header, ROWS_KEY, int), _array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
-        if len(values) != len(PARTS) * len(names):
+        if len(values) != n_parts:
             _damaged(header, f"{key} has {len(values)} numbers for {len(names)} fused tensors")
-    n_restored = len(header.tensors) + 2 * len(names)
+    n_restored = len(header.tensors) - len(names) + n_parts
     if len(set(positions) & set(range(n_restored))) < len(positions):
         _damaged(header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors")
     if not names or len(set(names)) < len(names):
         _damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    splits = []
-    for name, (q, k, v), at in zip(names, _triples(rows), _triples(positions), strict=True):
-        if name not in tensors or not name.endswith(_FUSED_NAMES):
+    splits, first = [], 0
+    for name, kind in zip(names, kinds, strict=True):
+        if name not in tensors or not name.endswith(kind.fused_names):
             _damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
-        splits.append(_Split(tensors[name], (q, k, v), at))
+        own = slice(first, first + len(kind.parts))
+        splits.append(_Split(tensors[name], kind, tuple(rows[own]), tuple(positions[own])))
         _check_split(header, splits[-1])
+        first = own.stop
     return splits
-
-
-def _triples(values: Sequence[int]) -> list[tuple[int, int, int]]:
-    return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
 
 
 def _array(header: Header, key: str, kind: type) -> list[Any]:
@@ -177,34 +209,55 @@ def _check_split(header: Header, split: _Split) -> None:
             f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
             "this gguf-py does not know; a newer one may"
         )
-    n_dims = 2 if split.kind == "weight" else 1
-    if len(tensor.ne) != n_dims or (n_dims == 1 and row_bytes(tensor.type, 1) == 0):
+    in_blocks = split.kind == "bias" and row_bytes(tensor.type, 1) == 0
+    if len(tensor.ne) != split.fusion.dims_of(split.kind) or in_blocks:
         raise Refused(
             f"{header.path}: tensor {tensor.name!r} of {type_name(tensor.type)} with dimensions "
             f"{list(tensor.ne)} has no rows to split"
         )
-    if sum(rows) != tensor.ne[-1] or min(rows) < 1:
-        _damaged(header, f"{tensor.name!r} has {tensor.ne[-1]} rows, not {listed(rows)}")
+    n_rows = split.fusion.rows(tensor.ne)
+    if sum(rows) != n_rows or min(rows) < 1:
+        _damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
+    if split.fusion.n_slices(tensor.ne) > MAX_SLICES:
+        raise Refused(
+            f"{header.path}: tensor {tensor.name!r} has {split.fusion.n_slices(tensor.ne)} "
+            f"experts; at most {MAX_SLICES} are supported"
+        )
 
 
 def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
-    """A file fused by someone else: rows from the head counts, or a refusal."""
+    """A file fused by someone else: rows from the head counts or halves, or a refusal."""
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits = []
-    for layer in layer_names(header.tensors):
-        weight = tensors.get(f"{layer}.{FUSED}.weight")
-        if weight is None:
-            continue
-        row = loader_of(header, layer)
-        if row.loader is not Loader.READS_FUSED and not any_architecture:
-            refuse_loader(header, row)
-        rows = _rows_by_heads(header, layer, weight, row)
-        for kind in (*JOINED, *SHARED):
-            tensor = tensors.get(f"{layer}.{FUSED}.{kind}")
-            if tensor is not None:
-                splits.append(_Split(tensor, rows, None))
-                _check_split(header, splits[-1])
+    for fusion in KINDS:
+        for layer in layer_names(header.tensors, fusion):
+            weight = tensors.get(f"{layer}.{fusion.fused}.weight")
+            if weight is None:
+                continue
+            row = loader_of(header, layer)
+            if row.reads(fusion).loader is not Loader.READS_FUSED and not any_architecture:
+                refuse_loader(header, row, fusion)
+            rows = (
+                _rows_by_heads(header, layer, weight, row)
+                if fusion is QKV
+                else _halves(header, weight)
+            )
+            for kind in (*JOINED, *SHARED):
+                tensor = tensors.get(f"{layer}.{fusion.fused}.{kind}")
+                if tensor is not None:
+                    splits.append(_Split(tensor, fusion, rows, None))
+                    _check_split(header, splits[-1])
     return splits
+
+
+def _halves(header: Header, weight: TensorInfo) -> tuple[int, int]:
+    n_rows = GATE_UP.rows(weight.ne)
+    if n_rows % 2:
+        raise Refused(
+            f"{header.path}: tensor {weight.name!r} has {n_rows} rows, an odd number: it cannot "
+            "be split in halves"
+        )
+    return n_rows // 2, n_rows // 2
 
 
 def _rows_by_heads(

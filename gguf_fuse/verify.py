@@ -1,9 +1,10 @@
 """ORIGINAL and FUSED -> Report: the bytes, then the numbers, then the time.
 
-Structure is exact and of all layers: a fused tensor is Q, K and V end to end, and all else is the
-same. Numbers are computed in numpy from each file's own weights, of some layers: the same random
-activations go through ORIGINAL's weights and through FUSED's, then through attention as the
-architecture does it. Both are held against float64; see `Check` for the limit.
+Structure is exact and of all layers: a fused tensor is Q, K and V end to end, or the gate and up of
+each expert in turn, and all else is the same. Numbers are those of attention, computed in numpy
+from each file's own weights, of some layers: the same random activations go through ORIGINAL's
+weights and through FUSED's, then through attention as the architecture does it. Both are held
+against float64; see `Check` for the limit.
 
 Prints nothing. Axis names are those of `attention`.
 """
@@ -31,7 +32,7 @@ from gguf_fuse import attention, fusion, layer
 from gguf_fuse.attention import AttentionParams, Floats, Linear
 from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved
 from gguf_fuse.copying import InputLost, read_all
-from gguf_fuse.fusion import RECORD_VERSION
+from gguf_fuse.fusion import RECORD_VERSIONS
 from gguf_fuse.gguf_file import (
     GGUFError,
     Header,
@@ -56,6 +57,14 @@ SMALL_MODEL = 1 << 24  # elements of all Q, K and V: up to here every layer is c
 N_SPREAD = 4  # above it, so many layers
 
 ROW_BLOCK = 1024  # rows of a weight that exist in float64 at one time
+
+# What can be fused: the fused name, the parts, and how many dimensions of a weight stand behind
+# its rows: the experts'.
+_FORMS = (
+    ("attn_qkv", ("attn_q", "attn_k", "attn_v"), 0),
+    ("ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps"), 1),
+)
+MAX_EXPERTS = 1 << 12  # of one tensor: each one's rows are compared on their own
 
 _RECORD = "gguf_fuse."
 _PLAIN = "plain"  # the way whose error sets the limit
@@ -227,6 +236,7 @@ class Structure:
 
     problems: tuple[str, ...]
     n_fused: int  # attention layers that are fused in FUSED alone
+    n_fused_experts: int  # layers whose experts are
     n_bytes: int  # compared, of one file
     seconds: float
 
@@ -237,20 +247,31 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class _Fusion:
-    """A tensor of FUSED alone, and the three of ORIGINAL that it must hold. shared: one value."""
+    """A tensor of FUSED alone, and those of ORIGINAL that it must hold. shared: one value.
+
+    n_outer: dimensions behind that of the rows.
+    """
 
     name: str
     parts: tuple[TensorInfo, ...]
     shared: bool
+    n_outer: int
 
     @property
     def ne(self) -> tuple[int, ...]:
         first = self.parts[0].ne
-        return first if self.shared else (*first[:-1], sum(part.ne[-1] for part in self.parts))
+        at = len(first) - 1 - self.n_outer
+        return first if self.shared else (*first[:at], sum(self.rows), *first[at + 1 :])
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple(part.ne[-1] if part.ne else 1 for part in self.parts)
+        return tuple((1, 1, *part.ne)[-1 - self.n_outer] for part in self.parts)
+
+    @property
+    def n_experts(self) -> int:
+        """How many times the parts take turns; 1 where there are no experts."""
+        first = self.parts[0].ne
+        return 1 if self.shared else math.prod(first[len(first) - self.n_outer :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +313,10 @@ def compare_structure(
     n_bytes = sum(part.n_bytes for part in ranges)
     on_start("comparing", n_bytes)
     problems += _compare_data(original, fused, ranges, threads, on_progress)
-    n_fused = sum(fusion.name.endswith(".weight") for fusion in fusions)
-    return Structure(tuple(problems), n_fused, n_bytes, time.perf_counter() - started)
+    n_fused, n_experts = (
+        sum(fusion.name.endswith(f".{form}.weight") for fusion in fusions) for form, *_ in _FORMS
+    )
+    return Structure(tuple(problems), n_fused, n_experts, n_bytes, time.perf_counter() - started)
 
 
 def _fusions(original: Header, fused: Header) -> tuple[list[_Fusion], list[str]]:
@@ -302,20 +325,37 @@ def _fusions(original: Header, fused: Header) -> tuple[list[_Fusion], list[str]]
     """
     before = {tensor.name: tensor for tensor in original.tensors}
     fusions, problems = [], []
-    for tensor in fused.tensors:
-        layer, found, kind = tensor.name.partition(".attn_qkv.")
+    for tensor, (form, part_names, n_outer) in itertools.product(fused.tensors, _FORMS):
+        layer, found, kind = tensor.name.partition(f".{form}.")
         if not found or kind != "weight" or tensor.name in before:
             continue
         for kind in ("weight", "bias", "scale", "input_scale"):
-            names = [f"{layer}.attn_{part}.{kind}" for part in "qkv"]
+            names = [f"{layer}.{part}.{kind}" for part in part_names]
             parts = tuple(before[name] for name in names if name in before)
-            if len(parts) == 3:
+            if len(parts) == len(names):
                 shared = kind.endswith("scale")
-                fusions.append(_Fusion(f"{layer}.attn_qkv.{kind}", parts, shared))
+                made = _Fusion(f"{layer}.{form}.{kind}", parts, shared, n_outer)
+                problem = _shape_problem(made)
+                problems += [problem] if problem else []
+                fusions += [] if problem else [made]
             elif parts or kind == "weight":
                 missing = ", ".join(name for name in names if name not in before)
                 problems.append(f"{layer}: is fused, but the original has no {missing}")
     return fusions, problems
+
+
+def _shape_problem(made: _Fusion) -> str | None:
+    """Why experts cannot be compared one by one."""
+    n_dims = {len(part.ne) for part in made.parts}
+    if not made.shared and made.n_outer and n_dims != {made.n_outer + 1 + _is_weight(made)}:
+        return f"{made.name}: is fused, but the original's parts have no experts"
+    if made.n_experts > MAX_EXPERTS:
+        return f"{made.name}: {made.n_experts} experts; at most {MAX_EXPERTS} can be compared"
+    return None
+
+
+def _is_weight(made: _Fusion) -> bool:
+    return made.name.endswith(".weight")
 
 
 def _format_problems(original: Header, fused: Header) -> list[str]:
@@ -383,11 +423,13 @@ def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]
             if key not in written
         ]
     version, names, rows, positions = (metadata[key] for key in keys)
-    if version != RECORD_VERSION:
-        return [f"metadata {keys[0]}: {version}, this release knows {RECORD_VERSION}"]
+    if version not in RECORD_VERSIONS:
+        known = " and ".join(map(str, RECORD_VERSIONS))
+        return [f"metadata {keys[0]}: {version}, this release knows {known}"]
     if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
         return [f"metadata {_RECORD}*: the record has values of a wrong type"]
-    if not 3 * len(names) == len(rows) == len(positions) or len(set(names)) < len(names):
+    counts = [_n_parts(name) for name in names]
+    if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
         return [f"metadata {_RECORD}*: the lengths of the record's arrays do not fit"]
     place = {tensor.name: at for at, tensor in enumerate(original.tensors)}
     truth = {
@@ -397,15 +439,20 @@ def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]
     problems = [
         f"metadata {keys[1]}: {name} is fused but not named" for name in truth if name not in names
     ]
-    for at, name in enumerate(names):
+    for name, end, count in zip(names, itertools.accumulate(counts), counts, strict=True):
         if name not in truth:
             problems.append(f"metadata {keys[1]}: {name} is named but not fused")
             continue
-        told = tuple(rows[3 * at : 3 * at + 3]), tuple(positions[3 * at : 3 * at + 3])
+        told = tuple(rows[end - count : end]), tuple(positions[end - count : end])
         for key, said, true in zip(keys[2:], told, truth[name], strict=True):
             if said != true:
                 problems.append(f"metadata {key}: {said} for {name}, the original says {true}")
     return problems
+
+
+def _n_parts(name: str) -> int:
+    """How many numbers the record has for a fused tensor."""
+    return next((len(parts) for form, parts, _ in _FORMS if f".{form}." in name), 3)
 
 
 def _is_list(value: object, kind: type) -> bool:
@@ -454,7 +501,7 @@ def _ranges(
         ]
         problems += misfits
         if not misfits:
-            ranges += _tensor_ranges(original, fused, tensor, parts, bool(source and source.shared))
+            ranges += _tensor_ranges(original, fused, tensor, parts, source)
     return ranges, problems
 
 
@@ -472,21 +519,23 @@ def _tensor_ranges(
     fused: Header,
     tensor: TensorInfo,
     parts: Sequence[TensorInfo],
-    shared: bool,
+    source: _Fusion | None,
 ) -> Iterator[_Range]:
     start = fused.data_start + tensor.offset
-    for part in parts:
+    n_experts = source.n_experts if source else 1
+    for expert, part in itertools.product(range(n_experts), parts):
         # Of an unknown type, n_bytes is the room up to the next tensor: padding may be in it.
-        n_bytes = min(part.n_bytes, tensor.n_bytes)
+        n_bytes = min(part.n_bytes, tensor.n_bytes) // n_experts
         unit = "row" if len(part.ne) > 1 else "element"
         n_units = max(1, math.prod(part.ne[1:]) if len(part.ne) > 1 else math.prod(part.ne))
         place = tensor.name
         if part.name != tensor.name:
             place += f": {part.name.rsplit('.', 2)[-2]}"
-        yield _Range(
-            place, original.data_start + part.offset, start, n_bytes, unit, -(-n_bytes // n_units)
-        )
-        start += 0 if shared else n_bytes
+        if source and source.n_outer and not source.shared:
+            place += f" of expert {expert}"
+        begin = original.data_start + part.offset + expert * n_bytes
+        yield _Range(place, begin, start, n_bytes, unit, -(-n_bytes * n_experts // n_units))
+        start += 0 if source and source.shared else n_bytes
 
 
 def _compare_data(

@@ -1,0 +1,79 @@
+"""What can be made one tensor: a table. Knows names and dimensions, nothing of files.
+
+Rows of a weight are contiguous, so a joined slice is the first part's rows, then the next one's.
+An expert tensor is one such slice for each expert: the join is inside each expert's matrix.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+JOINED = ("weight", "bias")  # laid end to end
+SHARED = ("scale", "input_scale")  # the same values, so the fused tensor has them once
+
+# llama.cpp has 512 at most; it bounds what a damaged file can cost.
+MAX_SLICES = 1 << 12
+
+_LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Tensors of one layer that can be one.
+
+    words: the parts as messages name them. flag: of the command line. n_dims: of a weight; a bias
+    has one less, and both have their rows in the same place from the end.
+    """
+
+    words: str
+    flag: str
+    parts: tuple[str, ...]
+    fused: str
+    n_dims: int
+
+    @property
+    def fused_names(self) -> tuple[str, ...]:
+        """How names of fused tensors end."""
+        return tuple(f".{self.fused}.{kind}" for kind in (*JOINED, *SHARED))
+
+    @property
+    def layer_pattern(self) -> re.Pattern[str]:
+        """Matches the weights of a layer; group 1 is the layer."""
+        return re.compile(rf"({_LAYER})\.(?:{'|'.join((*self.parts, self.fused))})\.weight")
+
+    def dims_of(self, kind: str) -> int:
+        """Dimensions that a weight or a bias must have."""
+        return self.n_dims if kind == "weight" else self.n_dims - 1
+
+    def axis(self, ne: tuple[int, ...]) -> int:
+        """Which dimension counts the rows: the last but for that of the experts."""
+        return len(ne) - (self.n_dims - 1)
+
+    def rows(self, ne: tuple[int, ...]) -> int:
+        """Rows of one slice; 1 where there is no such dimension."""
+        return ne[self.axis(ne)] if 0 <= self.axis(ne) < len(ne) else 1
+
+    def with_rows(self, ne: tuple[int, ...], n_rows: int) -> tuple[int, ...]:
+        return (*ne[: self.axis(ne)], n_rows, *ne[self.axis(ne) + 1 :])
+
+    def n_slices(self, ne: tuple[int, ...]) -> int:
+        """How many times the parts take turns: 1, or the number of experts."""
+        return math.prod(ne[self.axis(ne) + 1 :])
+
+
+QKV = Kind("Q, K and V", "--fuse-qkv-weights", ("attn_q", "attn_k", "attn_v"), "attn_qkv", n_dims=2)
+GATE_UP = Kind(
+    "gate and up of experts",
+    "--fuse-gate-up-exps",
+    ("ffn_gate_exps", "ffn_up_exps"),
+    "ffn_gate_up_exps",
+    n_dims=3,
+)
+KINDS = (QKV, GATE_UP)
+
+
+def kind_of(name: str) -> Kind | None:
+    """The kind whose fused tensor a name is that of."""
+    return next((kind for kind in KINDS if name.endswith(kind.fused_names)), None)

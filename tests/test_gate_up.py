@@ -1,0 +1,525 @@
+"""Gate and up of experts in one tensor, expert by expert: the data, the reasons, the way back,
+and llama.cpp's judgement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+
+from gguf_fuse import fusion
+from gguf_fuse.architectures import ARCHITECTURES, Loader
+from gguf_fuse.fusion import NothingToDo, Refused, Status
+from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
+from gguf_fuse.kinds import GATE_UP, KINDS, QKV, Kind
+from gguf_fuse.placement import place
+from gguf_fuse.verify import Options as VerifyOptions
+from gguf_fuse.verify import verify
+from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
+from tests.llama_judge import LoadFailed, available, log_probabilities
+
+Model = Callable[..., Path]
+
+needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
+
+PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
+READERS = sorted(n for n, row in ARCHITECTURES.items() if row.gate_up.loader is Loader.READS_FUSED)
+# What stays F32 in every file of that architecture.
+F32_ALWAYS = {"*.ssm_*": T.F32, "*hc_*": T.F32}
+TYPES = {"F32": T.F32, "F16": T.F16, "Q8_0": T.Q8_0, "Q4_0": T.Q4_0}
+BOTH = (QKV, GATE_UP)
+KINDS_TO_FUSE = {"gate and up": (GATE_UP,), "both": BOTH}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def experts(architecture: str = "qwen35moe", **spec: Any) -> dict[str, Any]:
+    """A model with experts that its loader reads fused."""
+    return {"architecture": architecture, "n_expert": 4, **spec}
+
+
+def assert_fused(original: Path, fused: Path) -> None:
+    """gguf-py reads data that is joined, or untouched."""
+    old = {tensor.name: tensor for tensor in gguf.GGUFReader(original).tensors}
+    for tensor in gguf.GGUFReader(fused).tensors:
+        if tensor.name in old:
+            parts, axis = [old.pop(tensor.name)], 0
+        elif ".attn_qkv." in tensor.name:
+            parts, axis = [old.pop(tensor.name.replace("qkv", part)) for part in "qkv"], 0
+        else:
+            names = [tensor.name.replace("gate_up", part) for part in ("gate", "up")]
+            parts, axis = [old.pop(name) for name in names], 1  # [n_expert, n_ff, n_embd]
+        assert {part.tensor_type for part in parts} == {tensor.tensor_type}
+        expected = np.concatenate([part.data for part in parts], axis=axis)
+        np.testing.assert_array_equal(tensor.data, expected)
+    assert not old
+
+
+# -- data and the way back -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", KINDS_TO_FUSE.values(), ids=KINDS_TO_FUSE.keys())
+@pytest.mark.parametrize("architecture", READERS)
+def test_fuse_and_way_back(model: Model, architecture: str, kinds: tuple[Kind, ...]) -> None:
+    original = model(**experts(architecture))
+    fused = fused_copy(original, kinds=kinds)
+    assert_fused(original, fused)
+    assert any(".ffn_gate_up_exps." in t.name for t in gguf.GGUFReader(fused).tensors)
+    assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+@pytest.mark.parametrize("kind", [T.F16, T.Q8_0, T.Q4_0, T.Q4_K, T.IQ4_XS, T.MXFP4])
+def test_types(model: Model, kind: T) -> None:
+    original = model(**experts("granite_swa", n_embd=256, types={"*": kind}))
+    fused = fused_copy(original, kinds=BOTH)
+    assert_fused(original, fused)
+    assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+def test_big_endian_and_alignment(model: Model) -> None:
+    original = model(**experts("hy_v3", big_endian=True, alignment=64))
+    fused = fused_copy(original, kinds=BOTH)
+    assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+def test_segments_alternate(model: Model) -> None:
+    path = model(**experts("granite_swa", n_expert=3, n_layer=1))
+    plan = dry(path, kinds=(GATE_UP,)).plan
+    header = read_header(path)
+    place_of = {tensor.name: header.data_start + tensor.offset for tensor in header.tensors}
+    (made,) = (tensor for tensor in plan.tensors if "gate_up" in tensor.name)
+    assert made.ne == (64, 256, 3)
+    n_bytes = 64 * 128 * 4  # of one expert
+    gate, up = place_of["blk.0.ffn_gate_exps.weight"], place_of["blk.0.ffn_up_exps.weight"]
+    expected = [start + at * n_bytes for at in range(3) for start in (gate, up)]
+    assert [segment.start for segment in made.segments] == expected
+    assert {segment.n_bytes for segment in made.segments} == {n_bytes}
+
+
+def record_version(path: Path) -> int:
+    return int(read_header(path).metadata["gguf_fuse.version"])
+
+
+def test_only_files_with_fused_experts_need_a_new_release(model: Model) -> None:
+    """Q, K and V alone are recorded as before, so that version 0.1 can unfuse them."""
+    path = model(**experts())
+    assert record_version(fused_copy(path)) == 1
+    for kinds in KINDS_TO_FUSE.values():
+        assert record_version(fused_copy(model("other.gguf", **experts()), kinds=kinds)) == 2
+        path.with_name("other-fused.gguf").unlink()
+
+
+def test_fused_twice_is_refused_with_the_way_out(model: Model) -> None:
+    fused = fused_copy(model(**experts()))
+    with pytest.raises(NothingToDo, match=r"unfuse it and give .*qkv.* and .*gate-up-exps at once"):
+        dry(fused, kinds=(GATE_UP,))
+
+
+def test_beside_attention_that_the_converter_fused(model: Model) -> None:
+    original = model(**experts("granite_swa", fused=True))
+    fused = fused_copy(original, kinds=BOTH)
+    assert verify(original, fused).ok
+    assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+# -- the way back without a record ---------------------------------------------------------------
+
+
+def without_record(path: Path, architecture: str, **put: Any) -> Path:
+    """As a converter would have written it."""
+    reader = gguf.GGUFReader(path)
+    target = path.with_name("converted.gguf")
+    writer = gguf.GGUFWriter(target, architecture)
+    writer.add_custom_alignment(32)
+    for tensor in reader.tensors:
+        data = put.get(tensor.name.replace(".", "__"), tensor.data)
+        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_without_a_record_experts_are_halved(model: Model) -> None:
+    original = model(**experts("qwen4exp", types={"*_exps.weight": T.Q8_0}))
+    converted = without_record(fused_copy(original, kinds=(GATE_UP,)), "qwen4exp")
+    assert "gguf_fuse.version" not in read_header(converted).metadata
+    expected = {tensor.name: tensor for tensor in gguf.GGUFReader(original).tensors}
+    for tensor in gguf.GGUFReader(unfused_copy(converted)).tensors:
+        np.testing.assert_array_equal(tensor.data, expected.pop(tensor.name).data)
+    assert not expected
+
+
+def test_odd_rows_are_not_halved(model: Model) -> None:
+    fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), kinds=(GATE_UP,))
+    odd = {"blk__0__ffn_gate_up_exps__weight": np.zeros((4, 255, 64), np.float32)}
+    converted = without_record(fused, "qwen4exp", **odd)
+    with pytest.raises(Refused, match="255 rows, an odd number"):
+        unfused_copy(converted)
+
+
+def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
+    fused = fused_copy(model(**experts("granite_swa")), kinds=(GATE_UP,))
+    converted = without_record(fused, "qwen3moe")
+    with pytest.raises(Refused, match="needs separate gate and up of experts"):
+        unfused_copy(converted)
+
+
+# -- what is left, and why -----------------------------------------------------------------------
+
+
+def edited(
+    source: Path, drop: set[str], put: dict[str, Any], architecture: str = "granite_swa"
+) -> Path:
+    """A copy without some tensors and with others added, by gguf-py."""
+    target = source.with_name("edited.gguf")
+    writer = gguf.GGUFWriter(target, architecture)
+    for tensor in gguf.GGUFReader(source).tensors:
+        if tensor.name not in drop and tensor.name not in put:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, array in put.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def found(path: Path, **kwargs: Any) -> list[tuple[Status, str | None]]:
+    header = read_header(path)
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    layers = fusion.examine(header, scalars, kinds=(GATE_UP,), **kwargs)
+    return [(layer.status, layer.reason) for layer in layers]
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.zeros(shape, dtype)
+
+
+GATE, UP = "blk.0.ffn_gate_exps", "blk.0.ffn_up_exps"
+NO_BIAS = "llama.cpp's loader for granite_swa adds no fused bias"
+LEFT: dict[str, tuple[set[str], dict[str, Any], str]] = {
+    "no gate": ({f"{GATE}.weight"}, {}, "no ffn_gate_exps.weight"),
+    "types": (
+        set(),
+        {f"{UP}.weight": zeros(4, 128, 64, dtype=np.float16)},
+        "types differ: F32, F16",
+    ),
+    "rows": (
+        set(),
+        {f"{UP}.weight": zeros(4, 64, 64)},
+        "dimensions differ: [64, 128, 4], [64, 64, 4]",
+    ),
+    "experts": (
+        set(),
+        {f"{UP}.weight": zeros(3, 128, 64)},
+        "dimensions differ: [64, 128, 4], [64, 128, 3]",
+    ),
+    "row lengths": (set(), {f"{UP}.weight": zeros(4, 128, 32)}, "row lengths differ: 64, 32"),
+    "dimensions": (
+        set(),
+        {f"{GATE}.weight": zeros(128, 64)},
+        "blk.0.ffn_gate_exps.weight has 2 dimensions, not 3",
+    ),
+    "one bias": (
+        set(),
+        {f"{UP}.bias": zeros(4, 128)},
+        "no ffn_gate_exps.bias beside the other bias",
+    ),
+    "biases": (set(), {f"{GATE}.bias": zeros(4, 128), f"{UP}.bias": zeros(4, 128)}, NO_BIAS),
+    "scales": (
+        set(),
+        {f"{GATE}.scale": zeros(4), f"{UP}.scale": zeros(4)},
+        "llama.cpp's loader for granite_swa applies no fused scale",
+    ),
+    "a scale of one": (
+        set(),
+        {f"{UP}.scale": zeros(4)},
+        "no ffn_gate_exps.scale beside the other scale",
+    ),
+    "input scales": (
+        set(),
+        {f"{GATE}.input_scale": zeros(4), f"{UP}.input_scale": zeros(4)},
+        "llama.cpp's loader for granite_swa applies no fused input_scale",
+    ),
+    "fused beside separate": (
+        set(),
+        {"blk.0.ffn_gate_up_exps.weight": zeros(4, 256, 64)},
+        "ffn_gate_up_exps.weight is there already",
+    ),
+    "a clamp": (
+        set(),
+        {f"{GATE}.input_max": zeros(1)},
+        "ffn_gate_exps.input_max would have no place beside ffn_gate_up_exps",
+    ),
+    "too many experts": (
+        set(),
+        {f"{name}.weight": zeros(4097, 1, 1) for name in (GATE, UP)},
+        "4097 experts; at most 4096 are supported",
+    ),
+}
+
+
+@pytest.mark.parametrize(("drop", "put", "reason"), LEFT.values(), ids=LEFT.keys())
+def test_layer_is_left_with_the_reason(
+    model: Model, drop: set[str], put: dict[str, Any], reason: str
+) -> None:
+    original = edited(model(**experts("granite_swa")), drop, put)
+    assert [why for _, why in found(original)] == [reason, None]
+    fused = fused_copy(original, kinds=(GATE_UP,))
+    assert_fused(original, fused)
+    assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+def test_bias_shapes(model: Model) -> None:
+    source = model(architecture="gpt-oss")
+    put = {f"{name}.bias": zeros(4, 127) for name in (GATE, UP)}
+    (_, why), _ = found(edited(source, set(), put), any_architecture=True)
+    assert why == "biases of 127, 127 elements for 128, 128 rows"
+    put = {f"{name}.bias": zeros(3, 128) for name in (GATE, UP)}
+    (_, why), _ = found(edited(source, set(), put), any_architecture=True)
+    assert why == "biases of 3 experts for 4"
+
+
+def test_mismatch_error_writes_nothing(model: Model, tmp_path: Path) -> None:
+    original = model(**experts("granite_swa", types={UP + ".weight": T.F16}))
+    reason = r"blk\.0\.ffn_gate_up_exps: types differ: F32, F16"
+    with pytest.raises(Refused, match=reason):
+        fused_copy(original, kinds=BOTH, on_mismatch="error")
+    assert list(tmp_path.iterdir()) == [original]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "gpt-oss"])
+def test_loaders_that_need_them_separate(model: Model, architecture: str) -> None:
+    """Refused alone; beside Q, K and V only left. --any-architecture joins biases as well."""
+    original = model(architecture=architecture)
+    words = "needs separate gate and up of experts"
+    with pytest.raises(Refused, match=f"{architecture}.*{words}.*--any-architecture"):
+        dry(original, kinds=(GATE_UP,))
+    plan = dry(original, kinds=BOTH).plan
+    assert [layer.kind for layer in plan.changed] == [QKV, QKV]
+    assert [layer.status for layer in plan.skipped] == [Status.SEPARATE] * 2
+    fused = fused_copy(original, kinds=BOTH, any_architecture=True)
+    assert_fused(original, fused)
+    assert sha256(unfused_copy(fused)) == sha256(original)
+    assert verify(original, fused, VerifyOptions(structure_only=True)).ok
+    if available():
+        with pytest.raises(LoadFailed, match=r"ffn_gate_exps\.weight' not found"):
+            log_probabilities(fused, PROMPT)
+
+
+def test_unknown_architecture(model: Model) -> None:
+    path = model(**experts("granite_swa", metadata={"general.architecture": "moe-of-tomorrow"}))
+    with pytest.raises(Refused, match="is not known to read fused gate and up of experts"):
+        dry(path, kinds=(GATE_UP,))
+
+
+def test_no_experts(model: Model) -> None:
+    with pytest.raises(NothingToDo, match="no layer has ffn_gate_exps or ffn_up_exps"):
+        dry(model(), kinds=(GATE_UP,))
+
+
+# -- llama.cpp -----------------------------------------------------------------------------------
+
+
+def assert_judged_equal(original: Path, fused: Path) -> None:
+    before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
+    assert np.isfinite(before).all()
+    assert before.std() > 0.01
+    np.testing.assert_array_equal(before, after)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("architecture", READERS)
+def test_identical_log_probabilities(model: Model, architecture: str, kind: str) -> None:
+    original = model(**experts(architecture, types={"*": TYPES[kind], **F32_ALWAYS}))
+    assert_judged_equal(original, fused_copy(original, kinds=BOTH))
+
+
+@needs_llama_cpp
+def test_gate_and_up_alone(model: Model) -> None:
+    original = model(**experts())
+    assert_judged_equal(original, fused_copy(original, kinds=(GATE_UP,)))
+
+
+@needs_llama_cpp
+def test_the_judge_tells_gate_from_up(model: Model) -> None:
+    original = model(**experts())
+    fused = fused_copy(original, kinds=(GATE_UP,))
+    swap_halves(fused)
+    before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
+    assert not np.array_equal(before, after)
+
+
+# -- verify --------------------------------------------------------------------------------------
+
+
+def edit_experts(path: Path, layer: int, edit: Callable[[Any], None]) -> None:
+    """Change the fused weight in the file, [n_expert, 2 * n_ff, row bytes or elements]."""
+    reader = gguf.GGUFReader(path, "r+")
+    name = f"blk.{layer}.ffn_gate_up_exps.weight"
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == name)
+    edit(tensor.data)
+    reader.data.flush()  # type: ignore[attr-defined]
+
+
+def swap_halves(path: Path) -> None:
+    def swap(data: Any) -> None:
+        data[:] = np.roll(data, data.shape[1] // 2, axis=1)
+
+    edit_experts(path, 0, swap)
+
+
+def problems(original: Path, fused: Path) -> list[str]:
+    return list(verify(original, fused, VerifyOptions(structure_only=True)).structure.problems)
+
+
+def test_verify_passes(model: Model) -> None:
+    original = model(**experts())
+    report = verify(original, fused_copy(original, kinds=BOTH))
+    assert report.ok
+    assert (report.structure.n_fused, report.structure.n_fused_experts) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [T.F32, T.Q8_0])
+def test_verify_names_a_flipped_bit(model: Model, kind: T) -> None:
+    original = model(**experts(types={"*_exps.weight": kind}))
+    fused = fused_copy(original, kinds=BOTH)
+
+    def flip(data: Any) -> None:
+        data.view(np.uint8)[2, 128 + 5, 7] ^= 4  # expert 2, row 5 of up
+
+    edit_experts(fused, 1, flip)
+    (problem,) = problems(original, fused)
+    name = "blk.1.ffn_gate_up_exps.weight: ffn_up_exps of expert 2"
+    assert problem.startswith(f"{name} differs in row 5 (byte ")
+
+
+def test_verify_names_swapped_gate_and_up(model: Model) -> None:
+    original = model(**experts())
+    fused = fused_copy(original, kinds=BOTH)
+    swap_halves(fused)
+    name = "blk.0.ffn_gate_up_exps.weight"
+    assert [problem.partition(" differs")[0] for problem in problems(original, fused)] == [
+        f"{name}: {part} of expert {expert}"
+        for expert in range(4)
+        for part in ("ffn_gate_exps", "ffn_up_exps")
+    ]
+
+
+def test_verify_names_swapped_experts(model: Model) -> None:
+    original = model(**experts())
+    fused = fused_copy(original, kinds=(GATE_UP,))
+
+    def swap(data: Any) -> None:
+        data[[1, 2]] = data[[2, 1]]
+
+    edit_experts(fused, 1, swap)
+    assert {problem.split(" differs")[0][-8:] for problem in problems(original, fused)} == {
+        "expert 1",
+        "expert 2",
+    }
+
+
+@pytest.mark.parametrize(("old", "new"), [(128, 127), (2, 3)], ids=["rows", "version"])
+def test_a_wrong_record_is_named(model: Model, old: int, new: int) -> None:
+    original = model(**experts("granite_swa", n_layer=1))
+    fused = fused_copy(original, kinds=(GATE_UP,))
+    data = bytearray(fused.read_bytes())
+    key = b"gguf_fuse.rows" if old == 128 else b"gguf_fuse.version"
+    at = data.index(key) + len(key) + (16 if old == 128 else 4)
+    assert data[at] == old
+    data[at] = new
+    fused.write_bytes(data)
+    (problem,) = problems(original, fused)
+    assert "gguf_fuse." in problem
+    with pytest.raises(GGUFError, match="the record of the fusion does not fit the file"):
+        unfused_copy(fused)
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+QKV_FLAG, GATE_UP_FLAG = (kind.flag for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ([GATE_UP_FLAG], (GATE_UP,)),
+        ([QKV_FLAG, GATE_UP_FLAG], BOTH),
+        ([QKV_FLAG], (QKV,)),
+        (["fuse"], (QKV,)),
+        (["fuse", GATE_UP_FLAG], (GATE_UP,)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_commands(model: Model, flags: list[str], kinds: tuple[Kind, ...]) -> None:
+    original = model(**experts())
+    expected = fused_copy(original, kinds=kinds)
+    output = original.with_name("out.gguf")
+    done = gguf_fuse(*flags, original, output)
+    assert done.returncode == 0, done.stderr
+    assert sha256(output) == sha256(expected)
+    assert ("fused into ffn_gate_up_exps" in done.stdout) == (GATE_UP in kinds)
+    assert ("fused into attn_qkv" in done.stdout) == (QKV in kinds)
+    back = gguf_fuse("unfuse", output, original.with_name("back.gguf"))
+    assert back.returncode == 0, back.stderr
+    assert sha256(original.with_name("back.gguf")) == sha256(original)
+
+
+def test_json(model: Model) -> None:
+    original = model(architecture="hy_v3")
+    output = original.with_name("out.gguf")
+    done = gguf_fuse(QKV_FLAG, GATE_UP_FLAG, original, output, "--json")
+    answer = json.loads(done.stdout)
+    assert [(layer["layer"], layer["rows"]) for layer in answer["layers"]] == [
+        ("blk.0", [64, 32, 32]),
+        ("blk.1", [64, 32, 32]),
+        ("blk.1.ffn_gate_up_exps", [128, 128]),
+    ]
+    assert (answer["fused"], answer["skipped"]) == (3, 0)
+    assert answer["tensors_in"] - answer["tensors_out"] == 2 + 2 + 1
+    assert answer["layers"][2]["types"] == ["F32", "F32"]
+    before, after = (
+        json.loads(gguf_fuse("inspect", path, "--json").stdout) for path in (original, output)
+    )
+    assert [layer["status"] for layer in before["layers"]] == ["fusable"] * 3
+    assert [layer["status"] for layer in after["layers"]] == ["fused"] * 3
+    assert "reads fused gate and up of experts" in gguf_fuse("inspect", original).stdout
+
+
+# -- many experts --------------------------------------------------------------------------------
+
+
+def test_many_experts_stay_cheap(model: Model) -> None:
+    """60 layers of 256 experts: 30,720 pieces take little time and memory."""
+    types = {"*_exps.weight": T.Q4_0}
+    spec = {"n_layer": 60, "n_embd": 32, "n_head": 2, "n_ff": 32, "n_expert": 256}
+    original = model(architecture="granite_swa", types=types, **spec)
+    header = read_header(original)
+    started = time.perf_counter()
+    tracemalloc.start()
+    plan = fusion.fuse(header, {}, kinds=BOTH)
+    placement = place(plan)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(placement.copies) >= 30_720
+    assert peak < 30e6
+    assert time.perf_counter() - started < 10  # under tracemalloc; 0.3 s without
+    fused = fused_copy(original, kinds=BOTH)
+    assert sha256(unfused_copy(fused)) == sha256(original)
