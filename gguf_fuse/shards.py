@@ -77,9 +77,7 @@ def read_model(path: str | os.PathLike[str]) -> Header:
     Raises GGUFError as `read_header` does, and for a set that is not whole and consistent.
     """
     header = read_header(path)
-    count = header.metadata.get(COUNT_KEY, 0)
-    if type(count) is not int:
-        _fail(header, f"{COUNT_KEY} is no number: is this a shard?")
+    count = _count(header)
     if count <= 1:
         return header
     return _merged(header, _read_set(header, count))
@@ -110,6 +108,19 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
     return tuple(shards)
 
 
+def _count(shard: Header) -> int:
+    """How many shards a file says that there are; 0 if it says nothing of shards."""
+    if COUNT_KEY not in shard.metadata:
+        told = [key for key in SPLIT_KEYS if key in shard.metadata]
+        if told:
+            _fail(shard, f"{COUNT_KEY} is missing beside {told[0]}: is this a shard?")
+        return 0
+    count = shard.metadata[COUNT_KEY]
+    if type(count) is not int:
+        _fail(shard, f"{COUNT_KEY} is no number: is this a shard?")
+    return count
+
+
 def _number(shard: Header) -> int:
     """What a shard says that it is, from 1."""
     number = shard.metadata.get(NUMBER_KEY)
@@ -119,9 +130,8 @@ def _number(shard: Header) -> int:
 
 
 def _check_shard(shard: Header, number: int, count: int, first: Header) -> None:
-    has_count = shard.metadata.get(COUNT_KEY)
-    if has_count != count:
-        _fail(shard, f"{COUNT_KEY} is {has_count}, not {count}: not a shard of this set")
+    if _count(shard) != count:
+        _fail(shard, f"{COUNT_KEY} is {_count(shard)}, not {count}: not a shard of this set")
     if _number(shard) != number:
         _fail(
             shard,
