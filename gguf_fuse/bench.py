@@ -22,7 +22,8 @@ import numpy as np
 
 from gguf_fuse import attention, fusion, layer
 from gguf_fuse.attention import AttentionParams, Floats, Linear
-from gguf_fuse.gguf_file import GGUFError, Header, read_header, read_tensors
+from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
+from gguf_fuse.shards import read_model
 
 DEFAULT_THREADS = min(4, os.cpu_count() or 1)
 N_TOKENS = (1, 8, 64, 512)
@@ -100,7 +101,7 @@ def bench(
     """
     n_tokens, n_kv = n_tokens or N_TOKENS, n_kv or N_KV
     source, shape = (
-        ("default shape", DEFAULT_SHAPE) if model is None else shape_of(read_header(model))
+        ("default shape", DEFAULT_SHAPE) if model is None else shape_of(read_model(model))
     )
     random = np.random.default_rng(seed)
     fitting = [length for length in n_kv if _decode_bytes(shape, length) <= _free_bytes()]

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, ParamSpec
@@ -65,9 +66,16 @@ class Reflink(str, Enum):
     never = "never"
 
 
-In = Annotated[Path, typer.Argument(metavar="IN", help="The GGUF file to read.")]
+In = Annotated[
+    Path, typer.Argument(metavar="IN", help="The GGUF file to read; of shards, any one of them.")
+]
 Out = Annotated[
-    str, typer.Argument(metavar="OUT", help="The GGUF file to write; - writes to a pipe.")
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help="The GGUF file to write; - writes to a pipe. OUT-00001-of-0000N.gguf keeps the N "
+        "shards that IN has; any other name merges them.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide everything, write nothing.")]
@@ -88,6 +96,19 @@ Clone = Annotated[
 Sync = Annotated[
     bool,
     typer.Option("--sync/--no-sync", help="Wait until OUT is on the disk, not only in its cache."),
+]
+SplitMaxSize = Annotated[
+    Optional[str],  # noqa: UP045 (older typer cannot read `str | None`)
+    typer.Option(
+        metavar="N[K|M|G]",
+        help="Cut OUT into shards, each with so many bytes of tensors at most (K, M, G: powers of "
+        "1000), as llama-gguf-split does: OUT is the prefix of OUT-00001-of-0000N.gguf.",
+        show_default=False,
+    ),
+]
+SplitMaxTensors = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, metavar="N", help="Cut OUT into shards of N tensors.", show_default=False),
 ]
 
 _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
@@ -187,6 +208,8 @@ def fuse(
     threads: Threads = _DEFAULT_THREADS,
     reflink: Clone = Reflink.auto,
     sync: Sync = True,
+    split_max_size: SplitMaxSize = None,
+    split_max_tensors: SplitMaxTensors = None,
 ) -> None:
     """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
     from gguf_fuse import report, rewrite
@@ -195,7 +218,9 @@ def fuse(
 
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     _check_output(output, as_json)
+    limits = _split_limits(output, split_max_size, split_max_tensors)
     with _options(dry_run, force, sync, threads, reflink, quiet) as options:
+        options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
         try:
             result = rewrite.fuse(
                 source,
@@ -228,12 +253,16 @@ def unfuse(
     threads: Threads = _DEFAULT_THREADS,
     reflink: Clone = Reflink.auto,
     sync: Sync = True,
+    split_max_size: SplitMaxSize = None,
+    split_max_tensors: SplitMaxTensors = None,
 ) -> None:
     """Write IN to OUT with separate Q, K and V again: the very bytes they had before."""
     from gguf_fuse import report, rewrite
 
     _check_output(output, as_json)
+    limits = _split_limits(output, split_max_size, split_max_tensors)
     with _options(dry_run, force, sync, threads, reflink, quiet) as options:
+        options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
         result = rewrite.unfuse(source, output, any_architecture=any_architecture, options=options)
     if as_json:
         return _print_json(report.result_json(result))
@@ -246,10 +275,11 @@ def unfuse(
 def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
     from gguf_fuse import fusion, report
-    from gguf_fuse.gguf_file import read_header, read_tensors
+    from gguf_fuse.gguf_file import read_tensors
     from gguf_fuse.kinds import KINDS, QKV
+    from gguf_fuse.shards import read_model
 
-    header = read_header(source)
+    header = read_model(source)
     scalars = read_tensors(header, fusion.scalar_names(header))
     layers = fusion.examine(header, scalars, kinds=KINDS)
     row = fusion.loader_of(header, layers[0].name if layers else "blk.0")
@@ -430,6 +460,25 @@ def _check_output(output: str, as_json: bool) -> None:
         raise typer.BadParameter("OUT is -, but standard output is closed")
     if sys.stdout.isatty():
         raise typer.BadParameter("OUT is -, but standard output is a terminal; pipe it somewhere")
+
+
+def _split_limits(
+    output: str, max_size: str | None, max_tensors: int | None
+) -> tuple[int | None, int | None]:
+    """Bytes and tensors that a shard may have at most. Raises typer.BadParameter."""
+    from gguf_fuse.shards import parse_size
+
+    if max_size is None and max_tensors is None:
+        return None, None
+    if max_size is not None and max_tensors is not None:
+        raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
+    if output == "-":
+        raise typer.BadParameter("OUT is -, which cannot be cut into shards")
+    try:
+        n_bytes = None if max_size is None else parse_size(max_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
+    return n_bytes, max_tensors
 
 
 @contextmanager

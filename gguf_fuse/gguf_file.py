@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -71,6 +71,11 @@ _ARRAY_TYPES = {
 _PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
 
+# Where a file is split into shards, a position is a number of the file and a byte in it, in one
+# integer: whoever only passes it on, or adds to it, needs to know nothing of shards.
+_FILE_BITS = 63  # more than any byte's position in a file has
+
+
 class GGUFError(Exception):
     """A bad input or an I/O failure, as one line for the user: place, value, limit, remedy."""
 
@@ -94,7 +99,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A range of bytes of a file; start counts from the start of the file."""
+    """A range of bytes of a file; start counts from the start of the file, see `locate`."""
 
     start: int
     n_bytes: int
@@ -120,6 +125,7 @@ class Metadata(Mapping[str, Any]):
     def __init__(self, path: str, spans: dict[str, _Span], byte_order: ByteOrder) -> None:
         self._path = path
         self._spans = spans
+        self._byte_order = byte_order
         self._prefix = _struct_prefix(byte_order)
 
     def __getitem__(self, key: str) -> Any:
@@ -136,6 +142,11 @@ class Metadata(Mapping[str, Any]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._spans  # Mapping's own would decode the value
+
+    def without(self, keys: Collection[str]) -> Metadata:
+        """The same pairs, less those of the keys."""
+        rest = {key: span for key, span in self._spans.items() if key not in keys}
+        return Metadata(self._path, rest, self._byte_order)
 
     @property
     def n_bytes(self) -> int:
@@ -205,6 +216,7 @@ class Header:
     """Everything before the tensor data, checked against the size of the file.
 
     path: the file, as messages name it. data_start: bytes from the start of the file.
+    shards: of a model in several files, their headers in order; positions are as `locate` has them.
     """
 
     path: str
@@ -215,10 +227,33 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     data_start: int
     stamp: Stamp
+    shards: tuple[Header, ...] = ()
 
     @property
     def architecture(self) -> str | None:
         return self.metadata.get("general.architecture")
+
+    @property
+    def files(self) -> tuple[Header, ...]:
+        """What positions refer to: the shards, or the one file."""
+        return self.shards or (self,)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(file.stamp.n_bytes for file in self.files)
+
+
+def locate(position: int) -> tuple[int, int]:
+    """The number of the file, and the byte in it. In a model of one file it is always file 0."""
+    return position >> _FILE_BITS, position & ((1 << _FILE_BITS) - 1)
+
+
+def file_start(number: int) -> int:
+    """The position of a file's first byte: `locate` gives the number back.
+
+    A multiple of any block size, and no range runs from one file into the next.
+    """
+    return number << _FILE_BITS
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -239,12 +274,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
     """The data of a few small tensors, by name. Raises GGUFError if it cannot be read."""
     wanted = {tensor.name: tensor for tensor in header.tensors}
-    return {
-        name: _read_range(
-            header.path, header.data_start + wanted[name].offset, wanted[name].n_bytes
-        )
-        for name in names
-    }
+    data = {}
+    for name in names:
+        number, start = locate(header.data_start + wanted[name].offset)
+        data[name] = _read_range(header.files[number].path, start, wanted[name].n_bytes)
+    return data
 
 
 def _read_range(path: str, start: int, n_bytes: int) -> bytes:

@@ -105,7 +105,7 @@ def inspect_json(header: Header, layers: Sequence[Layer], row: Architecture) -> 
         "name": header.metadata.get("general.name"),
         "n_tensors": len(header.tensors),
         "n_metadata": len(header.metadata),
-        "file_bytes": header.stamp.n_bytes,
+        "file_bytes": header.file_bytes,
         "layers": [_layer_json(layer, _INSPECT_STATUS[layer.status]) for layer in layers],
         "loader": _INSPECT_LOADER[row.loader],
     }
@@ -246,7 +246,7 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def result_line(result: Result, verb: str, dry_run: bool) -> str:
-    plan, n_bytes = result.plan, result.placement.n_bytes
+    plan, n_bytes = result.plan, result.n_bytes
     done = f"would be {verb}" if dry_run else verb
     line = f"{_counts(plan)} {done}, {len(result.source.tensors)} tensors -> {len(plan.tensors)}"
     if dry_run:
@@ -276,7 +276,7 @@ def advice(result: Result) -> str | None:
     """What to run next, if there is a file to run it on."""
     if result.output == STANDARD_OUTPUT:
         return None
-    return f"next: gguf-fuse verify {Path(result.source.path)} {result.output}"
+    return f"next: gguf-fuse verify {Path(result.source.path)} {result.outputs[0].path}"
 
 
 def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
@@ -285,7 +285,9 @@ def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
     for tensor in header.tensors:
         counts[type_name(tensor.type)] = counts.get(type_name(tensor.type), 0) + 1
     types = ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1]))
-    size = decimal(header.stamp.n_bytes)
+    size = decimal(header.file_bytes)
+    if header.shards:
+        size = f"one of {len(header.shards)} shards, {size} together"
     return [
         ("file", f"{header.path} ({size})"),
         (

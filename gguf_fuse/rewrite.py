@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gguf_fuse import fusion, unfusion
+from gguf_fuse import fusion, shards, unfusion
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Plan, Refused, Status, summary
-from gguf_fuse.gguf_file import GGUFError, Header, read_header, read_tensors
+from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
 from gguf_fuse.kinds import QKV, Kind
 from gguf_fuse.placement import Placement, place
-from gguf_fuse.write import Written, check_destination, open_source, stream, write
+from gguf_fuse.write import Output, Written, check_destinations, open_source, stream, write
 
 STANDARD_OUTPUT = "-"
 
@@ -29,7 +29,7 @@ class Options:
     """How to write, the same for both ways. on_start gets the number of bytes to come.
 
     reflink: whether to share blocks with the source where the file system can; "always" fails
-    where it cannot.
+    where it cannot. split_max_size (bytes of data), split_max_tensors: cut the output into shards.
     """
 
     dry_run: bool = False
@@ -40,18 +40,29 @@ class Options:
     on_start: Callable[[int], None] = field(default=lambda n_bytes: None)
     on_progress: OnProgress = field(default=lambda n_bytes: None)
     on_flush: Callable[[], None] = field(default=lambda: None)
+    split_max_size: int | None = None
+    split_max_tensors: int | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was written, or would be on a dry run."""
+    """What was written, or would be on a dry run. plan: of the whole; outputs: one, or shards."""
 
     source: Header
     output: str
     plan: Plan
-    placement: Placement
+    outputs: tuple[Output, ...]
     written: Written
     seconds: float
+
+    @property
+    def placement(self) -> Placement:
+        """Of the one file, or the first shard."""
+        return self.outputs[0].placement
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(output.placement.n_bytes for output in self.outputs)
 
 
 def fuse(
@@ -65,11 +76,12 @@ def fuse(
 ) -> Result:
     """Write `source` to `output` ("-": standard output) with what `kinds` names fused.
 
+    `source` is a file, or any shard of a set; what `output` may be says `shards.divide`.
     on_mismatch: "error" refuses a file with a layer whose parts cannot be one tensor.
 
     Raises GGUFError (and its kinds Refused and NothingToDo); nothing is written then.
     """
-    header = read_header(source)
+    header = shards.read_model(source)
     scalars = read_tensors(header, fusion.scalar_names(header))
     plan = fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
     mismatched = [layer for layer in plan.skipped if layer.status is Status.MISMATCH]
@@ -82,27 +94,29 @@ def unfuse(
     source: Path, output: str, *, any_architecture: bool = False, options: Options | None = None
 ) -> Result:
     """Write `source` with all that is fused separate to `output`; raises as `fuse` does."""
-    header = read_header(source)
+    header = shards.read_model(source)
     plan = unfusion.unfuse(header, any_architecture=any_architecture)
     return _carry_out(header, plan, output, options or Options())
 
 
 def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:
     started = time.perf_counter()
-    placement = place(plan, _shared_block(source, output, options.reflink))
+    outputs = _outputs(source, plan, output, options)
+    n_bytes = sum(part.placement.n_bytes for part in outputs)
     if options.dry_run:
         if output != STANDARD_OUTPUT:
-            check_destination(source, Path(output), placement, force=options.force)
-        written = Written(sum(copy.n_bytes for copy in placement.copies), placement.n_cloned)
+            check_destinations(source, outputs, force=options.force)
+        copies = [copy.n_bytes for part in outputs for copy in part.placement.copies]
+        written = Written(sum(copies), sum(part.placement.n_cloned for part in outputs))
     elif output == STANDARD_OUTPUT:
-        options.on_start(placement.n_bytes)
+        options.on_start(n_bytes)
+        placement = outputs[0].placement
         written = stream(source, placement, sys.stdout.fileno(), options.on_progress)
     else:
-        options.on_start(placement.n_bytes)
+        options.on_start(n_bytes)
         written = write(
             source,
-            placement,
-            Path(output),
+            outputs,
             force=options.force,
             sync=options.sync,
             clone_all=options.reflink == "always",
@@ -110,7 +124,17 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
             on_progress=options.on_progress,
             on_flush=options.on_flush,
         )
-    return Result(source, output, plan, placement, written, time.perf_counter() - started)
+    return Result(source, output, plan, outputs, written, time.perf_counter() - started)
+
+
+def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple[Output, ...]:
+    """The files to write, every byte of them in its place. Raises GGUFError."""
+    limits = (options.split_max_size, options.split_max_tensors)
+    if output == STANDARD_OUTPUT and limits != (None, None):
+        raise GGUFError(f"{output}: standard output is one file; shards need a name")
+    parts = shards.divide(source, plan, output, max_bytes=limits[0], max_tensors=limits[1])
+    block = _shared_block(source, output, options.reflink)
+    return tuple(Output(path, place(part, block)) for path, part in parts)
 
 
 def _shared_block(source: Header, output: str, reflink: Reflink) -> int | None:
@@ -120,8 +144,10 @@ def _shared_block(source: Header, output: str, reflink: Reflink) -> int | None:
     if output == STANDARD_OUTPUT:
         block = None
     else:
-        with open_source(source) as source_fd:
-            block = clone_block(source_fd, Path(os.path.realpath(output)).parent)
+        folder = Path(os.path.realpath(output)).parent
+        with open_source(source) as sources:
+            blocks = {clone_block(source_fd, folder) for source_fd in sources}
+        block = blocks.pop() if len(blocks) == 1 else None
     if block is None and reflink == "always":
         raise GGUFError(
             f"{output}: cannot share blocks with {source.path}: that takes one file system that "

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import re
 import threading
 import time
@@ -31,19 +30,20 @@ from numpy.typing import NDArray
 from gguf_fuse import attention, fusion, layer
 from gguf_fuse.attention import AttentionParams, Floats, Linear
 from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved
-from gguf_fuse.copying import InputLost, read_all
+from gguf_fuse.copying import InputLost, read_source
 from gguf_fuse.fusion import RECORD_VERSIONS
 from gguf_fuse.gguf_file import (
     GGUFError,
     Header,
     Metadata,
-    Stamp,
     TensorInfo,
-    read_header,
+    locate,
     read_tensors,
     type_name,
 )
 from gguf_fuse.layer import AttentionLayer, Heads, NotModelled, Projections
+from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS, read_model
+from gguf_fuse.write import open_source, refuse_changed
 
 BLOCK_BYTES = 256 * 1024  # two of them stay in the L2 cache between reading and comparing
 
@@ -155,12 +155,12 @@ class Report:
 
 
 def verify(original: Path, fused: Path, options: Options | None = None) -> Report:
-    """Does FUSED hold what ORIGINAL holds, and compute what it computes?
+    """Does FUSED hold what ORIGINAL holds, and compute what it computes? Each may be a shard.
 
     Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have.
     """
     options = options or Options()
-    before, after = read_header(original), read_header(fused)
+    before, after = read_model(original), read_model(fused)
     names = [] if options.structure_only else choose_layers(before, options.layers)
     structure = compare_structure(
         before,
@@ -306,6 +306,7 @@ def compare_structure(
     long_pairs, misfits = _compare_metadata(original, fused)
     problems += misfits
     problems += _record_problems(original, fused, fusions)
+    problems += _cutting_problems(original, fused)
     problems += _listing_problems(original, fused, fusions)
     ranges, misfits = _ranges(original, fused, fusions)
     problems += misfits
@@ -371,7 +372,8 @@ def _compare_metadata(original: Header, fused: Header) -> tuple[list[_Range], li
     """Pairs that are too long to hold are left to be compared with the tensors' data."""
     if original.byte_order != fused.byte_order:
         return [], []  # every pair would differ; that problem is named already
-    before, after = original.metadata, fused.metadata
+    # How a model is cut into files is no part of it.
+    before, after = (header.metadata.without(SPLIT_KEYS) for header in (original, fused))
     ranges: list[_Range] = []
     problems = [f"metadata {key}: missing in the fused file" for key in before if key not in after]
     for key in after:
@@ -453,6 +455,16 @@ def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]
 def _n_parts(name: str) -> int:
     """How many numbers the record has for a fused tensor."""
     return next((len(parts) for form, parts, _ in _FORMS if f".{form}." in name), 3)
+
+
+def _cutting_problems(original: Header, fused: Header) -> list[str]:
+    """Does the record say where ORIGINAL was cut into shards?"""
+    said = fused.metadata.get(SHARDS_KEY)
+    if said is None or SHARDS_KEY in original.metadata:
+        return []
+    truth = [len(shard.tensors) for shard in original.shards]
+    fits = said == truth if truth else _is_list(said, int) and sum(said) == len(original.tensors)
+    return [] if fits else [f"metadata {SHARDS_KEY}: {said}, the original says {truth}"]
 
 
 def _is_list(value: object, kind: type) -> bool:
@@ -550,7 +562,7 @@ def _compare_data(
     first: dict[int, int] = {}  # by range: the first byte that differs
     lock, stop = threading.Lock(), threading.Event()
 
-    def work(left: int, right: int) -> None:
+    def work(left: Sequence[int], right: Sequence[int]) -> None:
         a, b = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
         while not stop.is_set():
             with lock:
@@ -575,7 +587,7 @@ def _compare_data(
         except BaseException:
             stop.set()  # the pool waits for its threads: let them end at once
             raise
-    return [_data_problem(ranges[at], first[at]) for at in sorted(first)]
+    return [_data_problem(original, fused, ranges[at], first[at]) for at in sorted(first)]
 
 
 def _starts(part: _Range) -> range:
@@ -590,38 +602,35 @@ def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:
     return int(np.argmax(x != y))
 
 
-def _data_problem(part: _Range, at: int) -> str:
+def _data_problem(original: Header, fused: Header, part: _Range, at: int) -> str:
     return (
         f"{part.place} differs in {part.unit} {at // part.unit_bytes} "
-        f"(byte {part.original + at} of the original, byte {part.fused + at} of the fused file)"
+        f"({_place(original, part.original + at)} of the original, "
+        f"{_place(fused, part.fused + at)} of the fused file)"
     )
 
 
+def _place(header: Header, position: int) -> str:
+    number, byte = locate(position)
+    return f"byte {byte} of shard {number + 1}" if header.shards else f"byte {byte}"
+
+
 @contextlib.contextmanager
-def _opened(header: Header) -> Iterator[int]:
-    """The file, the same from the reading of its header to the end."""
+def _opened(header: Header) -> Iterator[list[int]]:
+    """The files, the same from the reading of their headers to the end."""
     try:
-        fd = os.open(header.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            _check_unchanged(header, fd)
-            yield fd
-            _check_unchanged(header, fd)
-        finally:
-            os.close(fd)
+        with open_source(header) as fds:
+            yield fds
+            refuse_changed(header, fds)
     except OSError as error:
         raise GGUFError(f"{header.path}: {error.strerror}") from error
 
 
-def _check_unchanged(header: Header, fd: int) -> None:
-    if Stamp.of(os.fstat(fd)) != header.stamp:
-        raise GGUFError(f"{header.path}: changed while it was read; run again when it is at rest")
-
-
-def _read_block(header: Header, fd: int, view: memoryview, start: int) -> None:
+def _read_block(header: Header, fds: Sequence[int], view: memoryview, start: int) -> None:
     try:
-        read_all(fd, view, start)
+        read_source(fds, view, start)
     except InputLost as error:
-        raise GGUFError(f"{header.path}: {error}") from error
+        raise GGUFError(f"{header.files[error.file].path}: {error}") from error
 
 
 # -- numbers ------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Placement -> new file, published atomically.
 
 The new file grows under a temporary name beside its destination and is renamed when it is whole:
-at every instant the destination is absent, old, or complete. The source is only ever read.
+at every instant the destination is absent, old, or complete. The source is only ever read. Shards
+are renamed only when all of them are whole.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -23,7 +24,7 @@ from gguf_fuse.copying import (
     clone_ranges,
     copy_ranges,
     iter_blocks,
-    read_all,
+    read_source,
     reserve,
     start_write_back,
     without_holes,
@@ -45,27 +46,45 @@ class Written:
     n_cloned: int
 
 
-def check_destination(
-    source: Header, destination: Path, placement: Placement, *, force: bool
-) -> Path:
-    """The real path to write to, links resolved.
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One file of the result, the only one or a shard, and where it goes."""
 
-    Raises GGUFError where it is the source itself, no regular file, there already (without
-    force), in no folder, or on a disk with too little space free.
+    path: Path
+    placement: Placement
+
+
+def check_destinations(source: Header, outputs: Sequence[Output], *, force: bool) -> list[Path]:
+    """The real paths to write to, links resolved.
+
+    Raises GGUFError where one is a source itself, no regular file, there already (without force),
+    in no folder, two are the same, or a disk has too little space free for all of them.
     """
-    real = Path(os.path.realpath(destination))
+    reals = [Path(os.path.realpath(output.path)) for output in outputs]
+    needed: dict[Path, int] = {}
+    for output, real in zip(outputs, reals, strict=True):
+        try:
+            _check_place(source, output.path, real, force)
+        except OSError as error:
+            raise GGUFError(f"{output.path}: {error.strerror}") from error
+        n_bytes = output.placement.n_bytes - output.placement.n_cloned
+        needed[real.parent] = needed.get(real.parent, 0) + n_bytes
+        if reals.count(real) > 1:
+            raise GGUFError(f"{output.path}: two shards would be the same file, {real}")
+    for folder, n_bytes in needed.items():
+        _check_space(outputs[0].path, folder, n_bytes)
+    return reals
+
+
+def _check_space(destination: Path, folder: Path, needed: int) -> None:
     try:
-        _check_place(source, destination, real, force)
-        free = shutil.disk_usage(real.parent).free
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise GGUFError(f"{destination}: {error.strerror}") from error
-    needed = placement.n_bytes - placement.n_cloned
     if free < needed:
         raise GGUFError(
-            f"{destination}: {needed} bytes are needed, {free} are free on the disk of "
-            f"{real.parent}"
+            f"{destination}: {needed} bytes are needed, {free} are free on the disk of {folder}"
         )
-    return real
 
 
 def _check_place(source: Header, destination: Path, real: Path, force: bool) -> None:
@@ -73,7 +92,7 @@ def _check_place(source: Header, destination: Path, real: Path, force: bool) -> 
         raise GGUFError(f"{destination}: the folder {real.parent} does not exist")
     with contextlib.suppress(FileNotFoundError):
         status = real.stat()
-        if Stamp.of(status)[:2] == source.stamp[:2]:
+        if Stamp.of(status)[:2] in {file.stamp[:2] for file in source.files}:
             raise GGUFError(f"{destination}: input and output are the same file")
         if not stat.S_ISREG(status.st_mode):
             raise GGUFError(f"{destination}: not a regular file; use - to write to standard output")
@@ -83,8 +102,7 @@ def _check_place(source: Header, destination: Path, real: Path, force: bool) -> 
 
 def write(
     source: Header,
-    placement: Placement,
-    destination: Path,
+    outputs: Sequence[Output],
     *,
     force: bool = False,
     sync: bool = True,
@@ -93,48 +111,71 @@ def write(
     on_progress: OnProgress = lambda n_bytes: None,
     on_flush: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Write the new file, whole or not at all.
+    """Write the new files, all of them whole or none at all.
 
-    sync: wait until the data is on the disk, so that the file survives a power failure.
-    clone_all: fail where a range that the placement wants cloned cannot be, instead of copying it.
-    on_flush: called when the wait for the disk begins.
+    sync: wait until the data is on the disk, so that the files survive a power failure.
+    clone_all: fail where a range that a placement wants cloned cannot be, instead of copying it.
+    on_flush: called when the last wait for the disk begins.
 
-    Raises GGUFError for anything `check_destination` refuses, a failed read or write, and a source
-    that changed since its header was read.
+    Raises GGUFError for anything `check_destinations` refuses, a failed read or write, and a
+    source that changed since its header was read.
     """
-    real = check_destination(source, destination, placement, force=force)
+    reals = check_destinations(source, outputs, force=force)
+    at = outputs[0]
+    n_copied = n_cloned = 0
     try:
-        with open_source(source) as source_fd, _published(real, force) as target_fd:
-            reserve(target_fd, placement.n_bytes, ())
-            for at, data in placement.literals:
-                write_all(target_fd, memoryview(data), at)
-            refused = clone_ranges(source_fd, target_fd, placement.clones, on_progress)
-            if refused and clone_all:
-                raise GGUFError(f"{destination}: the file system refused to clone a range")
-            copies = without_holes(source_fd, [*placement.copies, *refused])
-            reserve(target_fd, placement.n_bytes, copies)
-
-            def on_block(block: Copy) -> None:
-                if sync:
-                    start_write_back(target_fd, block)
-                on_progress(block.n_bytes)
-
-            copy_ranges(source_fd, target_fd, copies, threads=threads, on_block=on_block)
-            _check_unchanged(source, source_fd)
-            if sync:
-                on_flush()
-                os.fsync(target_fd)
+        with open_source(source) as sources, _published(reals, force) as temporaries:
+            for at, temporary in zip(outputs, temporaries, strict=True):
+                with _created(temporary) as target_fd:
+                    clones, copies = _fill(
+                        sources, target_fd, at, clone_all, sync, threads, on_progress
+                    )
+                    refuse_changed(source, sources)
+                    if sync:
+                        if at is outputs[-1]:
+                            on_flush()
+                        os.fsync(target_fd)
+                n_cloned, n_copied = n_cloned + clones, n_copied + copies
     except InputLost as error:
-        raise GGUFError(f"{source.path}: {error}") from error
+        raise GGUFError(f"{source.files[error.file].path}: {error}") from error
     except OSError as error:
-        raise GGUFError(f"{destination}: {error.strerror}; nothing was written") from error
+        raise GGUFError(f"{at.path}: {error.strerror}; nothing was written") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
     if sync:
-        _sync_folder(real.parent)
+        for folder in {real.parent for real in reals}:
+            _sync_folder(folder)
+    return Written(n_copied, n_cloned)
+
+
+def _fill(
+    sources: Sequence[int],
+    target_fd: int,
+    output: Output,
+    clone_all: bool,
+    sync: bool,
+    threads: int,
+    on_progress: OnProgress,
+) -> tuple[int, int]:
+    """Write all of one file -> bytes cloned and copied. Raises as `write` does."""
+    placement = output.placement
+    reserve(target_fd, placement.n_bytes, ())
+    for start, data in placement.literals:
+        write_all(target_fd, memoryview(data), start)
+    refused = clone_ranges(sources, target_fd, placement.clones, on_progress)
+    if refused and clone_all:
+        raise GGUFError(f"{output.path}: the file system refused to clone a range")
+    copies = without_holes(sources, [*placement.copies, *refused])
+    reserve(target_fd, placement.n_bytes, copies)
+
+    def on_block(block: Copy) -> None:
+        if sync:
+            start_write_back(target_fd, block)
+        on_progress(block.n_bytes)
+
+    copy_ranges(sources, target_fd, copies, threads=threads, on_block=on_block)
     n_refused = sum(clone.n_bytes for clone in refused)
-    n_copied = sum(copy.n_bytes for copy in copies)
-    return Written(n_copied, placement.n_cloned - n_refused)
+    return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies)
 
 
 def stream(
@@ -145,23 +186,23 @@ def stream(
     The placement must be one without clones.
     """
     try:
-        with open_source(source) as source_fd:
+        with open_source(source) as sources:
             at = 0
-            for start, data in _pieces(source_fd, placement):
+            for start, data in _pieces(sources, placement):
                 _stream_zeros(target_fd, start - at)
                 _stream_bytes(target_fd, data)
                 on_progress(start + len(data) - at)
                 at = start + len(data)
             _stream_zeros(target_fd, placement.n_bytes - at)
-            _check_unchanged(source, source_fd)
+            refuse_changed(source, sources)
     except InputLost as error:
-        raise GGUFError(f"{source.path}: {error}") from error
+        raise GGUFError(f"{source.files[error.file].path}: {error}") from error
     except OSError as error:
         raise GGUFError(f"standard output: {error.strerror}") from error
     return Written(sum(copy.n_bytes for copy in placement.copies), 0)
 
 
-def _pieces(source_fd: int, placement: Placement) -> Iterator[tuple[int, memoryview]]:
+def _pieces(sources: Sequence[int], placement: Placement) -> Iterator[tuple[int, memoryview]]:
     """All that is not zero, in the order of the new file; a view holds until the next one."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
     literals = [(at, memoryview(data)) for at, data in placement.literals]
@@ -169,7 +210,7 @@ def _pieces(source_fd: int, placement: Placement) -> Iterator[tuple[int, memoryv
         while literals and literals[0][0] < block.target:
             yield literals.pop(0)
         view = buffer[: block.n_bytes]
-        read_all(source_fd, view, block.source)
+        read_source(sources, view, block.source)
         yield block.target, view
     yield from literals
 
@@ -187,45 +228,96 @@ def _stream_bytes(fd: int, view: memoryview) -> None:
 
 
 @contextlib.contextmanager
-def open_source(source: Header) -> Iterator[int]:
-    """The file whose header was read. Raises GGUFError if it is not the same any more."""
+def open_source(source: Header) -> Iterator[list[int]]:
+    """The files whose headers were read, in order. Raises GGUFError if one has changed."""
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for file in source.files:
+            try:
+                fds.append(os.open(file.path, os.O_RDONLY | _BINARY))
+            except OSError as error:
+                raise GGUFError(f"{file.path}: {error.strerror}") from error
+            stack.callback(os.close, fds[-1])
+        refuse_changed(source, fds)
+        yield fds
+
+
+def refuse_changed(source: Header, fds: Sequence[int]) -> None:
+    """Raises GGUFError if a file is not the one any more whose header was read."""
+    for file, fd in zip(source.files, fds, strict=True):
+        if Stamp.of(os.fstat(fd)) != file.stamp:
+            raise GGUFError(f"{file.path}: changed while it was read; run again when it is at rest")
+
+
+@contextlib.contextmanager
+def _published(destinations: Sequence[Path], force: bool) -> Iterator[list[Path]]:
+    """Temporary names beside the destinations; renamed to them at the end, all or none.
+
+    Removed on any failure, an interrupt included.
+    """
+    temporaries = [_beside(destination) for destination in destinations]
     try:
-        fd = os.open(source.path, os.O_RDONLY | _BINARY)
-    except OSError as error:
-        raise GGUFError(f"{source.path}: {error.strerror}") from error
+        yield temporaries
+        for destination in destinations:
+            if not force and destination.exists():
+                raise GGUFError(f"{destination}: was created meanwhile; --force replaces it")
+        _rename_all(list(zip(temporaries, destinations, strict=True)))
+    except BaseException:
+        for path in temporaries:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _beside(destination: Path) -> Path:
+    # 255 bytes is the usual limit of a name.
+    stem = os.fsdecode(os.fsencode(destination.name)[:200])
+    return destination.with_name(f"{stem}{TEMPORARY_MARK}{uuid4().hex[:8]}.tmp")
+
+
+@contextlib.contextmanager
+def _created(path: Path) -> Iterator[int]:
+    """A new file, with a new file's permissions."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
-        _check_unchanged(source, fd)
         yield fd
     finally:
         os.close(fd)
 
 
-def _check_unchanged(source: Header, fd: int) -> None:
-    if Stamp.of(os.fstat(fd)) != source.stamp:
-        raise GGUFError(f"{source.path}: changed while it was read; run again when it is at rest")
+def _rename_all(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Rename each of (old name, new name), or none.
 
-
-@contextlib.contextmanager
-def _published(destination: Path, force: bool) -> Iterator[int]:
-    """A new file beside the destination, with a new file's permissions; renamed to it at the end.
-
-    Removed on any failure, an interrupt included.
+    The first shard comes last: loading begins with it, so that half a set is none.
     """
-    # 255 bytes is the usual limit of a name.
-    stem = os.fsdecode(os.fsencode(destination.name)[:200])
-    path = destination.with_name(f"{stem}{TEMPORARY_MARK}{uuid4().hex[:8]}.tmp")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+    if len(moves) == 1:
+        moves[0][0].replace(moves[0][1])
+        return
+    replaced: dict[Path, Path] = {}  # by name: another one for what was there before
     try:
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-        if not force and destination.exists():
-            raise GGUFError(f"{destination}: was created meanwhile; --force replaces it")
-        path.replace(destination)
+        for temporary, destination in reversed(moves):
+            if destination.exists():
+                replaced[destination] = _beside(destination)
+                _link(destination, replaced[destination])
+            temporary.replace(destination)
     except BaseException:
-        path.unlink(missing_ok=True)
+        for temporary, destination in moves:
+            if destination in replaced:
+                if replaced[destination].exists():
+                    replaced[destination].replace(destination)
+            elif not temporary.exists():
+                destination.unlink(missing_ok=True)
         raise
+    finally:
+        for path in replaced.values():
+            path.unlink(missing_ok=True)
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name; where the file system has none, in place of the first."""
+    try:
+        os.link(path, name)
+    except OSError:
+        path.replace(name)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -111,6 +111,31 @@ def test_odd_sizes_clone_what_lies_alike(mounted: Path) -> None:
     assert sha256(back) == sha256(original)
 
 
+def test_shards_are_cloned(mounted: Path) -> None:
+    """Each range from its own file: out of one into several, several into several and into one."""
+    original, merged = mounted / "shards-o.gguf", mounted / "shards-m.gguf"
+    write_random_model(original, ModelSpec(n_embd=512, types={"*": T.F16}))
+    n = original.stat().st_size
+    always = options("always")
+    result = fuse(original, str(mounted / "cut"), options=replace(always, split_max_size=n // 4))
+    assert result.written.n_cloned > 0.9 * n
+    names = [output.path.name for output in result.outputs]
+    assert len(names) > 3
+
+    def sets(name: str) -> list[Path]:
+        return [mounted / other.replace("cut", name) for other in names]
+
+    assert unfuse(sets("cut")[1], str(merged), options=always).written.n_cloned > 0.9 * n
+    assert sha256(merged) == sha256(original)
+    unfuse(sets("cut")[0], str(sets("separate")[0]), options=options("never"))
+    fused = fuse(sets("separate")[2], str(sets("fused")[0]), options=always)
+    assert fused.written.n_cloned > 0.9 * n
+    back = unfuse(sets("fused")[2], str(sets("back")[0]), options=always)
+    assert back.written.n_cloned > 0.9 * n
+    hashes = [[sha256(path) for path in sets(name)] for name in ("separate", "back")]
+    assert hashes[0] == hashes[1]
+
+
 def test_refusal_half_way_falls_back(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second range of every file is refused by the system call."""
     original, fused = mounted / "half.gguf", mounted / "half-fused.gguf"
