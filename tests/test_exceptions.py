@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as T
 from gguf_fuse import fusion
 from gguf_fuse.fusion import NothingToDo, Refused, Status
 from gguf_fuse.gguf_file import read_header, read_tensors
+from gguf_fuse.kinds import GATE_UP, QKV
 from gguf_fuse.verify import Options as VerifyOptions
 from gguf_fuse.verify import verify
 from tests.conftest import dry, fused_copy, unfused_copy
@@ -104,18 +105,20 @@ def test_recurrent_attn_qkv_stays(model: Model, architecture: str) -> None:
     np.testing.assert_array_equal(before[recurrent], after[recurrent])
 
 
-def without(source: Path, names: set[str]) -> Path:
-    """A copy without some tensors, by gguf-py."""
+def edited(source: Path, drop: set[str], put: dict[str, Any]) -> Path:
+    """A copy without some tensors and with others at the end, by gguf-py."""
     reader = gguf.GGUFReader(source)
-    target = source.with_name("without.gguf")
+    target = source.with_name("edited.gguf")
     writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
             item = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=item)
     for tensor in reader.tensors:
-        if tensor.name not in names:
+        if tensor.name not in drop:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, array in put.items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,7 +133,7 @@ def test_gemma4_layers_that_share_k_and_v(model: Model, present: bool) -> None:
     path = model(architecture="gemma4", n_layer=6, metadata=shared)
     if not present:
         names = {f"blk.{n}.attn_{part}.weight" for n in (4, 5) for part in ("k", "v", "k_norm")}
-        path = without(path, names)
+        path = edited(path, names, {})
     fused_layers = [layer for layer, reason in found(path).items() if reason is None]
     assert fused_layers == ["blk.0", "blk.2", "blk.4"][: 3 if present else 2]
     assert_sound(path, fused_copy(path))
@@ -213,10 +216,20 @@ def test_nvfp4_without_scales(model: Model) -> None:
 
 def test_nvfp4_experts(model: Model) -> None:
     """Gate and up have a scale for each expert; no loader reads one of the fused tensor."""
-    from gguf_fuse.kinds import GATE_UP, QKV
-
     types = {"*_exps.weight": T.NVFP4, **NVFP4}
     original = model(architecture="granite_swa", types=types, scales="equal")
+    assert_sound(original, fused_copy(original, kinds=(QKV, GATE_UP)))
+
+
+def test_scales_of_experts_are_left(model: Model) -> None:
+    """Even equal ones: llama.cpp looks for them beside the separate weights only."""
+    scales = np.linspace(0.5, 1.5, 4, dtype=np.float32)
+    put = {f"blk.0.ffn_{part}_exps.scale": scales for part in ("gate", "up")}
+    original = edited(model(architecture="qwen35moe"), set(), put)
+    plan = dry(original, kinds=(QKV, GATE_UP)).plan
+    assert [layer.label for layer in plan.changed] == ["blk.1", "blk.1.ffn_gate_up_exps"]
+    (left,) = plan.skipped
+    assert left.reason == "llama.cpp's loader for qwen35moe applies no fused scale"
     assert_sound(original, fused_copy(original, kinds=(QKV, GATE_UP)))
 
 
