@@ -79,15 +79,15 @@ class Architecture:
 _ROWS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "measured"): """
         afmoe apertus arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe
-        command-r deci deepseek deepseek2-ocr dots1 dream ernie4_5 ernie4_5-moe exaone
-        exaone-moe exaone4 falcon-h1 gemma gemma2 gemma3 gemma3n gemma4 glm4 glm4moe gpt-oss
-        granite granite_swa granitehybrid granitemoe grok grovemoe hrm_text hunyuan-dense
-        hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 jamba kimi-linear laguna lfm2 lfm2moe llada
-        llada-moe llama llama4 maincoder maple mellum mimo2 minicpm minimax-01 minimax-m2
-        minimax-m3 mistral3 muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe olmo olmo2
-        olmoe orion paddleocr pangu-embedded phi2 phi3 phimoe plamo pockettts qwen2 qwen2moe
-        qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact
-        rnd1 seed_oss smallthinker smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
+        command-r deci deepseek deepseek2-ocr dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe
+        exaone4 falcon-h1 gemma gemma2 gemma3 gemma3n gemma4 glm4 glm4moe gpt-oss granite
+        granite_swa granitehybrid granitemoe grok grovemoe hrm_text hunyuan-dense hunyuan-moe
+        hunyuan_vl hy_v3 internlm2 jais2 jamba kimi-linear laguna lfm2 lfm2moe llada llada-moe llama
+        llama4 maincoder maple mellum mimo2 minicpm minimax-01 minimax-m2 minimax-m3 mistral3
+        muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe olmo olmo2 olmoe orion paddleocr
+        pangu-embedded phi2 phi3 phimoe plamo pockettts qwen2 qwen2moe qwen2vl qwen3 qwen35
+        qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1 seed_oss smallthinker
+        smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
     (Loader.READS_FUSED, "source"): """
         bert chameleon eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed nomic-bert
         nomic-bert-moe step35""",
@@ -101,7 +101,8 @@ _ROWS: dict[tuple[Loader, Source], str] = {
     (Loader.NO_ATTENTION, "source"): "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
 }
 
-# gemma4's own fused code adds no bias; the fused paths of the others apply no scale in some layers.
+# gemma4's own fused code adds no bias; the fused paths of the others apply no scale in some layers
+# (nor do their separate paths today, but a loader that began with those would break such files).
 _NO_BIASES = {"gemma4"}
 _NO_SCALES = {"gemma3n", "kimi-linear", "mimo2"}
 _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}

@@ -46,7 +46,8 @@ app = typer.Typer(
     help=(
         "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
         f"gguf-fuse {FUSE_FLAG} in.gguf out.gguf\n\n"
-        "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf"
+        "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf\n\n"
+        f"{GATE_UP_FLAG}, alone or beside it, joins gate and up of experts."
     ),
     epilog=_EXIT_CODES.replace("\b\n", "").replace("\n", " "),
     no_args_is_help=True,
@@ -190,7 +191,7 @@ def fuse(
     source: In,
     output: Out,
     fuse_qkv_weights: Annotated[
-        bool, typer.Option(FUSE_FLAG, help="Q, K and V into attn_qkv: without flags, all it does.")
+        bool, typer.Option(FUSE_FLAG, help="Q, K and V into attn_qkv; so does no flag.")
     ] = False,
     fuse_gate_up_exps: Annotated[
         bool,
@@ -211,7 +212,10 @@ def fuse(
     split_max_size: SplitMaxSize = None,
     split_max_tensors: SplitMaxTensors = None,
 ) -> None:
-    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
+    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor.
+
+    With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
+    """
     from gguf_fuse import report, rewrite
     from gguf_fuse.fusion import NothingToDo
     from gguf_fuse.kinds import GATE_UP, QKV
@@ -256,7 +260,7 @@ def unfuse(
     split_max_size: SplitMaxSize = None,
     split_max_tensors: SplitMaxTensors = None,
 ) -> None:
-    """Write IN to OUT with separate Q, K and V again: the very bytes they had before."""
+    """Write IN to OUT with all that was fused separate again: the very bytes as before."""
     from gguf_fuse import report, rewrite
 
     _check_output(output, as_json)

@@ -174,7 +174,7 @@ def _layer_order(entry: tuple[Layer, str]) -> tuple[str, int, int]:
 
 def fuse_table(plan: Plan) -> Table:
     rows = [(layer, _text(f"fused into {layer.kind.fused}", "green")) for layer in plan.changed]
-    rows += [(layer, _text(f"left: {_why(layer)}", "yellow")) for layer in plan.skipped]
+    rows += [(layer, _text(f"left: {_of(layer)}{_why(layer)}", "yellow")) for layer in plan.skipped]
     return _layer_table(rows)
 
 
@@ -192,7 +192,7 @@ def inspect_table(layers: Sequence[Layer]) -> Table:
         (
             layer,
             _text(
-                ("" if layer.kind is QKV else f"{layer.kind.fused}: ")
+                _of(layer)
                 + _INSPECT_STATUS[layer.status]
                 + (f": {layer.reason}" if layer.reason else ""),
                 styles.get(layer.status, "yellow"),
@@ -200,6 +200,11 @@ def inspect_table(layers: Sequence[Layer]) -> Table:
         )
         for layer in layers
     )
+
+
+def _of(layer: Layer) -> str:
+    """What a line is about, where it is not attention."""
+    return "" if layer.kind is QKV else f"{layer.kind.fused}: "
 
 
 def _why(layer: Layer) -> str:
@@ -371,7 +376,7 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
 def _fused_layers(structure: Structure) -> str:
     n_experts = structure.n_fused_experts
     line = f"{structure.n_fused} fused layers"
-    return f"{line}, {n_experts} with fused experts" if n_experts else line
+    return f"{line} of attention, {n_experts} of experts" if n_experts else line
 
 
 def _mark(ok: bool) -> Text:

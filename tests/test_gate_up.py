@@ -523,3 +523,14 @@ def test_many_experts_stay_cheap(model: Model) -> None:
     assert time.perf_counter() - started < 10  # under tracemalloc; 0.3 s without
     fused = fused_copy(original, kinds=BOTH)
     assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek2", "gemma4"])
+def test_verify_computes_what_it_knows(model: Model, architecture: str) -> None:
+    """deepseek2 has no attention of the usual kind: its experts are compared all the same."""
+    original = model(**experts(architecture))
+    fused = fused_copy(original, kinds=BOTH)
+    assert verify(original, fused).ok
+    done = gguf_fuse("verify", original, fused)
+    assert done.returncode == 0, done.stderr
+    assert "of experts" in done.stdout
