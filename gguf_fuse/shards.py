@@ -360,8 +360,9 @@ def _alignment(plan: Plan) -> list[bytes]:
 
 
 def _split_pairs(number: int, count: int, n_tensors: int, order: ByteOrder) -> list[bytes]:
+    """In the order of llama-gguf-split, so that the shards are its very bytes."""
     return [
         encode_pair(NUMBER_KEY, GGUFValueType.UINT16, number, order),
-        encode_pair(COUNT_KEY, GGUFValueType.UINT16, count, order),
         encode_pair(TENSORS_COUNT_KEY, GGUFValueType.INT32, n_tensors, order),
+        encode_pair(COUNT_KEY, GGUFValueType.UINT16, count, order),
     ]
