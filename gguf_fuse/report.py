@@ -255,13 +255,18 @@ def result_line(result: Result, verb: str, dry_run: bool) -> str:
     done = f"would be {verb}" if dry_run else verb
     line = f"{_counts(plan)} {done}, {len(result.source.tensors)} tensors -> {len(plan.tensors)}"
     if dry_run:
-        return f"{line}; {decimal(n_bytes)} would be written"
+        return f"{line}; {decimal(n_bytes)} would be written{_shards(result)}"
     speed = decimal(int(n_bytes / max(result.seconds, 1e-9)))
     line = f"{line}; {decimal(n_bytes)} in {result.seconds:.2f} s ({speed}/s)"
     if result.written.n_cloned:
         cloned, copied = decimal(result.written.n_cloned), decimal(result.written.n_copied)
         line += f", {cloned} of them cloned, {copied} copied"
-    return line
+    return line + _shards(result)
+
+
+def _shards(result: Result) -> str:
+    n = len(result.outputs)
+    return f"; {n} shards: {result.outputs[0].path} and on" if n > 1 else ""
 
 
 def _counts(plan: Plan) -> str:

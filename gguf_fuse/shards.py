@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NoReturn
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from gguf_fuse.fusion import KEY_PREFIX, Plan, PlannedTensor
+from gguf_fuse.fusion import KEY_PREFIX, Plan, PlannedTensor, listed
 from gguf_fuse.gguf_file import (
     ByteOrder,
     GGUFError,
@@ -42,6 +42,8 @@ SPLIT_KEYS = (NUMBER_KEY, COUNT_KEY, TENSORS_COUNT_KEY)
 SHARDS_KEY = KEY_PREFIX + "shards"
 
 MAX_SHARDS = 65535  # split.count is a UINT16
+
+_MOST_MISSING = 8  # that a message lists
 
 _NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -95,14 +97,18 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
             f"is shard {number} of {count}, so its name must end in {_ending(number, count)}: the "
             "other shards are found by their names",
         )
-    paths = [name.path(i) for i in range(1, count + 1)]
-    missing = [i for i, path in enumerate(paths, 1) if i != name.number and not path.exists()]
+    others = (i for i in range(1, count + 1) if i != name.number)
+    missing = list(islice((i for i in others if not name.path(i).exists()), _MOST_MISSING + 1))
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        _fail(header, f"shard {missing[0]} of {count} is missing: no {paths[missing[0] - 1]}{more}")
+        more = ", ..." if len(missing) > _MOST_MISSING else ""
+        _fail(
+            header,
+            f"missing of {count} shards: {listed(missing[:_MOST_MISSING])}{more}; "
+            f"there is no {name.path(missing[0])}",
+        )
     shards: list[Header] = []
-    for at, path in enumerate(paths, 1):
-        shards.append(header if at == name.number else read_header(path))
+    for at in range(1, count + 1):
+        shards.append(header if at == name.number else read_header(name.path(at)))
         _check_shard(shards[-1], at, count, shards[0])
     _check_tensors(shards)
     return tuple(shards)
@@ -360,8 +366,9 @@ def _alignment(plan: Plan) -> list[bytes]:
 
 
 def _split_pairs(number: int, count: int, n_tensors: int, order: ByteOrder) -> list[bytes]:
+    """In the order of llama-gguf-split, so that the shards are its very bytes."""
     return [
         encode_pair(NUMBER_KEY, GGUFValueType.UINT16, number, order),
-        encode_pair(COUNT_KEY, GGUFValueType.UINT16, count, order),
         encode_pair(TENSORS_COUNT_KEY, GGUFValueType.INT32, n_tensors, order),
+        encode_pair(COUNT_KEY, GGUFValueType.UINT16, count, order),
     ]

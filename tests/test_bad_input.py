@@ -1528,7 +1528,7 @@ def test_shard(kind: int, command: str, run: Run, tmp_path: Path) -> None:
     file = (fused(valid()) if command == "unfuse" else valid()).key("split.no", kind, 0)
     path = save(file.key("split.count", kind, 3), tmp_path / "model-00001-of-00003.gguf")
     outcome = run(command, path, tmp_path / "out")
-    assert_one_line(outcome, str(path), "shard 2 of 3 is missing", "model-00002-of-00003.gguf")
+    assert_one_line(outcome, str(path), "missing of 3 shards: 2, 3", "model-00002-of-00003.gguf")
     assert list(tmp_path.iterdir()) == [path]
 
 
