@@ -6,6 +6,7 @@ Heavy imports stand inside the commands: `--help` needs none of them.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import signal
@@ -131,9 +132,11 @@ def main() -> None:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):  # a name may not fit the encoding
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            number = getattr(signal, name)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, lambda caught, frame: sys.exit(128 + caught))
     app(arguments, prog_name="gguf-fuse")
 
@@ -153,7 +156,7 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
             _fail(str(nothing), EXIT_NOTHING_TO_DO)
         except GGUFError as error:
             _fail(str(error), EXIT_ERROR)
-        except OSError as error:  # all others are GGUFErrors by now
+        except OSError as error:  # those of files are GGUFErrors by now
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"standard output: {error.strerror}", EXIT_ERROR)
         except KeyboardInterrupt as interrupt:
@@ -217,27 +220,22 @@ def fuse(
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
     from gguf_fuse import report, rewrite
-    from gguf_fuse.fusion import NothingToDo
     from gguf_fuse.kinds import GATE_UP, QKV
 
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
-    _check_output(output, as_json)
+    _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
     with _options(dry_run, force, sync, threads, reflink, quiet) as options:
         options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
-        try:
+        with _nothing_as_json(as_json):
             result = rewrite.fuse(
                 source,
                 output,
-                kinds=tuple(kind for kind, is_wanted in wanted if is_wanted),
+                kinds=[kind for kind, chosen in wanted if chosen],
                 on_mismatch=on_mismatch.value,
                 any_architecture=any_architecture,
                 options=options,
             )
-        except NothingToDo as nothing:
-            if as_json:
-                _print_json(report.nothing_json(nothing.header, nothing.layers))
-            raise
     if as_json:
         return _print_json(report.result_json(result))
     if not quiet:
@@ -263,11 +261,14 @@ def unfuse(
     """Write IN to OUT with all that was fused separate again: the very bytes as before."""
     from gguf_fuse import report, rewrite
 
-    _check_output(output, as_json)
+    _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
     with _options(dry_run, force, sync, threads, reflink, quiet) as options:
         options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
-        result = rewrite.unfuse(source, output, any_architecture=any_architecture, options=options)
+        with _nothing_as_json(as_json):
+            result = rewrite.unfuse(
+                source, output, any_architecture=any_architecture, options=options
+            )
     if as_json:
         return _print_json(report.result_json(result))
     if not quiet:
@@ -406,21 +407,27 @@ def demo(
     """Make a small model with random weights, fuse it, verify it, and take it back."""
     import tempfile
 
+    from gguf_fuse.gguf_file import GGUFError
     from gguf_fuse.random_model import demo_spec, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="gguf-fuse-demo-") as scratch:
         folder = keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         names = ("model.gguf", "model-fused.gguf", "model-back.gguf")
         model, fused, back = (folder / name for name in names)
         _say(f"a llama-like model with random weights: {model}")
-        write_random_model(model, demo_spec())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if model.exists():
+                raise GGUFError(f"{model}: exists already; give an empty folder")
+            write_random_model(model, demo_spec())
+        except OSError as error:
+            raise GGUFError(f"{folder}: {error.strerror}") from error
         _say(f"$ gguf-fuse {FUSE_FLAG} {model.name} {fused.name}")
-        fuse(model, str(fused), force=True)
+        fuse(model, str(fused))
         _say(f"$ gguf-fuse verify {model.name} {fused.name}")
         verify(model, fused)
         _say(f"$ gguf-fuse unfuse {fused.name} {back.name}")
-        unfuse(fused, str(back), force=True)
+        unfuse(fused, str(back))
         same = model.read_bytes() == back.read_bytes()
         _say(f"$ cmp {model.name} {back.name}")
         if not same:
@@ -453,13 +460,31 @@ def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
     console.print(table)
     console.print()
     console.print(escape(report.result_line(result, verb, dry_run)), highlight=False)
+    if verb == "fused":
+        for note in report.notes(result, dry_run):
+            console.print(note, highlight=False, soft_wrap=True)
 
 
-def _check_output(output: str, as_json: bool) -> None:
+@contextmanager
+def _nothing_as_json(wanted: bool) -> Iterator[None]:
+    from gguf_fuse.fusion import NothingToDo
+    from gguf_fuse.report import nothing_json
+
+    try:
+        yield
+    except NothingToDo as nothing:
+        if wanted:
+            _print_json(nothing_json(nothing.header, nothing.layers))
+        raise
+
+
+def _check_output(output: str, as_json: bool, dry_run: bool) -> None:
     if output != "-":
         return
     if as_json:
         raise typer.BadParameter("--json and OUT - both want standard output")
+    if dry_run:
+        return
     if sys.__stdout__ is None:
         raise typer.BadParameter("OUT is -, but standard output is closed")
     if sys.stdout.isatty():

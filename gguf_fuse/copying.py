@@ -9,7 +9,6 @@ preallocation two threads take about twice as long.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -38,6 +37,8 @@ class InputLost(Exception):
 
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+# Their offsets would be cut to 32 bits on a machine that has no more.
+_HAS_LIBC_CALLS = sys.platform == "linux" and sys.maxsize > 2**32
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 # What a file system says that cannot clone at all, or not this range.
 _CANNOT_CLONE = {
@@ -214,7 +215,7 @@ def _libc_call(name: str, *arguments: int) -> int:
 
 def start_write_back(fd: int, block: Copy) -> None:
     """Let the disk begin with a block that was written, so that a later fsync has less to wait."""
-    if sys.platform == "linux":
+    if _HAS_LIBC_CALLS:
         _libc_call("sync_file_range", fd, block.target, block.n_bytes, _SYNC_FILE_RANGE_WRITE)
 
 
@@ -225,7 +226,7 @@ def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:
     where the file system cannot, that writes to every block instead. Raises OSError.
     """
     os.ftruncate(fd, n_bytes)
-    if sys.platform != "linux":
+    if not _HAS_LIBC_CALLS:
         return
     for copy in copies:
         error = _libc_call("fallocate", fd, 0, copy.target, copy.n_bytes)
@@ -254,10 +255,15 @@ def _has_holes(fd: int) -> bool:
 
 
 def _data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    with contextlib.suppress(OSError):  # ENXIO: no data behind here
-        while start < end:
+    while start < end:
+        try:
             first = os.lseek(fd, start, os.SEEK_DATA)
-            if first >= end:
-                return
-            start = min(os.lseek(fd, first, os.SEEK_HOLE), end)
-            yield first, start
+            stop = os.lseek(fd, first, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # that says: no data behind here
+                yield start, end  # a file system that cannot tell
+            return
+        if first >= end:
+            return
+        start = min(stop, end)
+        yield first, start

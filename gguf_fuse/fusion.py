@@ -17,6 +17,7 @@ from gguf.constants import GGUFValueType
 
 from gguf_fuse.architectures import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.gguf_file import (
+    MAX_PAIRS,
     ByteOrder,
     GGUFError,
     Header,
@@ -38,6 +39,7 @@ VERSION_KEY = KEY_PREFIX + "version"
 TENSORS_KEY = KEY_PREFIX + "tensors"
 ROWS_KEY = KEY_PREFIX + "rows"
 POSITIONS_KEY = KEY_PREFIX + "positions"
+MAX_RECORD_PAIRS = 8
 PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes, see `placement`
 
 
@@ -318,6 +320,8 @@ def _not_shared(
     for part in parts:
         if type_name(part.type) != "F32" or part.n_bytes != 4:
             return f"{part.name} is not one float32"
+    if len({part.ne for part in parts}) > 1:
+        return f"{kind}s have different dimensions"
     if len({scalars[part.name] for part in parts}) > 1:
         return f"{kind}s differ: a fused tensor has one"
     return None
@@ -363,13 +367,18 @@ def fuse(
     architectures says), NothingToDo where no layer can be fused.
     """
     refuse_other_kinds(header)
+    layers = examine(header, scalars, kinds=kinds, any_architecture=any_architecture)
     if any(key.startswith(KEY_PREFIX) for key in header.metadata):
         raise NothingToDo(
             header,
             "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
             f"and give {' and '.join(kind.flag for kind in KINDS)} at once",
+            layers,
         )
-    layers = examine(header, scalars, kinds=kinds, any_architecture=any_architecture)
+    if len(header.metadata) > MAX_PAIRS - MAX_RECORD_PAIRS:
+        raise Refused(
+            f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours"
+        )
     fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
     if not fusable:
         _raise_nothing_to_fuse(header, layers, kinds)
@@ -410,10 +419,9 @@ def refuse_other_kinds(header: Header) -> None:
 def _raise_nothing_to_fuse(
     header: Header, layers: tuple[Layer, ...], kinds: Sequence[Kind]
 ) -> NoReturn:
-    separate = [layer.kind for layer in layers if layer.status is Status.SEPARATE]
+    separate = [layer for layer in layers if layer.status is Status.SEPARATE]
     if separate:
-        row = loader_of(header, layers[0].name)
-        refuse_loader(header, row, separate[0])
+        refuse_loader(header, loader_of(header, separate[0].name), separate[0].kind)
     if not layers:
         nothing = " or ".join(_no_parts(kind) for kind in kinds)
         raise NothingToDo(header, f"nothing to fuse: no {nothing}")

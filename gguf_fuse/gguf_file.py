@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import struct
@@ -122,8 +123,11 @@ class _Span(NamedTuple):
 class Metadata(Mapping[str, Any]):
     """The metadata pairs. A value is read from the file and decoded when it is asked for."""
 
-    def __init__(self, path: str, spans: dict[str, _Span], byte_order: ByteOrder) -> None:
+    def __init__(
+        self, path: str, stamp: Stamp, spans: dict[str, _Span], byte_order: ByteOrder
+    ) -> None:
         self._path = path
+        self._stamp = stamp
         self._spans = spans
         self._byte_order = byte_order
         self._prefix = _struct_prefix(byte_order)
@@ -146,7 +150,7 @@ class Metadata(Mapping[str, Any]):
     def without(self, keys: Collection[str]) -> Metadata:
         """The same pairs, less those of the keys."""
         rest = {key: span for key, span in self._spans.items() if key not in keys}
-        return Metadata(self._path, rest, self._byte_order)
+        return Metadata(self._path, self._stamp, rest, self._byte_order)
 
     @property
     def n_bytes(self) -> int:
@@ -176,7 +180,7 @@ class Metadata(Mapping[str, Any]):
                 f"{self._path}: metadata key {key!r} takes {end - start} bytes, too many to look "
                 f"at (the limit is {MAX_DECODED_BYTES})"
             )
-        return _read_range(self._path, start, end - start)
+        return _read_range(self._path, self._stamp, start, end - start)
 
     def _decode(self, data: bytes, kind: GGUFValueType, at: int) -> tuple[Any, int]:
         if kind == GGUFValueType.STRING:
@@ -229,9 +233,27 @@ class Header:
     stamp: Stamp
     shards: tuple[Header, ...] = ()
 
-    @property
+    @functools.cached_property
     def architecture(self) -> str | None:
         return self.metadata.get("general.architecture")
+
+    @property
+    def is_canonical(self) -> bool:
+        """Laid out as llama.cpp and gguf-py write: tensors as they are listed, nothing after.
+
+        Only such a file comes back bit for bit; of others all values do. What lies in the padding
+        between tensors is not looked at.
+        """
+        return all(file._is_canonical_file for file in self.files)
+
+    @property
+    def _is_canonical_file(self) -> bool:
+        end = 0
+        for tensor in self.tensors:
+            if tensor.offset != end:
+                return False
+            end = align(end + tensor.n_bytes, self.alignment)
+        return self.data_start + end == self.stamp.n_bytes
 
     @property
     def files(self) -> tuple[Header, ...]:
@@ -277,20 +299,20 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
     data = {}
     for name in names:
         number, start = locate(header.data_start + wanted[name].offset)
-        data[name] = _read_range(header.files[number].path, start, wanted[name].n_bytes)
+        file = header.files[number]
+        data[name] = _read_range(file.path, file.stamp, start, wanted[name].n_bytes)
     return data
 
 
-def _read_range(path: str, start: int, n_bytes: int) -> bytes:
+def _read_range(path: str, stamp: Stamp, start: int, n_bytes: int) -> bytes:
     try:
         with Path(path).open("rb", buffering=0) as file:
+            if Stamp.of(os.fstat(file.fileno())) != stamp:
+                raise GGUFError(f"{path}: changed while it was read; run again when it is at rest")
             file.seek(start)
-            data = file.read(n_bytes)
+            return file.read(n_bytes)
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
-    if len(data or b"") < n_bytes:
-        raise GGUFError(f"{path}: the file became shorter while it was read")
-    return data
 
 
 def align(offset: int, alignment: int) -> int:
@@ -313,16 +335,23 @@ def row_bytes(type_id: int, n_elements: int) -> int | None:
 
 
 def encode_pair(
-    key: str, kind: GGUFValueType, value: int | str | Sequence[int | str], byte_order: ByteOrder
+    key: str,
+    kind: GGUFValueType,
+    value: int | str | bytes | Sequence[int | str],
+    byte_order: ByteOrder,
 ) -> bytes:
-    """One metadata pair as bytes; a list value becomes an array of elements of the given kind."""
+    """One metadata pair as bytes; a list value becomes an array of elements of the given kind.
+
+    bytes are an array of UINT8.
+    """
     prefix = _struct_prefix(byte_order)
     if isinstance(value, (int, str)):
         head = struct.pack(prefix + "I", kind)
         return _encode_string(key, prefix) + head + _encode_value(kind, value, prefix)
     head = struct.pack(prefix + "IIQ", GGUFValueType.ARRAY, kind, len(value))
-    body = b"".join(_encode_value(kind, item, prefix) for item in value)
-    return _encode_string(key, prefix) + head + body
+    if not isinstance(value, bytes):
+        value = b"".join(_encode_value(kind, item, prefix) for item in value)
+    return _encode_string(key, prefix) + head + value
 
 
 def encode_start(version: int, byte_order: ByteOrder, n_tensors: int, n_pairs: int) -> bytes:
@@ -449,7 +478,7 @@ class _Parser:
             value = self.at
             element, length = self._skip_value(kind)
             spans[key] = _Span(start, value, self.at, kind, element, length)
-        return Metadata(self.name, spans, self.byte_order)
+        return Metadata(self.name, self.stamp, spans, self.byte_order)
 
     def _value_type(self) -> GGUFValueType:
         kind = self._unpack(self.u32)

@@ -26,6 +26,8 @@ from gguf_fuse.gguf_file import (
     encode_tensors,
 )
 
+MAX_PADDING = 1 << 20  # of larger blocks, what would be saved is not worth the header
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -63,7 +65,7 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
     infos, data_bytes = _offsets(plan)
     moves = list(_moves(plan, infos))  # targets count from the start of the data
     n_padding = None
-    if clone_block and plan.may_pad:
+    if clone_block and clone_block <= MAX_PADDING and plan.may_pad:
         n_padding = _padding(plan, infos, _best_start(plan, moves, clone_block), clone_block)
     literals, header_copies, header_end = _lay(_header(plan, infos, n_padding))
     data_start = align(header_end, plan.alignment)
@@ -112,7 +114,7 @@ def _header(
 ) -> list[Segment | bytes]:
     pairs = list(plan.metadata)
     if n_padding is not None:
-        zeros = [0] * n_padding
+        zeros = bytes(n_padding)
         pairs.append(encode_pair(PADDING_KEY, GGUFValueType.UINT8, zeros, plan.byte_order))
     n_pairs = plan.n_metadata + (n_padding is not None)
     start = encode_start(plan.version, plan.byte_order, len(infos), n_pairs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -282,11 +281,21 @@ def _counts(plan: Plan) -> str:
     return " and ".join(counts)
 
 
-def advice(result: Result) -> str | None:
-    """What to run next, if there is a file to run it on."""
-    if result.output == STANDARD_OUTPUT:
-        return None
-    return f"next: gguf-fuse verify {Path(result.source.path)} {result.outputs[0].path}"
+def notes(result: Result, dry_run: bool) -> list[Text]:
+    """What to know of a fused file, and what to run next."""
+    lines = []
+    if not result.source.is_canonical:
+        lines.append(
+            _text(
+                "unfuse will give back every tensor and key, but not this file bit for bit: it is "
+                "not laid out as llama.cpp writes files",
+                "yellow",
+            )
+        )
+    if not dry_run and result.output != STANDARD_OUTPUT:
+        fused = result.outputs[0].path
+        lines.append(_text(f"next: gguf-fuse verify {result.source.path} {fused}"))
+    return lines
 
 
 def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:

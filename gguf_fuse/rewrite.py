@@ -12,7 +12,7 @@ from typing import Literal
 
 from gguf_fuse import fusion, shards, unfusion
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
-from gguf_fuse.fusion import Plan, Refused, Status, summary
+from gguf_fuse.fusion import Layer, NothingToDo, Plan, Refused, Status, summary
 from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
 from gguf_fuse.kinds import QKV, Kind
 from gguf_fuse.placement import Placement, place
@@ -83,11 +83,19 @@ def fuse(
     """
     header = shards.read_model(source)
     scalars = read_tensors(header, fusion.scalar_names(header))
-    plan = fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
-    mismatched = [layer for layer in plan.skipped if layer.status is Status.MISMATCH]
+    try:
+        plan = fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
+    except NothingToDo as nothing:
+        _refuse_mismatch(header, nothing.layers, on_mismatch)
+        raise
+    _refuse_mismatch(header, plan.skipped, on_mismatch)
+    return _carry_out(header, plan, output, options or Options())
+
+
+def _refuse_mismatch(header: Header, layers: Sequence[Layer], on_mismatch: OnMismatch) -> None:
+    mismatched = [layer for layer in layers if layer.status is Status.MISMATCH]
     if mismatched and on_mismatch == "error":
         raise Refused(f"{header.path}: {summary(mismatched)} (--on-mismatch skip leaves them)")
-    return _carry_out(header, plan, output, options or Options())
 
 
 def unfuse(
@@ -134,7 +142,13 @@ def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple
         raise GGUFError(f"{output}: standard output is one file; shards need a name")
     parts = shards.divide(source, plan, output, max_bytes=limits[0], max_tensors=limits[1])
     block = _shared_block(source, output, options.reflink)
-    return tuple(Output(path, place(part, block)) for path, part in parts)
+    outputs = tuple(Output(path, place(part, block)) for path, part in parts)
+    if options.reflink == "always" and not any(part.placement.clones for part in outputs):
+        raise GGUFError(
+            f"{output}: no block of {source.path} lies where it could be shared; --reflink auto "
+            "copies instead"
+        )
+    return outputs
 
 
 def _shared_block(source: Header, output: str, reflink: Reflink) -> int | None:

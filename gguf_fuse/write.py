@@ -94,6 +94,8 @@ def _check_place(source: Header, destination: Path, real: Path, force: bool) -> 
         status = real.stat()
         if Stamp.of(status)[:2] in {file.stamp[:2] for file in source.files}:
             raise GGUFError(f"{destination}: input and output are the same file")
+        if stat.S_ISDIR(status.st_mode):
+            raise GGUFError(f"{destination}: a folder, not a regular file; give the name of a file")
         if not stat.S_ISREG(status.st_mode):
             raise GGUFError(f"{destination}: not a regular file; use - to write to standard output")
         if not force:
@@ -124,7 +126,7 @@ def write(
     at = outputs[0]
     n_copied = n_cloned = 0
     try:
-        with open_source(source) as sources, _published(reals, force) as temporaries:
+        with open_source(source) as sources, _published(source, reals, force) as temporaries:
             for at, temporary in zip(outputs, temporaries, strict=True):
                 with _created(temporary) as target_fd:
                     clones, copies = _fill(
@@ -186,6 +188,8 @@ def stream(
     The placement must be one without clones.
     """
     try:
+        if Stamp.of(os.fstat(target_fd))[:2] in {file.stamp[:2] for file in source.files}:
+            raise GGUFError(f"{source.path}: input and standard output are the same file")
         with open_source(source) as sources:
             at = 0
             for start, data in _pieces(sources, placement):
@@ -250,7 +254,7 @@ def refuse_changed(source: Header, fds: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
-def _published(destinations: Sequence[Path], force: bool) -> Iterator[list[Path]]:
+def _published(source: Header, destinations: Sequence[Path], force: bool) -> Iterator[list[Path]]:
     """Temporary names beside the destinations; renamed to them at the end, all or none.
 
     Removed on any failure, an interrupt included.
@@ -259,9 +263,8 @@ def _published(destinations: Sequence[Path], force: bool) -> Iterator[list[Path]
     try:
         yield temporaries
         for destination in destinations:
-            if not force and destination.exists():
-                raise GGUFError(f"{destination}: was created meanwhile; --force replaces it")
-        _rename_all(list(zip(temporaries, destinations, strict=True)))
+            _check_place(source, destination, destination, force)  # time has gone by
+        _rename_all(list(zip(temporaries, destinations, strict=True)), force)
     except BaseException:
         for path in temporaries:
             path.unlink(missing_ok=True)
@@ -270,7 +273,7 @@ def _published(destinations: Sequence[Path], force: bool) -> Iterator[list[Path]
 
 def _beside(destination: Path) -> Path:
     # 255 bytes is the usual limit of a name.
-    stem = os.fsdecode(os.fsencode(destination.name)[:200])
+    stem = os.fsencode(destination.name)[:200].decode(errors="ignore")
     return destination.with_name(f"{stem}{TEMPORARY_MARK}{uuid4().hex[:8]}.tmp")
 
 
@@ -284,13 +287,13 @@ def _created(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _rename_all(moves: Sequence[tuple[Path, Path]]) -> None:
+def _rename_all(moves: Sequence[tuple[Path, Path]], force: bool) -> None:
     """Rename each of (old name, new name), or none.
 
     The first shard comes last: loading begins with it, so that half a set is none.
     """
     if len(moves) == 1:
-        moves[0][0].replace(moves[0][1])
+        _rename(*moves[0], force)
         return
     replaced: dict[Path, Path] = {}  # by name: another one for what was there before
     try:
@@ -298,7 +301,7 @@ def _rename_all(moves: Sequence[tuple[Path, Path]]) -> None:
             if destination.exists():
                 replaced[destination] = _beside(destination)
                 _link(destination, replaced[destination])
-            temporary.replace(destination)
+            _rename(temporary, destination, force)
     except BaseException:
         for temporary, destination in moves:
             if destination in replaced:
@@ -310,6 +313,21 @@ def _rename_all(moves: Sequence[tuple[Path, Path]]) -> None:
     finally:
         for path in replaced.values():
             path.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, destination: Path, force: bool) -> None:
+    """Without force, what appeared in the last instant stays: a second name never replaces."""
+    if not force:
+        try:
+            os.link(temporary, destination)
+        except FileExistsError:
+            raise GGUFError(f"{destination}: exists already; --force replaces it") from None
+        except OSError:
+            pass  # a file system without second names
+        else:
+            temporary.unlink()
+            return
+    temporary.replace(destination)
 
 
 def _link(path: Path, name: Path) -> None:

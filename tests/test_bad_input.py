@@ -1100,7 +1100,7 @@ RECORDS: dict[str, tuple[tuple[str, ...], Callable[[], File]]] = {
     ),
     "names are one string": (("gguf_fuse.tensors",), record("tensors", STRING, QKV)),
     "version 0": (("gguf_fuse.version", "0"), record("version", UINT32, 0)),
-    "version 2": (("gguf_fuse.version", "2"), record("version", UINT32, 2)),
+    "version 3": (("gguf_fuse.version", "3"), record("version", UINT32, 3)),
     "version is a string": (("gguf_fuse.version",), record("version", STRING, "1")),
     "version is a long array": (
         ("gguf_fuse.version",),
