@@ -491,7 +491,7 @@ def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
 
     rows, positions: for each fused tensor, as many numbers as its kind has parts.
     """
-    version = 1 if all(join.kind is QKV for join in joins) else 2
+    version = record_version(join.kind for join in joins)
     position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
     order = header.byte_order
     rows = [n for join in joins for n in join.rows]
@@ -502,6 +502,11 @@ def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
         encode_pair(ROWS_KEY, GGUFValueType.UINT64, rows, order),
         encode_pair(POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
     ]
+
+
+def record_version(kinds: Iterable[Kind]) -> int:
+    """Of a record of fusions of these kinds."""
+    return 1 if all(kind is QKV for kind in kinds) else 2
 
 
 def integer(header: Header, key: str, layer: int) -> int | None:

@@ -31,6 +31,7 @@ from gguf_fuse.fusion import (
     layer_names,
     listed,
     loader_of,
+    record_version,
     refuse_loader,
     refuse_other_kinds,
     untouched,
@@ -167,6 +168,8 @@ def _recorded_splits(header: Header) -> list[_Split]:
         _damaged(header, f"{VERSION_KEY} is {version}, this release knows {known}")
     names = _array(header, TENSORS_KEY, str)
     kinds = [kind_of(name) or QKV for name in names]
+    if version != record_version(kinds):
+        _damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
     n_parts = sum(len(kind.parts) for kind in kinds)
     rows, positions = _array(header, ROWS_KEY, int), _array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):

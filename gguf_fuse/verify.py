@@ -431,6 +431,8 @@ def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]
     if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
         return [f"metadata {_RECORD}*: the record has values of a wrong type"]
     counts = [_n_parts(name) for name in names]
+    if version != (1 if set(counts) <= {3} else 2):
+        return [f"metadata {keys[0]}: {version}, its tensors are of another version"]
     if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
         return [f"metadata {_RECORD}*: the lengths of the record's arrays do not fit"]
     place = {tensor.name: at for at, tensor in enumerate(original.tensors)}

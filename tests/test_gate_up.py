@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse import fusion
+from gguf_fuse import fusion, unfusion
 from gguf_fuse.architectures import ARCHITECTURES, Loader
 from gguf_fuse.fusion import NothingToDo, Refused, Status
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
@@ -450,6 +451,40 @@ def test_a_wrong_record_is_named(model: Model, old: int, new: int) -> None:
     assert "gguf_fuse." in problem
     with pytest.raises(GGUFError, match="the record of the fusion does not fit the file"):
         unfused_copy(fused)
+
+
+@pytest.mark.parametrize(("kinds", "false"), [((QKV,), 2), ((GATE_UP,), 1)])
+def test_a_record_of_another_version(model: Model, kinds: tuple[Kind, ...], false: int) -> None:
+    original = model(**experts("granite_swa", n_layer=1))
+    fused = fused_copy(original, kinds=kinds)
+    data = bytearray(fused.read_bytes())
+    key = b"gguf_fuse.version"
+    data[data.index(key) + len(key) + 4] = false
+    fused.write_bytes(data)
+    words = f"gguf_fuse.version.*{false}, its tensors are of another version"
+    assert re.search(words, problems(original, fused)[0])
+    with pytest.raises(GGUFError, match=words):
+        unfused_copy(fused)
+
+
+@pytest.mark.parametrize("key", ["version", "tensors", "rows", "positions"])
+def test_a_damaged_record_is_one_clear_error(model: Model, key: str) -> None:
+    """Every byte of it changed in turn: verify or unfuse notices, or it means the same."""
+    original = model(**experts("granite_swa", n_layer=1, fused=True))
+    fused = fused_copy(original, kinds=(GATE_UP,))
+    sound, data = unfusion.unfuse(read_header(fused)), bytearray(fused.read_bytes())
+    pair = read_header(fused).metadata.segment(f"gguf_fuse.{key}")
+    for at in range(pair.start, pair.start + pair.n_bytes):
+        data[at] ^= 1
+        fused.write_bytes(data)
+        data[at] ^= 1
+        try:
+            header = read_header(fused)
+            noticed = problems(original, fused)
+            plan = unfusion.unfuse(header)
+        except GGUFError:
+            continue
+        assert noticed or plan.tensors == sound.tensors
 
 
 # -- the command line ----------------------------------------------------------------------------
