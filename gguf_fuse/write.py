@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +235,7 @@ def _stream_bytes(fd: int, view: memoryview) -> None:
 @contextlib.contextmanager
 def open_source(source: Header) -> Iterator[list[int]]:
     """The files whose headers were read, in order. Raises GGUFError if one has changed."""
+    _allow_open(len(source.files))
     with contextlib.ExitStack() as stack:
         fds = []
         for file in source.files:
@@ -244,6 +246,20 @@ def open_source(source: Header) -> Iterator[list[int]]:
             stack.callback(os.close, fds[-1])
         refuse_changed(source, fds)
         yield fds
+
+
+def _allow_open(n_files: int) -> None:
+    """A set may have more shards than a process may have open, unless it asks."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    wanted = 2 * n_files + 64  # verify opens two sets
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def refuse_changed(source: Header, fds: Sequence[int]) -> None:

@@ -696,6 +696,21 @@ def test_shard_that_is_cut_meanwhile(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
+def test_more_shards_than_open_files(model: Model, tmp_path: Path) -> None:
+    original = model("whole.gguf", n_layer=8)
+    parts = one_by_one(original)
+    out = shard_paths(tmp_path / "out", len(parts))
+    limit = (
+        "import resource as r; n, hard = r.getrlimit(r.RLIMIT_NOFILE);"
+        "r.setrlimit(r.RLIMIT_NOFILE, (40, hard)); from gguf_fuse.cli import main; main()"
+    )
+    for arguments in (["fuse", parts[0], out[0]], ["verify", parts[0], out[0]]):
+        command = [sys.executable, "-c", limit, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_shards_behind_links(three: list[Path], tmp_path: Path) -> None:
     """As in the cache of huggingface_hub: names are links to files called by their hash."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
