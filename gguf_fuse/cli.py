@@ -174,6 +174,14 @@ def fuse(
         typer.Option(help="A layer whose Q, K and V cannot be one tensor: leave it, or fail."),
     ] = OnMismatch.skip,
     any_architecture: AnyArchitecture = False,
+    base: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="MODEL",
+            help="The model that IN, a LoRA adapter or importance matrix, is for.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     threads: Threads = _DEFAULT_THREADS,
@@ -192,6 +200,7 @@ def fuse(
                 output,
                 on_mismatch=on_mismatch.value,
                 any_architecture=any_architecture,
+                base=base,
                 options=options,
             )
         except NothingToDo as nothing:
@@ -234,11 +243,11 @@ def unfuse(
 @_exits
 def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
-    from gguf_fuse import fusion, report
-    from gguf_fuse.gguf_file import read_header, read_tensors
+    from gguf_fuse import fusion, report, rewrite
+    from gguf_fuse.gguf_file import read_header
 
     header = read_header(source)
-    layers = fusion.examine(header, read_tensors(header, fusion.scalar_names(header)))
+    layers = rewrite.examine(header)
     row = fusion.loader_of(header, layers[0].name if layers else "blk.0")
     if as_json:
         return _print_json(report.inspect_json(header, layers, row))

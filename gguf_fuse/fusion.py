@@ -8,7 +8,7 @@ to know nothing of fusion.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
@@ -66,13 +66,21 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """New bytes that no file has, n_bytes of them; made when they are written, then forgotten."""
+
+    n_bytes: int
+    make: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of the new file; its data is the segments, end to end."""
 
     name: str
     ne: tuple[int, ...]
     type: int
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | Computed, ...]
 
     @property
     def n_bytes(self) -> int:

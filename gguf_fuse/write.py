@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from gguf_fuse.copying import (
     without_holes,
     write_all,
 )
+from gguf_fuse.fusion import Computed
 from gguf_fuse.gguf_file import GGUFError, Header, Stamp
 from gguf_fuse.placement import Copy, Placement
 
@@ -107,7 +109,7 @@ def write(
         with open_source(source) as source_fd, _published(real, force) as target_fd:
             reserve(target_fd, placement.n_bytes, ())
             for at, data in placement.literals:
-                write_all(target_fd, memoryview(data), at)
+                write_all(target_fd, _view(data), at)
             refused = clone_ranges(source_fd, target_fd, placement.clones, on_progress)
             if refused and clone_all:
                 raise GGUFError(f"{destination}: the file system refused to clone a range")
@@ -164,14 +166,19 @@ def stream(
 def _pieces(source_fd: int, placement: Placement) -> Iterator[tuple[int, memoryview]]:
     """All that is not zero, in the order of the new file; a view holds until the next one."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    literals = [(at, memoryview(data)) for at, data in placement.literals]
+    literals = deque(placement.literals)
     for block in iter_blocks(placement.copies):
         while literals and literals[0][0] < block.target:
-            yield literals.pop(0)
+            at, data = literals.popleft()
+            yield at, _view(data)
         view = buffer[: block.n_bytes]
         read_all(source_fd, view, block.source)
         yield block.target, view
-    yield from literals
+    yield from ((at, _view(data)) for at, data in literals)
+
+
+def _view(data: bytes | Computed) -> memoryview:
+    return memoryview(data.make() if isinstance(data, Computed) else data)
 
 
 def _stream_zeros(fd: int, count: int) -> None:
