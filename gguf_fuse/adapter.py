@@ -612,7 +612,7 @@ def _restored(
 def _check_recorded(header: Header, pair: Pair, fusion: _Recorded) -> None:
     if sum(fusion.rows) != pair.rows or min(fusion.rows) < 1:
         record.damaged(header, f"{pair.b.name!r} has {pair.rows} rows, not {listed(fusion.rows)}")
-    if not 0 < sum(fusion.ranks) <= pair.rank:
+    if min(fusion.ranks) < 0 or not 0 < sum(fusion.ranks) <= pair.rank:
         record.damaged(header, f"{pair.a.name!r} has {pair.rank}, not {listed(fusion.ranks)} ranks")
     for index, rank in enumerate(fusion.ranks):
         for column, tensor in ((index, pair.a), (index + len(PARTS), pair.b)):

@@ -7,6 +7,8 @@ separate agree within float rounding, and `unfuse` gives the original file, byte
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,8 +141,10 @@ def test_log_probabilities_agree(model: Model, lora: Make, kind: str, case: dict
     before = log_probabilities(separate, PROMPT, lora=adapter, **exact)
     after = log_probabilities(fused, PROMPT, lora=fused_copy(adapter, base=separate), **exact)
     assert np.abs(plain - before).max() > 0.1
-    # Measured: 7e-6 at most for F32. An F16 adapter's products are rounded to F16 in llama.cpp.
-    np.testing.assert_allclose(after, before, atol=5e-5 if kind == "F32" else 2e-2)
+    # Measured: equal bit for bit where factors are powers of two, else 7e-6 at most for F32. Where
+    # an F16 B becomes F32, llama.cpp no longer rounds what it multiplies to F16: up to 1.3e-2.
+    odd = case.get("ranks", {}).get("k") == 6 and case.get("alpha", 8.0)
+    np.testing.assert_allclose(after, before, atol=3e-2 if odd and kind == "F16" else 5e-5)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -256,12 +260,8 @@ def test_json(lora: Make, tmp_path: Path) -> None:
 
 def test_pipe(lora: Make, tmp_path: Path) -> None:
     adapter = lora()
-    command = ("fuse", adapter)
-    assert gguf_fuse(*command, tmp_path / "out.gguf").returncode == 0
+    assert gguf_fuse("fuse", adapter, tmp_path / "out.gguf").returncode == 0
     with (tmp_path / "piped.gguf").open("wb") as pipe:
-        import subprocess
-        import sys
-
-        arguments = [sys.executable, "-m", "gguf_fuse", "fuse", str(adapter), "-"]
-        subprocess.run(arguments, stdout=pipe, check=True)
+        command = [sys.executable, "-m", "gguf_fuse", "fuse", str(adapter), "-"]
+        subprocess.run(command, stdout=pipe, check=True)
     assert (tmp_path / "piped.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
