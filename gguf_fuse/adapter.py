@@ -503,7 +503,8 @@ def _encode_record(header: Header, fusions: Sequence[_Fusion], read: Read) -> li
         encode_pair(STORED_KEY, kinds.INT64, stored, order),
     ]
     if originals:
-        pairs.append(encode_pair(ORIGINALS_KEY, kinds.UINT8, list(originals), order))
+        empty = encode_pair(ORIGINALS_KEY, kinds.UINT8, [], order)  # its length ends it
+        pairs.append(empty[:-8] + len(originals).to_bytes(8, order) + originals)
     return pairs
 
 
