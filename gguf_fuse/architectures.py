@@ -81,14 +81,15 @@ _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
 # Vision and audio encoders (general.architecture = clip), by projector type: the names in
 # tools/mtmd/clip-impl.h. Those that read attn_qkv are built by clip_graph::build_vit, which splits
 # it by n_head (so K and V must have Q's rows) and applies no scale. Of its other users, gemma4v
-# clamps by the weight's name, and deepseekocr2 has fewer heads for K and V.
+# clamps by the weight's name, deepseekocr2 has fewer heads for K and V, and the whisper encoders
+# assert that Q and V, not K, have biases of their own.
 _PROJECTORS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "measured"): "gemma3 internvl janus_pro pixtral",
     (Loader.READS_FUSED, "source"): """
-        deepseek4v deepseekocr dots3note_a dots3note_v dots_ocr glm4v glm5v glma hunyuanvl idefics3
-        kimik25 kimivl lfm2 lightonocr ling3vl llama4 meralion mimo_audio minimax_m3 muse-glimmer
-        musicflamingo nemotron_v2_vl paddleocr phi4 qwen2a qwen3a resampler step3vl ultravox
-        voxtral""",
+        deepseek4v deepseekocr dots3note_a dots3note_v dots_ocr glm4v glm5v hunyuanvl idefics3
+        kimik25 kimivl lfm2 lightonocr ling3vl llama4 mimo_audio minimax_m3 muse-glimmer
+        nemotron_v2_vl paddleocr phi4 qwen3a resampler step3vl""",
+    (Loader.CRASHES, "source"): "glma meralion musicflamingo qwen2a ultravox voxtral",
     (Loader.NEEDS_SEPARATE, "source"): """
         adapter conformer deepseekocr2 gemma3na gemma3nv gemma4a gemma4v granite4_vision
         granite_speech ldp ldpv2 lfm2a minicpmv4_6 mlp mlp_norm parakeet pockettts_gen

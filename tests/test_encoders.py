@@ -111,7 +111,7 @@ def test_biases_and_norms_of_a_head(
     ("encoder", "reason"),
     [
         (Encoder("pixtral", kv_rows=32), "rows differ (64, 32, 32)"),
-        (Encoder("ultravox", biases="qv"), "no attn_k.bias beside the other bias"),
+        (Encoder("qwen3a", biases="qv"), "no attn_k.bias beside the other bias"),
         (Encoder("internvl", norm=N_EMBD), "attn_q_norm has 64 elements, not one head's 16"),
     ],
 )
@@ -129,9 +129,9 @@ def test_layers_that_are_left(tmp_path: Path, encoder: Encoder, reason: str) -> 
     ("encoders", "fused_prefix"),
     [
         ({"v": Encoder("gemma3"), "a": Encoder("conformer")}, "v"),
-        ({"v": Encoder("qwen2.5vl_merger"), "a": Encoder("qwen2a")}, "a"),
-        ({"v": Encoder("qwen2.5o"), "a": Encoder("qwen2.5o")}, "a"),
-        ({"v": Encoder("pixtral", kv_rows=32), "a": Encoder("voxtral")}, "a"),
+        ({"v": Encoder("qwen2.5vl_merger"), "a": Encoder("qwen3a")}, "a"),
+        ({"v": Encoder("pixtral", kv_rows=32), "a": Encoder("mimo_audio")}, "a"),
+        ({"v": Encoder("gemma3"), "a": Encoder("ultravox", biases="qv")}, "v"),
     ],
 )
 def test_one_of_two_encoders(
