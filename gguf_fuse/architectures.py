@@ -127,19 +127,27 @@ def _gate_up(name: str) -> Reads:
     return Reads(Loader.NEEDS_SEPARATE, "source", scales=False)
 
 
-# Vision and audio encoders (general.architecture = clip), by projector type. Their common graph
-# reads attn_qkv, splits it by n_head (so K and V must have Q's rows) and applies no scale.
+# Vision and audio encoders (general.architecture = clip), by projector type: the names in
+# tools/mtmd/clip-impl.h. Those that read attn_qkv are built by clip_graph::build_vit, which splits
+# it by n_head (so K and V must have Q's rows) and applies no scale. Of its other users, gemma4v
+# clamps by the weight's name, deepseekocr2 has fewer heads for K and V, and the whisper encoders
+# assert that Q and V, not K, have biases of their own.
 _PROJECTORS: dict[tuple[Loader, Source], str] = {
+    (Loader.READS_FUSED, "measured"): "gemma3 internvl janus_pro pixtral",
     (Loader.READS_FUSED, "source"): """
-        deepseekocr dots_ocr gemma3 glm4v glma hunyuanvl idefics3 internvl janus_pro kimik25
-        kimivl lfm2 lightonocr llama4 nemotron_v2_vl paddleocr phi4 pixtral qwen2a resampler
-        step3vl ultravox voxtral""",
+        deepseek4v deepseekocr dots3note_a dots3note_v dots_ocr glm4v glm5v hunyuanvl idefics3
+        kimik25 kimivl lfm2 lightonocr ling3vl llama4 mimo_audio minimax_m3 muse-glimmer
+        nemotron_v2_vl paddleocr phi4 qwen3a resampler step3vl""",
+    (Loader.CRASHES, "source"): "glma meralion musicflamingo qwen2a ultravox voxtral",
     (Loader.NEEDS_SEPARATE, "source"): """
         adapter conformer deepseekocr2 gemma3na gemma3nv gemma4a gemma4v granite4_vision
-        granite_speech ldp ldpv2 lfm2a minicpmv4_6 mlp mlp_norm parakeet qwen2.5vl_merger
-        qwen2vl_merger youtuvl""",
+        granite_speech ldp ldpv2 lfm2a minicpmv4_6 mlp mlp_norm parakeet pockettts_gen
+        pockettts_spkenc qwen2.5vl_merger qwen2vl_merger qwen3tts_gen qwen3tts_spkenc youtuvl""",
     (Loader.ALREADY_FUSED, "source"): "qwen3vl_merger cogvlm mimovl exaone4_5",
+    (Loader.NO_ATTENTION, "source"): "gemma4ua gemma4uv yasa2",
 }
+# qwen2.5o names two encoders in one file.
+_QWEN25O = {"audio": "qwen2a", "vision": "qwen2.5vl_merger"}
 
 ARCHITECTURES = {
     name: Architecture(
@@ -167,7 +175,9 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES.get(name) or Architecture(name, Loader.UNKNOWN, "none")
 
 
-def projector(name: str) -> Architecture:
+def projector(name: str, modality: str = "vision") -> Architecture:
     """The row of an encoder's projector type; UNKNOWN where the table has none."""
+    if name == "qwen2.5o":
+        name = _QWEN25O[modality]
     unknown = Architecture(f"clip ({name})", Loader.UNKNOWN, "none", scales=False, equal_rows=True)
     return PROJECTORS.get(name) or unknown

@@ -207,6 +207,14 @@ def fuse(
         typer.Option(help="A layer whose parts cannot be one tensor: leave it, or fail."),
     ] = OnMismatch.skip,
     any_architecture: AnyArchitecture = False,
+    base: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="MODEL",
+            help="The model that IN, a LoRA adapter or importance matrix, is for.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     threads: Threads = _DEFAULT_THREADS,
@@ -234,6 +242,7 @@ def fuse(
                 kinds=[kind for kind, chosen in wanted if chosen],
                 on_mismatch=on_mismatch.value,
                 any_architecture=any_architecture,
+                base=base,
                 options=options,
             )
     if as_json:
@@ -279,14 +288,12 @@ def unfuse(
 @_exits
 def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
-    from gguf_fuse import fusion, report
-    from gguf_fuse.gguf_file import read_tensors
+    from gguf_fuse import fusion, report, rewrite
     from gguf_fuse.kinds import KINDS, QKV
     from gguf_fuse.shards import read_model
 
     header = read_model(source)
-    scalars = read_tensors(header, fusion.scalar_names(header))
-    layers = fusion.examine(header, scalars, kinds=KINDS)
+    layers = rewrite.examine(header, KINDS)
     row = fusion.loader_of(header, layers[0].name if layers else "blk.0")
     if as_json:
         return _print_json(report.inspect_json(header, layers, row))

@@ -8,7 +8,7 @@ know nothing of fusion.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NoReturn
@@ -65,13 +65,21 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """New bytes that no file has, n_bytes of them; made when they are written, then forgotten."""
+
+    n_bytes: int
+    make: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of the new file; its data is the segments, end to end."""
 
     name: str
     ne: tuple[int, ...]
     type: int
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | Computed, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -151,9 +159,9 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
     if name != "clip":
         return architecture(name)
     modality = "audio" if layer.startswith("a.") else "vision"
-    keys = (f"clip.{modality}.projector_type", "clip.projector_type")
-    found = [header.metadata[key] for key in keys if key in header.metadata]
-    return projector(str(found[0]) if found else "no projector type")
+    keys = ("clip.projector_type", f"clip.{modality}.projector_type")
+    found = [header.metadata[key] for key in keys if header.metadata.get(key)]
+    return projector(str(found[0]) if found else "no projector type", modality)
 
 
 def examine(
@@ -175,6 +183,7 @@ def examine(
         for layer in layer_names(header.tensors, kind):
             row = loader_of(header, layer)
             decided = _decide(layer, tensors, siblings[layer], scalars, row, kind)
+            decided = _obey_encoder(decided, header, tensors)
             layers.append(_obey_loader(decided, row, any_architecture))
     return tuple(layers)
 
@@ -204,6 +213,25 @@ def _is_attention(layer: str, names: set[str]) -> bool:
     if f"{layer}.{FUSED}.weight" not in names:
         return True
     return f"{layer}.attn_output.weight" in names or f"{layer}.attn_out.weight" in names
+
+
+def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo]) -> Layer:
+    """An encoder's graph norms fused Q and K head by head only, and aborts on a wider norm."""
+    modality = {"v": "vision", "a": "audio"}.get(layer.name.partition(".")[0])
+    if header.architecture != "clip" or layer.status is not Status.FUSABLE or modality is None:
+        return layer
+    n_embd = integer(header, f"clip.{modality}.embedding_length", 0) or layer.rows[0]
+    n_head = integer(header, f"clip.{modality}.attention.head_count", 0) or 1
+    n_dim = integer(header, f"clip.{modality}.attention.head_dim", 0) or n_embd // n_head
+    for name in ("attn_q_norm", "attn_k_norm"):
+        norm = tensors.get(f"{layer.name}.{name}.weight")
+        if norm is not None and norm.ne[:1] != (n_dim,):
+            reason = (
+                f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
+                f"loader wants beside {FUSED}"
+            )
+            return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
+    return layer
 
 
 def _obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.fusion import PADDING_KEY, Plan
+from gguf_fuse.fusion import PADDING_KEY, Computed, Plan
 from gguf_fuse.gguf_file import (
     Segment,
     TensorInfo,
@@ -42,11 +42,11 @@ class Copy:
 class Placement:
     """The whole new file; where nothing is said, there are zeros.
 
-    literals: new bytes and where they go. copies: ranges of the source. clones: ranges that the
-    file system can share with the source. data_start, n_bytes: of the new file.
+    literals: new bytes and where they go, in that order. copies: ranges of the source. clones:
+    ranges that the file system can share with the source. data_start, n_bytes: of the new file.
     """
 
-    literals: tuple[tuple[int, bytes], ...]
+    literals: tuple[tuple[int, bytes | Computed], ...]
     copies: tuple[Copy, ...]
     clones: tuple[Copy, ...]
     data_start: int
@@ -73,8 +73,9 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
     copies = _merged([*header_copies, *data])
     clones = [clone for copy in copies for clone in _interior(copy, clone_block)]
     edges = [edge for copy in copies for edge in _edges(copy, clone_block)]
+    computed = [(data_start + at, piece) for at, piece in _computed(plan, infos)]
     return Placement(
-        tuple(literals), tuple(edges), tuple(clones), data_start, data_start + data_bytes
+        (*literals, *computed), tuple(edges), tuple(clones), data_start, data_start + data_bytes
     )
 
 
@@ -90,7 +91,17 @@ def _moves(plan: Plan, infos: Iterable[TensorInfo]) -> Iterator[Copy]:
     for tensor, info in zip(plan.tensors, infos, strict=True):
         target = info.offset
         for segment in tensor.segments:
-            yield Copy(segment.start, target, segment.n_bytes)
+            if isinstance(segment, Segment):
+                yield Copy(segment.start, target, segment.n_bytes)
+            target += segment.n_bytes
+
+
+def _computed(plan: Plan, infos: Iterable[TensorInfo]) -> Iterator[tuple[int, Computed]]:
+    for tensor, info in zip(plan.tensors, infos, strict=True):
+        target = info.offset
+        for segment in tensor.segments:
+            if isinstance(segment, Computed):
+                yield target, segment
             target += segment.n_bytes
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gguf_fuse import fusion, shards, unfusion
+from gguf_fuse import fusion, imatrix, shards, unfusion
+from gguf_fuse.base import base_rows
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Layer, NothingToDo, Plan, Refused, Status, summary
-from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
-from gguf_fuse.kinds import QKV, Kind
+from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, read_tensors
+from gguf_fuse.kinds import KINDS, QKV, Kind
 from gguf_fuse.placement import Placement, place
 from gguf_fuse.write import Output, Written, check_destinations, open_source, stream, write
 
@@ -72,19 +73,20 @@ def fuse(
     kinds: Sequence[Kind] = (QKV,),
     on_mismatch: OnMismatch = "skip",
     any_architecture: bool = False,
+    base: Path | None = None,
     options: Options | None = None,
 ) -> Result:
     """Write `source` to `output` ("-": standard output) with what `kinds` names fused.
 
     `source` is a file, or any shard of a set; what `output` may be says `shards.divide`.
     on_mismatch: "error" refuses a file with a layer whose parts cannot be one tensor.
+    base: the model that an adapter or an importance matrix is for, fused or not.
 
     Raises GGUFError (and its kinds Refused and NothingToDo); nothing is written then.
     """
     header = shards.read_model(source)
-    scalars = read_tensors(header, fusion.scalar_names(header))
     try:
-        plan = fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
+        plan = _fuse_plan(header, base, kinds, any_architecture)
     except NothingToDo as nothing:
         _refuse_mismatch(header, nothing.layers, on_mismatch)
         raise
@@ -103,8 +105,64 @@ def unfuse(
 ) -> Result:
     """Write `source` with all that is fused separate to `output`; raises as `fuse` does."""
     header = shards.read_model(source)
-    plan = unfusion.unfuse(header, any_architecture=any_architecture)
+    plan = _unfuse_plan(header, any_architecture)
     return _carry_out(header, plan, output, options or Options())
+
+
+def examine(header: Header, kinds: Sequence[Kind] = KINDS) -> tuple[Layer, ...]:
+    """What fusing would do with each layer of a file of any kind."""
+    kind = header.metadata.get("general.type")
+    if kind == "adapter":
+        from gguf_fuse import adapter
+
+        return adapter.examine(header)
+    if kind == "imatrix":
+        return imatrix.examine(header, _reader(header))
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    return fusion.examine(header, scalars, kinds=kinds)
+
+
+def _fuse_plan(
+    header: Header, base: Path | None, kinds: Sequence[Kind], any_architecture: bool
+) -> Plan:
+    kind = header.metadata.get("general.type")
+    if kind not in ("adapter", "imatrix"):
+        if base is not None:
+            raise Refused(
+                f"{header.path}: --base is for LoRA adapters and importance matrices; this file "
+                "is neither"
+            )
+        scalars = read_tensors(header, fusion.scalar_names(header))
+        return fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
+    if QKV not in kinds:
+        raise Refused(f"{header.path}: of general.type {kind!r} only Q, K and V can be fused")
+    rows = None if base is None else _base_rows(base, any_architecture)
+    if kind == "imatrix":
+        return imatrix.fuse(header, _reader(header), rows=rows)
+    from gguf_fuse import adapter  # brings numpy, which no model needs
+
+    return adapter.fuse(header, _reader(header), rows=rows, any_architecture=any_architecture)
+
+
+def _base_rows(path: Path, any_architecture: bool) -> dict[str, tuple[int, ...]]:
+    header = shards.read_model(path)
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    return base_rows(header, scalars, any_architecture=any_architecture)
+
+
+def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
+    kind = header.metadata.get("general.type")
+    if kind == "adapter":
+        from gguf_fuse import adapter
+
+        return adapter.unfuse(header, _reader(header))
+    if kind == "imatrix":
+        return imatrix.unfuse(header)
+    return unfusion.unfuse(header, any_architecture=any_architecture)
+
+
+def _reader(header: Header) -> Callable[[TensorInfo], bytes]:
+    return lambda tensor: read_tensors(header, [tensor.name])[tensor.name]
 
 
 def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:

@@ -327,7 +327,8 @@ def _homes(source: Header, plan: Plan) -> list[int]:
 
 
 def _first_file(tensor: PlannedTensor) -> int:
-    return locate(tensor.segments[0].start)[0]
+    first = tensor.segments[0]
+    return locate(first.start)[0] if isinstance(first, Segment) else 0
 
 
 def _cut(source: Header, plan: Plan, max_bytes: int | None, max_tensors: int | None) -> list[Plan]:

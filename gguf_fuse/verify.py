@@ -157,10 +157,13 @@ class Report:
 def verify(original: Path, fused: Path, options: Options | None = None) -> Report:
     """Does FUSED hold what ORIGINAL holds, and compute what it computes? Each may be a shard.
 
-    Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have.
+    Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have, Refused
+    for adapters and importance matrices.
     """
     options = options or Options()
     before, after = read_model(original), read_model(fused)
+    for header in (before, after):
+        _refuse_other_kinds(header)
     names = [] if options.structure_only else choose_layers(before, options.layers)
     structure = compare_structure(
         before,
@@ -171,6 +174,15 @@ def verify(original: Path, fused: Path, options: Options | None = None) -> Repor
     )
     layers, timing = compare_numbers(before, after, names, options)
     return Report(structure, layers, timing)
+
+
+def _refuse_other_kinds(header: Header) -> None:
+    kind = header.metadata.get("general.type")
+    if kind in ("adapter", "imatrix"):
+        raise fusion.Refused(
+            f"{header.path}: general.type is {kind!r}: verify compares models; unfuse gives the "
+            "original bytes back, which cmp can compare"
+        )
 
 
 # -- which layers -------------------------------------------------------------------------------

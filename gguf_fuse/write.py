@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from gguf_fuse.copying import (
     without_holes,
     write_all,
 )
+from gguf_fuse.fusion import Computed
 from gguf_fuse.gguf_file import GGUFError, Header, Stamp
 from gguf_fuse.placement import Copy, Placement
 
@@ -164,7 +166,7 @@ def _fill(
     placement = output.placement
     reserve(target_fd, placement.n_bytes, ())
     for start, data in placement.literals:
-        write_all(target_fd, memoryview(data), start)
+        write_all(target_fd, _view(data), start)
     refused = clone_ranges(sources, target_fd, placement.clones, on_progress)
     if refused and clone_all:
         raise GGUFError(f"{output.path}: the file system refused to clone a range")
@@ -210,14 +212,19 @@ def stream(
 def _pieces(sources: Sequence[int], placement: Placement) -> Iterator[tuple[int, memoryview]]:
     """All that is not zero, in the order of the new file; a view holds until the next one."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    literals = [(at, memoryview(data)) for at, data in placement.literals]
+    literals = deque(placement.literals)
     for block in iter_blocks(placement.copies):
         while literals and literals[0][0] < block.target:
-            yield literals.pop(0)
+            at, data = literals.popleft()
+            yield at, _view(data)
         view = buffer[: block.n_bytes]
         read_source(sources, view, block.source)
         yield block.target, view
-    yield from literals
+    yield from ((at, _view(data)) for at, data in literals)
+
+
+def _view(data: bytes | Computed) -> memoryview:
+    return memoryview(data.make() if isinstance(data, Computed) else data)
 
 
 def _stream_zeros(fd: int, count: int) -> None:

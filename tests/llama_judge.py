@@ -8,6 +8,7 @@ to import than all the rest takes.
 from __future__ import annotations
 
 import array
+import base64
 import contextlib
 import ctypes
 import importlib.util
@@ -97,6 +98,34 @@ def log_probabilities(
         return np.fromfile(answer, np.float32).reshape(n_rows, -1)
 
 
+def image_log_probabilities(
+    path: Path | str, mmproj: Path | str, image: bytes, *, timeout: float = 60.0
+) -> NDArray[np.float32]:
+    """Log-probabilities of the token that follows an image: [n_vocab], from a vocabulary of words.
+
+    `mmproj` is a vision encoder for the model at `path`, `image` a PNG or JPEG file.
+
+    Raises LoadFailed where llama.cpp refuses a file, crashes, or takes over `timeout` seconds.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "row.f32"
+        request = {
+            "task": "image_log_probabilities",
+            "path": str(path),
+            "mmproj": str(mmproj),
+            "image": base64.b64encode(image).decode(),
+            "n_threads": 1,
+            "cache_type": "f16",
+            "flash_attention": "auto",
+            "lora": None,
+            "n_ctx": 512,
+        }
+        _run({**request, "answer": str(answer)}, timeout)
+        return np.fromfile(answer, np.float32)
+
+
 def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float = 60.0) -> None:
     """Read a GGUF file with its data and write it again, both with llama.cpp's own code.
 
@@ -158,7 +187,10 @@ def _main() -> None:
     if request["task"] == "rewrite":
         _rewrite(request["src"], request["dst"])
         return
-    rows = _rows(_server(request), request)
+    if request["task"] == "image_log_probabilities":
+        rows = [_image_row(_server(request), request["image"])]
+    else:
+        rows = _rows(_server(request), request)
     Path(request["answer"]).write_bytes(b"".join(row.tobytes() for row in rows))
     # Skip what runs at exit: a crash there is none of the file's.
     sys.stderr.flush()
@@ -186,6 +218,9 @@ def _server(request: dict[str, Any]) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type(
         {"auto": -1, "off": 0, "on": 1}[request["flash_attention"]]
     )
+    if "mmproj" in request:
+        params.mmproj.path = request["mmproj"]
+        params.mmproj_use_gpu = False
     if request["lora"] is not None:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path = request["lora"]
@@ -240,6 +275,27 @@ def _row(server: Any, tokens: list[int], *, cached: bool) -> array.array[float]:
         by_token = sorted((entry["id"], entry["logprob"]) for entry in ranked)
         return array.array("f", (logprob for _, logprob in by_token))
     _refuse("no token was found whose probabilities the server gives")
+
+
+def _image_row(server: Any, image: str) -> array.array[float]:
+    """The log-probabilities after an image, given in base 64: [n_vocab]."""
+    url = f"data:image/png;base64,{image}"
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    answer = server.handle_chat_completions(
+        {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 1 << 30,
+            "temperature": 0,
+            "logit_bias": [[65, 1e9]],
+        }
+    )
+    if "choices" not in answer:
+        _refuse(json.dumps(answer)[:500])
+    ranked = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    by_token = sorted((entry["id"], entry["logprob"]) for entry in ranked)
+    return array.array("f", (logprob for _, logprob in by_token))
 
 
 def _refuse(reason: str) -> NoReturn:

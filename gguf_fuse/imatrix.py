@@ -1,0 +1,204 @@
+"""Importance matrices: the entries of Q, K and V become the entry of attn_qkv, and back.
+
+llama-imatrix writes, for each weight, the sums of squares of its inputs (`NAME.in_sum2`, float32,
+ne = [row length, 1]) and how many there were (`NAME.counts`, float32, ne = [1, 1]). Q, K and V
+multiply the same input, so their entries are the same, and the fused weight's entry is that one.
+llama-quantize looks an entry up by the weight's name. Pure, like `fusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from gguf.constants import GGUFValueType
+
+from gguf_fuse import record
+from gguf_fuse.base import KEPT_SEPARATE
+from gguf_fuse.fusion import (
+    FUSED,
+    PARTS,
+    POSITIONS_KEY,
+    Join,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+    Refused,
+    Status,
+    layer_names,
+    summary,
+    untouched,
+)
+from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
+
+ENTRY = (".in_sum2", ".counts")
+_FUSED_ENDS = tuple(f".{FUSED}.weight{kind}" for kind in ENTRY)
+
+Read = Callable[[TensorInfo], bytes]
+
+
+def examine(
+    header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[Layer, ...]:
+    """Every layer with an entry of Q, K, V or the fused weight. rows: as `base.base_rows` says.
+
+    Raises GGUFError where half an entry is missing or no float32.
+    """
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    for tensor in header.tensors:
+        _check_entry(header, tensor, tensors)
+    return tuple(_decide(header, layer, tensors, read, rows) for layer in _layer_names(header))
+
+
+def fuse(header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | None = None) -> Plan:
+    """The plan of the matrix for the fused model.
+
+    read: the data of a tensor. rows: layers that the model has fused; None: all of them.
+
+    Raises Refused where entries of Q, K and V differ, NothingToDo where no layer has all three,
+    GGUFError as `examine` does.
+    """
+    record.refuse_twice(header)
+    layers = examine(header, read, rows=rows)
+    unequal = [layer for layer in layers if layer.status is Status.MISMATCH]
+    if unequal:
+        raise Refused(f"{header.path}: {summary(unequal)}")
+    fusable = [layer for layer in layers if layer.status is Status.FUSABLE]
+    if not fusable:
+        reason = summary(layers) if layers else "no entry of attn_q, attn_k or attn_v"
+        raise NothingToDo(header, f"nothing to fuse: {reason}", layers)
+    joins = [join for layer in fusable for join in layer.joins]
+    position = {tensor.name: at for at, tensor in enumerate(header.tensors)}
+    positions = [position[part.name] for join in joins for part in join.parts]
+    pairs = record.start(header, [join.name for join in joins])
+    kind = GGUFValueType.UINT64
+    pairs += [encode_pair(POSITIONS_KEY, kind, positions, header.byte_order)]
+    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
+
+
+def unfuse(header: Header) -> Plan:
+    """The plan of the matrix for the separate model: the original one if gguf-fuse fused it.
+
+    One that llama-imatrix computed on a fused model gets three equal entries in place of each.
+    Raises GGUFError where the record does not fit the file, NothingToDo where nothing is fused.
+    """
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    if record.exists(header):
+        places = _recorded_places(header, tensors)
+    else:
+        fused = [
+            f"{layer}.{FUSED}.weight{kind}" for layer in _layer_names(header) for kind in ENTRY
+        ]
+        places = {name: None for name in fused if name in tensors}
+    if not places:
+        raise NothingToDo(header, f"nothing to unfuse: no entry of {FUSED}")
+    changed = [
+        Layer(name.removesuffix(_FUSED_ENDS[0]), Status.FUSED, ("F32",) * 3, ())
+        for name in places
+        if name.endswith(_FUSED_ENDS[0])
+    ]
+    return record.unfused_plan(header, _restored_tensors(header, places), changed)
+
+
+def _restored_tensors(
+    header: Header, places: Mapping[str, tuple[int, ...] | None]
+) -> tuple[PlannedTensor, ...]:
+    """places: of the parts of each fused tensor; None: where it stands."""
+    placed: dict[int, PlannedTensor] = {}
+    rest: list[PlannedTensor] = []
+    for tensor in header.tensors:
+        at = places.get(tensor.name)
+        if at is not None:
+            placed.update(zip(at, _parts(header, tensor), strict=True))
+        elif tensor.name in places:
+            rest += _parts(header, tensor)
+        else:
+            rest.append(untouched(header, tensor))
+    return record.put_back(header, placed, rest)
+
+
+def _layer_names(header: Header) -> list[str]:
+    """The layers, by the same rules as a model's: an entry stands for its weight."""
+    entries = [t for t in header.tensors if t.name.endswith(ENTRY[0])]
+    return layer_names(
+        TensorInfo(t.name.removesuffix(ENTRY[0]), t.ne, t.type, t.offset, t.n_bytes)
+        for t in entries
+    )
+
+
+def _check_entry(header: Header, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
+    for kind, other in (ENTRY, ENTRY[::-1]):
+        if not tensor.name.endswith(kind):
+            continue
+        if tensor.name.removesuffix(kind) + other not in tensors:
+            raise GGUFError(f"{header.path}: {tensor.name!r} has no {other[1:]} beside it")
+        if type_name(tensor.type) != "F32":
+            raise GGUFError(
+                f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}; importance "
+                "matrices are F32"
+            )
+
+
+def _decide(
+    header: Header,
+    layer: str,
+    tensors: Mapping[str, TensorInfo],
+    read: Read,
+    rows: Mapping[str, tuple[int, ...]] | None,
+) -> Layer:
+    names = [f"{layer}.{part}.weight{ENTRY[0]}" for part in PARTS]
+    types = tuple("F32" for name in names if name in tensors)
+    fused = f"{layer}.{FUSED}.weight{ENTRY[0]}" in tensors
+    if fused and not types:
+        return Layer(layer, Status.FUSED, ("F32",), ())
+    if fused:
+        reason = f"{FUSED} has an entry already, beside those of attn_q, attn_k or attn_v"
+        return Layer(layer, Status.MISMATCH, types, (), reason)
+    absent = [part for part, name in zip(PARTS, names, strict=True) if name not in tensors]
+    if absent:
+        return Layer(layer, Status.INCOMPLETE, types, (), f"no entry of {', '.join(absent)}")
+    if rows is not None and layer not in rows:
+        return Layer(layer, Status.SEPARATE, types, (), KEPT_SEPARATE)
+    joins = []
+    for kind in ENTRY:
+        parts = tuple(tensors[f"{layer}.{part}.weight{kind}"] for part in PARTS)
+        if len({part.ne for part in parts}) > 1 or len({read(part) for part in parts}) > 1:
+            reason = f"{kind[1:]} of attn_q, attn_k and attn_v differ, though they see one input"
+            return Layer(layer, Status.MISMATCH, types, (), reason)
+        joins.append(Join(f"{layer}.{FUSED}.weight{kind}", parts[0].ne, parts, shared=True))
+    return Layer(layer, Status.FUSABLE, types, (rows or {}).get(layer, ()), joins=tuple(joins))
+
+
+def _fused_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
+    stands_for = {join.parts[0].name: join for join in joins}
+    absorbed = {part.name for join in joins for part in join.parts[1:]}
+    for tensor in header.tensors:
+        if tensor.name in absorbed:
+            continue
+        planned = untouched(header, tensor)
+        join = stands_for.get(tensor.name)
+        yield _renamed(planned, join.name) if join else planned
+
+
+def _renamed(tensor: PlannedTensor, name: str) -> PlannedTensor:
+    return PlannedTensor(name, tensor.ne, tensor.type, tensor.segments)
+
+
+def _recorded_places(
+    header: Header, tensors: Mapping[str, TensorInfo]
+) -> dict[str, tuple[int, ...] | None]:
+    names = record.names(header)
+    positions = record.array(header, POSITIONS_KEY, int, len(PARTS) * len(names))
+    if len(set(positions)) < len(positions):
+        record.damaged(header, f"{POSITIONS_KEY} has a number twice")
+    for name in names:
+        if name not in tensors or not name.endswith(_FUSED_ENDS):
+            record.damaged(header, f"{name!r} is recorded, which the file does not have")
+    triples = zip(positions[0::3], positions[1::3], positions[2::3], strict=True)
+    return dict(zip(names, triples, strict=True))
+
+
+def _parts(header: Header, tensor: TensorInfo) -> list[PlannedTensor]:
+    planned = untouched(header, tensor)
+    names = (tensor.name.replace(f".{FUSED}.", f".{part}.") for part in PARTS)
+    return [_renamed(planned, name) for name in names]

@@ -1,0 +1,128 @@
+"""The record of a fusion in a file's metadata, as adapters and importance matrices share it.
+
+What gguf-fuse did it writes under `gguf_fuse.`: which tensors it made and where their parts stood.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from gguf.constants import GGUFValueType
+
+from gguf_fuse.fusion import (
+    KEY_PREFIX,
+    RECORD_VERSIONS,
+    TENSORS_KEY,
+    VERSION_KEY,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+)
+from gguf_fuse.gguf_file import GGUFError, Header, encode_pair
+
+_VERSION = RECORD_VERSIONS[0]
+
+
+def exists(header: Header) -> bool:
+    return any(key.startswith(KEY_PREFIX) for key in header.metadata)
+
+
+def start(header: Header, fused: Sequence[str]) -> list[bytes]:
+    """The pairs that every record begins with. fused: names of tensors."""
+    order = header.byte_order
+    return [
+        encode_pair(VERSION_KEY, GGUFValueType.UINT32, _VERSION, order),
+        encode_pair(TENSORS_KEY, GGUFValueType.STRING, list(fused), order),
+    ]
+
+
+def names(header: Header) -> list[str]:
+    """The fused tensors. Raises GGUFError where the record is of another release or damaged."""
+    version = header.metadata.get(VERSION_KEY)
+    if version != _VERSION:
+        damaged(header, f"{VERSION_KEY} is {version}, this release knows {_VERSION}")
+    found: list[str] = array(header, TENSORS_KEY, str)
+    if not found or len(set(found)) < len(found):
+        damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
+    return found
+
+
+def array(header: Header, key: str, kind: type, length: int | None = None) -> list[Any]:
+    """An array of the record. Raises GGUFError if it is not there, or of another kind or length."""
+    values = header.metadata.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        damaged(header, f"{key} is missing or of the wrong type")
+    if length is not None and len(values) != length:
+        damaged(header, f"{key} has {len(values)} numbers, not {length}")
+    return values
+
+
+def damaged(header: Header, problem: str) -> NoReturn:
+    raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
+
+
+def put_back(
+    header: Header, placed: Mapping[int, PlannedTensor], rest: Iterable[PlannedTensor]
+) -> tuple[PlannedTensor, ...]:
+    """Restored tensors at their places, the others in their order between them.
+
+    Raises GGUFError if the places are none of the restored file, or a name comes twice.
+    """
+    others = list(rest)
+    n_tensors = len(placed) + len(others)
+    if not all(0 <= at < n_tensors for at in placed):
+        damaged(header, f"positions are not places among {n_tensors} tensors")
+    untouched = iter(others)
+    restored = tuple(placed.get(at) or next(untouched) for at in range(n_tensors))
+    twice = [name for name, n in Counter(tensor.name for tensor in restored).items() if n > 1]
+    if twice:
+        raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
+    return restored
+
+
+def fused_plan(
+    header: Header,
+    pairs: Sequence[bytes],
+    tensors: Iterable[PlannedTensor],
+    layers: Sequence[Layer],
+    changed: Sequence[Layer],
+) -> Plan:
+    """The plan of the fused file. pairs: the record. changed: those of `layers` that are fused."""
+    return Plan(
+        header.version,
+        header.byte_order,
+        header.alignment,
+        len(header.metadata) + len(pairs),
+        (*(header.metadata.segment(key) for key in header.metadata), *pairs),
+        tuple(tensors),
+        tuple(changed),
+        tuple(layer for layer in layers if layer not in changed),
+        may_pad=True,
+    )
+
+
+def unfused_plan(
+    header: Header, tensors: Iterable[PlannedTensor], changed: Sequence[Layer]
+) -> Plan:
+    """The plan of the restored file: without the record."""
+    kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
+    return Plan(
+        header.version,
+        header.byte_order,
+        header.alignment,
+        len(kept),
+        tuple(header.metadata.segment(key) for key in kept),
+        tuple(tensors),
+        tuple(changed),
+        (),
+        may_pad=False,
+    )
+
+
+def refuse_twice(header: Header) -> None:
+    """Raises NothingToDo for a file that gguf-fuse has fused."""
+    if exists(header):
+        raise NothingToDo(header, "nothing to fuse: gguf-fuse has fused this file already")
