@@ -104,7 +104,7 @@ SplitMaxSize = Annotated[
     typer.Option(
         metavar="N[K|M|G]",
         help="Cut OUT into shards, each with so many bytes of tensors at most (K, M, G: powers of "
-        "1000), as llama-gguf-split does: OUT is the prefix of OUT-00001-of-0000N.gguf.",
+        "1000), as llama-gguf-split does: OUT, less its .gguf, comes before -00001-of-0000N.gguf.",
         show_default=False,
     ),
 ]
