@@ -1,3 +1,64 @@
-"""gguf-fuse: one attn_qkv tensor in place of separate Q, K and V, in GGUF files that exist."""
+"""gguf-fuse: one attn_qkv tensor in place of separate Q, K and V, in GGUF files that exist.
+
+What the commands do, importable:
+
+    import gguf_fuse
+
+    result = gguf_fuse.fuse("in.gguf", "out.gguf")
+    report = gguf_fuse.verify("in.gguf", "out.gguf")
+
+Functions raise `GGUFError` with the line that the command would print; `NothingToDo` and `Refused`
+are kinds of it. Nothing is loaded before it is used: `import gguf_fuse` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gguf_fuse.checker import Options as VerifyOptions
+    from gguf_fuse.checker import Report, verify
+    from gguf_fuse.fusion import NothingToDo, Refused
+    from gguf_fuse.gguf_file import GGUFError
+    from gguf_fuse.rewrite import Inspection, Options, Result, fuse, inspect, unfuse
+
+__all__ = [
+    "GGUFError",
+    "Inspection",
+    "NothingToDo",
+    "Options",
+    "Refused",
+    "Report",
+    "Result",
+    "VerifyOptions",
+    "fuse",
+    "inspect",
+    "unfuse",
+    "verify",
+]
+
+_HOMES = {
+    "GGUFError": ("gguf_file", "GGUFError"),
+    "Inspection": ("rewrite", "Inspection"),
+    "NothingToDo": ("fusion", "NothingToDo"),
+    "Options": ("rewrite", "Options"),
+    "Refused": ("fusion", "Refused"),
+    "Report": ("checker", "Report"),
+    "Result": ("rewrite", "Result"),
+    "VerifyOptions": ("checker", "Options"),
+    "fuse": ("rewrite", "fuse"),
+    "inspect": ("rewrite", "inspect"),
+    "unfuse": ("rewrite", "unfuse"),
+    "verify": ("checker", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gguf_fuse' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"gguf_fuse.{module}"), attribute)

@@ -288,23 +288,17 @@ def unfuse(
 @_exits
 def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
-    from gguf_fuse import fusion, report, rewrite
-    from gguf_fuse.kinds import KINDS, QKV
-    from gguf_fuse.shards import read_model
+    from gguf_fuse import report, rewrite
 
-    header = read_model(source)
-    layers = rewrite.examine(header, KINDS)
-    row = fusion.loader_of(header, layers[0].name if layers else "blk.0")
+    found = rewrite.inspect(source)
     if as_json:
-        return _print_json(report.inspect_json(header, layers, row))
+        return _print_json(report.inspect_json(found))
     console = _console()
-    lines = report.file_lines(header, row)
-    if any(layer.kind is not QKV for layer in layers):
-        lines.append(report.experts_line(row))
-    for label, value in lines:
+    for label, value in report.file_lines(found):
         console.print(f"[bold]{label:<13}[/]{escape(report.one_line(value))}", highlight=False)
     console.print()
-    console.print(report.inspect_table(layers) if layers else "no attention layers")
+    nothing = "no layers that could be fused"
+    console.print(report.inspect_table(found.layers) if found.layers else nothing)
 
 
 @app.command(epilog="Example: gguf-fuse verify model-Q4_0.gguf model-Q4_0-fused.gguf")
@@ -332,18 +326,17 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
-    from gguf_fuse import report
-    from gguf_fuse import verify as verifier
+    from gguf_fuse import checker, report
 
     try:
-        choice = verifier.parse_layers(layers)
+        choice = checker.parse_layers(layers)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from error
     with _steps(quiet) as (on_start, on_progress):
-        result = verifier.verify(
+        result = checker.verify(
             original,
             fused,
-            verifier.Options(
+            checker.Options(
                 layers=choice,
                 n_prompt=n_prompt,
                 n_decode=n_decode,

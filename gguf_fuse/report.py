@@ -15,13 +15,13 @@ from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader, Source
 from gguf_fuse.fusion import Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
 from gguf_fuse.kinds import GATE_UP, KINDS, QKV
-from gguf_fuse.rewrite import STANDARD_OUTPUT, Result
+from gguf_fuse.rewrite import STANDARD_OUTPUT, Inspection, Result
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gguf_fuse.bench import Bench, ProjectionRow
-    from gguf_fuse.verify import Report, Structure, Timing
+    from gguf_fuse.checker import Report, Structure, Timing
 
 _INSPECT_STATUS = {
     Status.FUSABLE: "fusable",
@@ -94,7 +94,8 @@ def _rewrite_json(
     }
 
 
-def inspect_json(header: Header, layers: Sequence[Layer], row: Architecture) -> dict[str, Any]:
+def inspect_json(found: Inspection) -> dict[str, Any]:
+    header = found.header
     return {
         "file": header.path,
         "version": header.version,
@@ -105,8 +106,8 @@ def inspect_json(header: Header, layers: Sequence[Layer], row: Architecture) -> 
         "n_tensors": len(header.tensors),
         "n_metadata": len(header.metadata),
         "file_bytes": header.file_bytes,
-        "layers": [_layer_json(layer, _INSPECT_STATUS[layer.status]) for layer in layers],
-        "loader": _INSPECT_LOADER[row.loader],
+        "layers": [_layer_json(layer, _INSPECT_STATUS[layer.status]) for layer in found.layers],
+        "loader": _INSPECT_LOADER[found.loader.loader],
     }
 
 
@@ -298,8 +299,9 @@ def notes(result: Result, dry_run: bool) -> list[Text]:
     return lines
 
 
-def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
+def file_lines(found: Inspection) -> list[tuple[str, str]]:
     """What `inspect` says of the file as a whole."""
+    header, row = found.header, found.loader
     counts: dict[str, int] = {}
     for tensor in header.tensors:
         counts[type_name(tensor.type)] = counts.get(type_name(tensor.type), 0) + 1
@@ -307,7 +309,7 @@ def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
     size = decimal(header.file_bytes)
     if header.shards:
         size = f"one of {len(header.shards)} shards, {size} together"
-    return [
+    lines = [
         ("file", f"{header.path} ({size})"),
         (
             "format",
@@ -319,6 +321,9 @@ def file_lines(header: Header, row: Architecture) -> list[tuple[str, str]]:
         ("tensors", f"{len(header.tensors)}: {types}"),
         ("loader", _loader_line(row)),
     ]
+    if any(layer.kind is GATE_UP for layer in found.layers):
+        lines.append(("", _experts_line(row)))
+    return lines
 
 
 def _loader_line(row: Architecture) -> str:
@@ -326,10 +331,9 @@ def _loader_line(row: Architecture) -> str:
     return f"llama.cpp {row.loader.phrase()}{since} ({_proof(row.source)})"
 
 
-def experts_line(row: Architecture) -> tuple[str, str]:
-    """The same of the loader and fused experts."""
+def _experts_line(row: Architecture) -> str:
     reads = row.gate_up
-    return "", f"llama.cpp {reads.loader.phrase(GATE_UP.words)} ({_proof(reads.source)})"
+    return f"llama.cpp {reads.loader.phrase(GATE_UP.words)} ({_proof(reads.source)})"
 
 
 def _proof(source: Source) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gguf_fuse import fusion, imatrix, shards, unfusion
+from gguf_fuse.architectures import Architecture
 from gguf_fuse.base import base_rows
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Layer, NothingToDo, Plan, Refused, Status, summary
@@ -21,6 +22,7 @@ from gguf_fuse.write import Output, Written, check_destinations, open_source, st
 
 STANDARD_OUTPUT = "-"
 
+AnyPath = str | os.PathLike[str]
 OnMismatch = Literal["skip", "error"]
 Reflink = Literal["auto", "always", "never"]
 
@@ -67,13 +69,13 @@ class Result:
 
 
 def fuse(
-    source: Path,
-    output: str,
+    source: AnyPath,
+    output: AnyPath,
     *,
     kinds: Sequence[Kind] = (QKV,),
     on_mismatch: OnMismatch = "skip",
     any_architecture: bool = False,
-    base: Path | None = None,
+    base: AnyPath | None = None,
     options: Options | None = None,
 ) -> Result:
     """Write `source` to `output` ("-": standard output) with what `kinds` names fused.
@@ -91,7 +93,7 @@ def fuse(
         _refuse_mismatch(header, nothing.layers, on_mismatch)
         raise
     _refuse_mismatch(header, plan.skipped, on_mismatch)
-    return _carry_out(header, plan, output, options or Options())
+    return _carry_out(header, plan, os.fspath(output), options or Options())
 
 
 def _refuse_mismatch(header: Header, layers: Sequence[Layer], on_mismatch: OnMismatch) -> None:
@@ -101,16 +103,37 @@ def _refuse_mismatch(header: Header, layers: Sequence[Layer], on_mismatch: OnMis
 
 
 def unfuse(
-    source: Path, output: str, *, any_architecture: bool = False, options: Options | None = None
+    source: AnyPath,
+    output: AnyPath,
+    *,
+    any_architecture: bool = False,
+    options: Options | None = None,
 ) -> Result:
     """Write `source` with all that is fused separate to `output`; raises as `fuse` does."""
     header = shards.read_model(source)
     plan = _unfuse_plan(header, any_architecture)
-    return _carry_out(header, plan, output, options or Options())
+    return _carry_out(header, plan, os.fspath(output), options or Options())
 
 
-def examine(header: Header, kinds: Sequence[Kind] = KINDS) -> tuple[Layer, ...]:
-    """What fusing would do with each layer of a file of any kind."""
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds: its layers, and what llama.cpp's loader for it reads."""
+
+    header: Header
+    layers: tuple[Layer, ...]
+    loader: Architecture
+
+
+def inspect(source: AnyPath) -> Inspection:
+    """What `source` holds and what fusing would do to it. Raises GGUFError."""
+    header = shards.read_model(source)
+    layers = _examine(header)
+    name = layers[0].name if layers else "blk.0"
+    return Inspection(header, layers, fusion.loader_of(header, name))
+
+
+def _examine(header: Header) -> tuple[Layer, ...]:
+    """Each layer of a file of any kind, in all kinds of fusion."""
     kind = header.metadata.get("general.type")
     if kind == "adapter":
         from gguf_fuse import adapter
@@ -119,11 +142,11 @@ def examine(header: Header, kinds: Sequence[Kind] = KINDS) -> tuple[Layer, ...]:
     if kind == "imatrix":
         return imatrix.examine(header, _reader(header))
     scalars = read_tensors(header, fusion.scalar_names(header))
-    return fusion.examine(header, scalars, kinds=kinds)
+    return fusion.examine(header, scalars, kinds=KINDS)
 
 
 def _fuse_plan(
-    header: Header, base: Path | None, kinds: Sequence[Kind], any_architecture: bool
+    header: Header, base: AnyPath | None, kinds: Sequence[Kind], any_architecture: bool
 ) -> Plan:
     kind = header.metadata.get("general.type")
     if kind not in ("adapter", "imatrix"):
@@ -144,7 +167,7 @@ def _fuse_plan(
     return adapter.fuse(header, _reader(header), rows=rows, any_architecture=any_architecture)
 
 
-def _base_rows(path: Path, any_architecture: bool) -> dict[str, tuple[int, ...]]:
+def _base_rows(path: AnyPath, any_architecture: bool) -> dict[str, tuple[int, ...]]:
     header = shards.read_model(path)
     scalars = read_tensors(header, fusion.scalar_names(header))
     return base_rows(header, scalars, any_architecture=any_architecture)

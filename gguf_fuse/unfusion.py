@@ -7,15 +7,13 @@ head counts, or it is refused; gate and up are halves.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
+from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader
 from gguf_fuse.fusion import (
     FUSED,
-    KEY_PREFIX,
     POSITIONS_KEY,
     RECORD_VERSIONS,
     ROWS_KEY,
@@ -36,7 +34,7 @@ from gguf_fuse.fusion import (
     refuse_other_kinds,
     untouched,
 )
-from gguf_fuse.gguf_file import GGUFError, Header, Segment, TensorInfo, row_bytes, type_name
+from gguf_fuse.gguf_file import Header, Segment, TensorInfo, row_bytes, type_name
 from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
 
 
@@ -75,7 +73,6 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
             f"nothing to unfuse: no attention layer has {FUSED}.weight, no layer "
             f"{GATE_UP.fused}.weight",
         )
-    kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
     changed = tuple(
         Layer(
             split.tensor.name.removesuffix(f".{split.fusion.fused}.weight"),
@@ -87,17 +84,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
         for split in splits
         if split.kind == "weight"
     )
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(kept),
-        tuple(header.metadata.segment(key) for key in kept),
-        tuple(_restored_tensors(header, splits)),
-        changed,
-        (),
-        may_pad=False,
-    )
+    return record.unfused_plan(header, _restored_tensors(header, splits), changed)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
@@ -108,7 +95,7 @@ def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     if recorded:
         return recorded[0]
     if any(split.fusion is QKV for split in splits):
-        _damaged(header, f"{TENSORS_KEY} does not name {name!r}")
+        record.damaged(header, f"{TENSORS_KEY} does not name {name!r}")
     (weight,) = (tensor for tensor in header.tensors if tensor.name == name)
     return _rows_by_heads(header, layer, weight, loader_of(header, layer))
 
@@ -118,7 +105,7 @@ def _has_record(header: Header) -> bool:
     return any(key in header.metadata for key in keys)
 
 
-def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedTensor]:
+def _restored_tensors(header: Header, splits: Sequence[_Split]) -> tuple[PlannedTensor, ...]:
     by_name = {split.tensor.name: split for split in splits}
     placed: dict[int, PlannedTensor] = {}
     rest: list[PlannedTensor] = []
@@ -130,12 +117,7 @@ def _restored_tensors(header: Header, splits: Sequence[_Split]) -> list[PlannedT
             rest.extend(_parts(header, split))
         else:
             placed.update(zip(split.positions, _parts(header, split), strict=True))
-    others = iter(rest)
-    restored = [placed.get(i) or next(others) for i in range(len(placed) + len(rest))]
-    twice = [name for name, n in Counter(tensor.name for tensor in restored).items() if n > 1]
-    if twice:
-        raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
-    return restored
+    return record.put_back(header, placed, rest)
 
 
 def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
@@ -165,42 +147,35 @@ def _recorded_splits(header: Header) -> list[_Split]:
     version = header.metadata.get(VERSION_KEY)
     if version not in RECORD_VERSIONS:
         known = " and ".join(map(str, RECORD_VERSIONS))
-        _damaged(header, f"{VERSION_KEY} is {version}, this release knows {known}")
-    names = _array(header, TENSORS_KEY, str)
+        record.damaged(header, f"{VERSION_KEY} is {version}, this release knows {known}")
+    names = record.array(header, TENSORS_KEY, str)
     kinds = [kind_of(name) or QKV for name in names]
     if version != record_version(kinds):
-        _damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
+        record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
     n_parts = sum(len(kind.parts) for kind in kinds)
-    rows, positions = _array(header, ROWS_KEY, int), _array(header, POSITIONS_KEY, int)
+    rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
         if len(values) != n_parts:
-            _damaged(header, f"{key} has {len(values)} numbers for {len(names)} fused tensors")
+            record.damaged(
+                header, f"{key} has {len(values)} numbers for {len(names)} fused tensors"
+            )
     n_restored = len(header.tensors) - len(names) + n_parts
     if len(set(positions) & set(range(n_restored))) < len(positions):
-        _damaged(header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors")
+        record.damaged(
+            header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors"
+        )
     if not names or len(set(names)) < len(names):
-        _damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
+        record.damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits, first = [], 0
     for name, kind in zip(names, kinds, strict=True):
         if name not in tensors or not name.endswith(kind.fused_names):
-            _damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
+            record.damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
         own = slice(first, first + len(kind.parts))
         splits.append(_Split(tensors[name], kind, tuple(rows[own]), tuple(positions[own])))
         _check_split(header, splits[-1])
         first = own.stop
     return splits
-
-
-def _array(header: Header, key: str, kind: type) -> list[Any]:
-    values = header.metadata.get(key)
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        _damaged(header, f"{key} is missing or of the wrong type")
-    return values
-
-
-def _damaged(header: Header, problem: str) -> NoReturn:
-    raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
 
 
 def _check_split(header: Header, split: _Split) -> None:
@@ -220,7 +195,7 @@ def _check_split(header: Header, split: _Split) -> None:
         )
     n_rows = split.fusion.rows(tensor.ne)
     if sum(rows) != n_rows or min(rows) < 1:
-        _damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
+        record.damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
     if split.fusion.n_slices(tensor.ne) > MAX_SLICES:
         raise Refused(
             f"{header.path}: tensor {tensor.name!r} has {split.fusion.n_slices(tensor.ne)} "

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,6 +110,48 @@ def test_json_where_nothing_is_to_be_done(model: Model, tmp_path: Path) -> None:
     said = json.loads(done.stdout)
     assert (said["output"], said["fused"], said["skipped"]) == (None, 0, 2)
     assert done.stderr.startswith("gguf-fuse: ") and done.stderr.count("\n") == 1
+
+
+def test_json_where_nothing_is_to_be_unfused(model: Model, tmp_path: Path) -> None:
+    original = model()
+    done = gguf_fuse("unfuse", original, tmp_path / "out.gguf", "--json")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["output"] is None
+    done = gguf_fuse("fuse", fused_copy(original), tmp_path / "out.gguf", "--json")
+    assert done.returncode == 3
+    assert {layer["reason"] for layer in json.loads(done.stdout)["layers"]} == {"already fused"}
+
+
+def test_demo_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"precious")
+    done = gguf_fuse("demo", "--keep", tmp_path)
+    assert done.returncode == 1
+    assert "exists already" in done.stderr
+    assert (tmp_path / "model.gguf").read_bytes() == b"precious"
+
+
+def test_an_encoding_without_the_letters(model: Model) -> None:
+    original = model("\u6a21\u578b.gguf")
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = gguf_fuse("inspect", original, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the platform has no SIGHUP")
+def test_nohup_is_respected(model: Model, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from gguf_fuse import cli, write\n"
+        "sync = os.fsync\n"
+        "def hang_up(fd):\n    os.kill(os.getpid(), signal.SIGHUP)\n    sync(fd)\n"
+        "os.fsync = hang_up\n"
+        "cli.main()"
+    )
+    output = tmp_path / "out.gguf"
+    command = [sys.executable, "-c", script, "fuse", str(model()), str(output)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert output.exists()
 
 
 def statuses(path: Path) -> tuple[str, list[str]]:

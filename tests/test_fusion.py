@@ -177,6 +177,12 @@ def test_nothing_to_fuse(model: Model, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [original]
 
 
+def test_on_mismatch_error_comes_before_nothing_to_fuse(model: Model) -> None:
+    original = model(n_embd=256, types={"*": T.Q4_K, "*.attn_v.weight": T.Q6_K})
+    with pytest.raises(Refused, match="2 layers: types differ"):
+        dry(original, on_mismatch="error")
+
+
 def reasons(path: Path) -> list[str | None]:
     header = read_header(path)
     layers = fusion.examine(header, read_tensors(header, fusion.scalar_names(header)))
@@ -252,6 +258,15 @@ LEFT: dict[str, tuple[set[str], dict[str, Any], str]] = {
         set(),
         {"blk__0__attn_v__scale": zeros(1)},
         "no attn_q.scale, attn_k.scale beside the other scale",
+    ),
+    "scales of other dimensions": (
+        set(),
+        {
+            "blk__0__attn_q__scale": zeros(1),
+            "blk__0__attn_k__scale": zeros(1, 1),
+            "blk__0__attn_v__scale": zeros(1),
+        },
+        "scales have different dimensions",
     ),
     "scales of two elements": (
         set(),

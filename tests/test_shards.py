@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse import shards, verify, write
+from gguf_fuse import checker, shards, write
 from gguf_fuse.gguf_file import GGUFError
 from gguf_fuse.rewrite import Options, Result, fuse, unfuse
 from tests import llama_judge
@@ -262,7 +262,7 @@ def test_verify_takes_shards_on_either_side(model: Model) -> None:
     fused = [fused_copy(original), kept(parts[0], "fused", len(parts))[1]]
     for before in (original, parts[1]):
         for after in fused:
-            report = verify.verify(before, after)
+            report = checker.verify(before, after)
             assert report.ok, report
             assert report.structure.n_fused > 0 and report.layers
 
@@ -274,7 +274,7 @@ def test_verify_finds_one_byte_in_any_shard(model: Model) -> None:
         data = bytearray(path.read_bytes())
         data[-40] ^= 1
         path.write_bytes(data)
-        report = verify.verify(original, fused[0], verify.Options(structure_only=True))
+        report = checker.verify(original, fused[0], checker.Options(structure_only=True))
         (problem,) = report.structure.problems
         assert f"byte {len(data) - 40} of shard {number} of the fused file" in problem
         data[-40] ^= 1
@@ -286,7 +286,7 @@ def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
     n = len(names_of(original))
     fused = kept(in_three(original)[0], "fused", 3)
     other = cut(original, "other", (4, 8, n - 12))
-    report = verify.verify(other[0], fused[0], verify.Options(structure_only=True))
+    report = checker.verify(other[0], fused[0], checker.Options(structure_only=True))
     assert [shards.SHARDS_KEY in problem for problem in report.structure.problems] == [True]
 
 
@@ -421,13 +421,13 @@ def test_unusual_sets_come_back(tmp_path: Path, change: Callable[[list[File]], o
     for shard, path in zip(made, paths, strict=True):
         save(shard, path)
     fused = kept(paths[0], "fused", 3)
-    assert verify.verify(paths[2], fused[1], verify.Options(structure_only=True)).ok
+    assert checker.verify(paths[2], fused[1], checker.Options(structure_only=True)).ok
     back = kept(fused[2], "back", 3, unfuse)
     assert [sha256(path) for path in back] == [sha256(path) for path in paths]
     for name, limit in (("all.gguf", None), ("cut", 4)):
         fuse(paths[0], str(tmp_path / name), options=replace(FAST, split_max_tensors=limit))
     for path in (tmp_path / "all.gguf", *tmp_path.glob("cut-00002*")):
-        assert verify.verify(paths[0], path, verify.Options(structure_only=True)).ok
+        assert checker.verify(paths[0], path, checker.Options(structure_only=True)).ok
 
 
 @pytest.mark.parametrize("given", [0, 1, 2])

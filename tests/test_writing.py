@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -15,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_fuse import copying
-from gguf_fuse.gguf_file import read_header
+from gguf_fuse.gguf_file import GGUFError, read_header
 from gguf_fuse.placement import Copy, place
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.rewrite import fuse
 from tests.conftest import FAST, dry, fused_copy, gguf_fuse
+from tests.pack import Tensor, valid
 
 Model = Callable[..., Path]
 
@@ -164,3 +167,108 @@ def test_other_platforms_copy_plainly(model: Model, tmp_path: Path, platform: st
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     assert output.read_bytes() == fused_copy(original).read_bytes()
+
+
+# -- found by review -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_HOLE"), reason="the platform does not tell holes")
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EIO, errno.EINVAL])
+def test_a_file_system_that_cannot_tell_holes_has_none(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Any answer but 'no data' must not be taken for a hole: the tensors would become zeros."""
+    original = model(types={"*": T.F16})
+    expected = fused_copy(original).read_bytes()
+
+    seek = os.lseek
+
+    def refuse(fd: int, offset: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(error, os.strerror(error))
+        return seek(fd, offset, whence)
+
+    monkeypatch.setattr(copying, "_has_holes", lambda fd: True)
+    monkeypatch.setattr("os.lseek", refuse)
+    output = tmp_path / "out.gguf"
+    fuse(original, str(output), options=FAST)
+    assert output.read_bytes() == expected
+
+
+def test_standard_output_may_not_be_the_input(model: Model) -> None:
+    original = model()
+    before = original.read_bytes()
+    for redirection in ("1<>", ">>"):
+        command = f'"$0" -m gguf_fuse fuse "$1" - {redirection}"$1"'
+        arguments = ["sh", "-c", command, sys.executable, str(original)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "input and standard output are the same file" in done.stderr
+        assert original.read_bytes() == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_input_moved_to_the_output_meanwhile_survives(
+    model: Model, tmp_path: Path, force: bool
+) -> None:
+    original, output = model(), tmp_path / "out.gguf"
+    before = original.read_bytes()
+
+    def move(n_bytes: int) -> None:
+        if original.exists():
+            original.rename(output)
+
+    with pytest.raises(GGUFError, match="input and output are the same file"):
+        fuse(original, str(output), options=replace(FAST, force=force, on_progress=move))
+    assert output.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_output_that_appears_in_the_last_instant_stays(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, output = model(), tmp_path / "out.gguf"
+    link = os.link
+
+    def late(source: Path, target: Path) -> None:
+        output.write_bytes(b"precious")
+        link(source, target)
+
+    monkeypatch.setattr("gguf_fuse.write.os.link", late)
+    with pytest.raises(GGUFError, match="exists already"):
+        fuse(original, str(output), options=FAST)
+    assert output.read_bytes() == b"precious"
+    assert sorted(tmp_path.iterdir()) == [original, output]
+
+
+def test_always_cloning_fails_where_nothing_lies_alike(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf_fuse.rewrite.clone_block", lambda fd, folder: 1 << 20)
+    with pytest.raises(GGUFError, match=r"no block of .* lies where it could be shared"):
+        fuse(model(), str(tmp_path / "out.gguf"), options=replace(FAST, reflink="always"))
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("what", ["trailing bytes", "no end padding", "order"])
+def test_a_layout_that_will_not_come_back_is_told(model: Model, tmp_path: Path, what: str) -> None:
+    file = valid()
+    if what == "order":  # the data of the first two tensors lies the other way round
+        first, second = file.tensors[:2]
+        file.tensors[0] = dataclasses.replace(first, offset=second_size(second))
+        file.tensors[1] = dataclasses.replace(second, offset=0)
+    data = file.pack()
+    original = tmp_path / "odd.gguf"
+    if what == "trailing bytes":
+        data += bytes(100)
+    if what == "no end padding":
+        data = data[: -(-len(file.tensors[-1].data) % 32)]
+    original.write_bytes(data)
+    done = gguf_fuse("fuse", original, tmp_path / "out.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "not this file bit for bit" in done.stdout
+    assert "bit for bit" not in gguf_fuse("fuse", model(), tmp_path / "canonical.gguf").stdout
+
+
+def second_size(tensor: Tensor) -> int:
+    return -(-len(tensor.data) // 32) * 32

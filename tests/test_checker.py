@@ -23,6 +23,16 @@ from hypothesis import strategies as st
 
 from gguf_fuse import attention
 from gguf_fuse.attention import AttentionParams, Floats
+from gguf_fuse.checker import (
+    Choice,
+    Options,
+    Report,
+    choose_layers,
+    compare_numbers,
+    compare_structure,
+    parse_layers,
+    verify,
+)
 from gguf_fuse.gguf_file import (
     GGUFError,
     TensorInfo,
@@ -34,16 +44,6 @@ from gguf_fuse.gguf_file import (
     read_tensors,
 )
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
-from gguf_fuse.verify import (
-    Choice,
-    Options,
-    Report,
-    choose_layers,
-    compare_numbers,
-    compare_structure,
-    parse_layers,
-    verify,
-)
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
 
 Model = Callable[..., Path]
@@ -643,7 +643,7 @@ def test_layers_are_chosen(model: Model) -> None:
 
 
 def test_a_large_model_is_sampled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gguf_fuse.verify.SMALL_MODEL", 1000)
+    monkeypatch.setattr("gguf_fuse.checker.SMALL_MODEL", 1000)
     assert len(choose_layers(read_header(model(n_layer=12)), Choice())) == 4
 
 
