@@ -2,9 +2,9 @@
 
 Sources are a list of descriptors: a range says in which of them it lies (`gguf_file.locate`).
 
-Measured (2 cores, ext4, page cache): positional reads and writes of 1 MB blocks by two threads
-into a preallocated file beat copy_file_range, sendfile, larger blocks and more threads; without
-preallocation two threads take about twice as long.
+Measured (2 cores, ext4 and tmpfs, in and out of the page cache): positional reads and writes of
+1 MB blocks by two threads into a preallocated file beat copy_file_range, sendfile, larger blocks
+and more threads; without preallocation two threads take about twice as long.
 """
 
 from __future__ import annotations
