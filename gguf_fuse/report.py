@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gguf_fuse.bench import Bench, ProjectionRow
-    from gguf_fuse.checker import Report, Structure, Timing
+    from gguf_fuse.checker import Report, Timing
+    from gguf_fuse.structure import Structure
 
 _INSPECT_STATUS = {
     Status.FUSABLE: "fusable",

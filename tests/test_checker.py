@@ -29,7 +29,6 @@ from gguf_fuse.checker import (
     Report,
     choose_layers,
     compare_numbers,
-    compare_structure,
     parse_layers,
     verify,
 )
@@ -44,6 +43,7 @@ from gguf_fuse.gguf_file import (
     read_tensors,
 )
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
+from gguf_fuse.structure import compare_structure
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
 
 Model = Callable[..., Path]
