@@ -42,6 +42,7 @@ from gguf_fuse.fusion import (
     PlannedTensor,
     Refused,
     Status,
+    fused_plan,
     listed,
     loader_of,
     refuse_loader,
@@ -295,7 +296,7 @@ def fuse(
     fusions = [_fusion(header, layer, pairs, scaled, read) for layer in fusable]
     record_pairs = _encode_record(header, fusions, read)
     tensors = _fused_tensors(header, fusions, read)
-    return record.fused_plan(header, record_pairs, tensors, layers, fusable)
+    return fused_plan(header, record_pairs, tensors, layers, fusable)
 
 
 def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoReturn:

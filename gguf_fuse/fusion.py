@@ -412,30 +412,33 @@ def fuse(
         _raise_nothing_to_fuse(header, layers, kinds)
     joins = [join for layer in fusable for join in layer.joins]
     record = _encode_record(joins, header)
+    return fused_plan(header, record, _fused_tensors(header, joins), layers, fusable)
+
+
+def fused_plan(
+    header: Header,
+    record: Sequence[bytes],
+    tensors: Iterable[PlannedTensor],
+    layers: Sequence[Layer],
+    changed: Sequence[Layer],
+) -> Plan:
+    """The plan of the fused file. record: metadata pairs. changed: those of `layers` it fuses."""
+    taken = {layer.label for layer in changed}
     return Plan(
         header.version,
         header.byte_order,
         header.alignment,
         len(header.metadata) + len(record),
         (*(header.metadata.segment(key) for key in header.metadata), *record),
-        tuple(_fused_tensors(header, joins)),
-        fusable,
-        tuple(layer for layer in layers if layer.status is not Status.FUSABLE),
+        tuple(tensors),
+        tuple(changed),
+        tuple(layer for layer in layers if layer.label not in taken),
         may_pad=True,
     )
 
 
 def refuse_other_kinds(header: Header) -> None:
-    """Raises Refused for GGUF files that are no models: shards, adapters, importance matrices."""
-    n_shards = header.metadata.get("split.count", 0)
-    if type(n_shards) is not int:
-        raise GGUFError(f"{header.path}: split.count is no number: is this a shard?")
-    if n_shards > 1:
-        shard = (integer(header, "split.no", 0) or 0) + 1
-        raise Refused(
-            f"{header.path}: shard {shard} of {n_shards}; merge the shards first "
-            "(llama-gguf-split --merge)"
-        )
+    """Raises Refused for GGUF files that are no models: adapters and importance matrices."""
     kind = header.metadata.get("general.type")
     if kind in ("adapter", "imatrix"):
         raise Refused(

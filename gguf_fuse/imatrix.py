@@ -25,6 +25,7 @@ from gguf_fuse.fusion import (
     PlannedTensor,
     Refused,
     Status,
+    fused_plan,
     layer_names,
     summary,
     untouched,
@@ -73,7 +74,7 @@ def fuse(header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | No
     pairs = record.start(header, [join.name for join in joins])
     kind = GGUFValueType.UINT64
     pairs += [encode_pair(POSITIONS_KEY, kind, positions, header.byte_order)]
-    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
+    return fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
 
 
 def unfuse(header: Header) -> Plan:

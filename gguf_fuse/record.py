@@ -83,27 +83,6 @@ def put_back(
     return restored
 
 
-def fused_plan(
-    header: Header,
-    pairs: Sequence[bytes],
-    tensors: Iterable[PlannedTensor],
-    layers: Sequence[Layer],
-    changed: Sequence[Layer],
-) -> Plan:
-    """The plan of the fused file. pairs: the record. changed: those of `layers` that are fused."""
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(header.metadata) + len(pairs),
-        (*(header.metadata.segment(key) for key in header.metadata), *pairs),
-        tuple(tensors),
-        tuple(changed),
-        tuple(layer for layer in layers if layer not in changed),
-        may_pad=True,
-    )
-
-
 def unfused_plan(
     header: Header, tensors: Iterable[PlannedTensor], changed: Sequence[Layer]
 ) -> Plan:
