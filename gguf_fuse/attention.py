@@ -52,7 +52,7 @@ SPLIT_MIN_KV = 512  # llama.cpp splits KV from here on (ggml-cpu/ops.cpp, flash_
 TILE_BYTES = 128 * 1024  # a tile is read several times over: it must fit well inside the L2 cache
 TILE_MACS = 128 * 1024  # multiply-adds of one Q·K call: up to here OpenBLAS has kernels that
 # read K where it lies; above, its AVX-512 build takes three times as long
-CHUNK_BYTES = 8 * TILE_BYTES  # of one KV head: long enough to hide the cost of calling numpy
+CHUNK_BYTES = 16 * TILE_BYTES  # of one KV head: long enough to hide the cost of calling numpy
 MAX_GEMV_GROUP = 4  # up to here re-reading a cached V tile is cheaper than BLAS packing it
 SCORE_BYTES = 64 * 1024 * 1024  # scores that exist at one time in `broadcast_attention`
 
