@@ -22,6 +22,7 @@ from gguf_fuse.fusion import NothingToDo, Refused, Status
 from gguf_fuse.gguf_file import read_header, read_tensors
 from gguf_fuse.kinds import GATE_UP, QKV
 from tests.conftest import dry, fused_copy, unfused_copy
+from tests.edit import edited
 from tests.llama_judge import LoadFailed, available, log_probabilities
 
 Model = Callable[..., Path]
@@ -105,27 +106,6 @@ def test_recurrent_attn_qkv_stays(model: Model, architecture: str) -> None:
     np.testing.assert_array_equal(before[recurrent], after[recurrent])
 
 
-def edited(source: Path, drop: set[str], put: dict[str, Any]) -> Path:
-    """A copy without some tensors and with others at the end, by gguf-py."""
-    reader = gguf.GGUFReader(source)
-    target = source.with_name("edited.gguf")
-    writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            item = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=item)
-    for tensor in reader.tensors:
-        if tensor.name not in drop:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, array in put.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 @pytest.mark.parametrize("present", [True, False], ids=["with K and V", "without"])
 def test_gemma4_layers_that_share_k_and_v(model: Model, present: bool) -> None:
     """The last two of six layers use the K and V of others, whether they have their own or not."""
@@ -133,7 +113,7 @@ def test_gemma4_layers_that_share_k_and_v(model: Model, present: bool) -> None:
     path = model(architecture="gemma4", n_layer=6, metadata=shared)
     if not present:
         names = {f"blk.{n}.attn_{part}.weight" for n in (4, 5) for part in ("k", "v", "k_norm")}
-        path = edited(path, names, {})
+        path = edited(path, names)
     fused_layers = [layer for layer, reason in found(path).items() if reason is None]
     assert fused_layers == ["blk.0", "blk.2", "blk.4"][: 3 if present else 2]
     assert_sound(path, fused_copy(path))

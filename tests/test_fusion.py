@@ -22,6 +22,7 @@ from gguf_fuse.random_model import ModelSpec, write_random_model
 from gguf_fuse.rewrite import fuse
 from tests import llama_judge
 from tests.conftest import dry, fused_copy, unfused_copy
+from tests.edit import edited, finish, zeros
 
 Model = Callable[..., Path]
 
@@ -131,10 +132,7 @@ def write_shuffled(source: Path, target: Path, seed: int) -> None:
     random.Random(seed).shuffle(tensors)
     for tensor in tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 # -- layers that are left ------------------------------------------------------------------------
@@ -189,28 +187,6 @@ def reasons(path: Path) -> list[str | None]:
     return [layer.reason for layer in layers]
 
 
-def edited(source: Path, drop: set[str] = frozenset(), **shapes: Any) -> Path:  # type: ignore[assignment]
-    """A copy without some tensors and with others in place of them or added, by gguf-py."""
-    reader = gguf.GGUFReader(source)
-    target = source.with_name("edited.gguf")
-    writer = gguf.GGUFWriter(target, "llama")
-    replaced = {name.replace("__", "."): array for name, array in shapes.items()}
-    for tensor in reader.tensors:
-        if tensor.name not in drop and tensor.name not in replaced:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, array in replaced.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
-def zeros(*shape: int, dtype: Any = np.float32) -> Any:
-    return np.zeros(shape, dtype)
-
-
 LEFT: dict[str, tuple[set[str], dict[str, Any], str]] = {
     "one bias": (
         {"blk.0.attn_k.bias", "blk.0.attn_v.bias"},
@@ -220,57 +196,57 @@ LEFT: dict[str, tuple[set[str], dict[str, Any], str]] = {
     "two biases": ({"blk.0.attn_q.bias"}, {}, "no attn_q.bias beside the other bias"),
     "bias types": (
         set(),
-        {"blk__0__attn_k__bias": zeros(64, dtype=np.float16)},
+        {"blk.0.attn_k.bias": zeros(64, dtype=np.float16)},
         "bias types differ: F32, F16, F32",
     ),
     "bias length": (
         set(),
-        {"blk__0__attn_k__bias": zeros(63)},
+        {"blk.0.attn_k.bias": zeros(63)},
         "biases of 64, 63, 64 elements for 64, 64, 64 rows",
     ),
     "bias dimensions": (
         set(),
-        {"blk__0__attn_k__bias": zeros(1, 64)},
+        {"blk.0.attn_k.bias": zeros(1, 64)},
         "blk.0.attn_k.bias has 2 dimensions, not 1",
     ),
     "no V": ({"blk.0.attn_v.weight"}, {}, "no attn_v.weight"),
     "row lengths": (
         set(),
-        {"blk__0__attn_k__weight": zeros(64, 32)},
+        {"blk.0.attn_k.weight": zeros(64, 32)},
         "row lengths differ: 64, 32, 64",
     ),
     "dimensions": (
         set(),
-        {"blk__0__attn_v__weight": zeros(2, 64, 64)},
+        {"blk.0.attn_v.weight": zeros(2, 64, 64)},
         "blk.0.attn_v.weight has 3 dimensions, not 2",
     ),
     "fused beside separate": (
         set(),
-        {"blk__0__attn_qkv__weight": zeros(192, 64)},
+        {"blk.0.attn_qkv.weight": zeros(192, 64)},
         "attn_qkv.weight is there already",
     ),
     "a clamp of Q": (
         set(),
-        {"blk__0__attn_q__input_max": zeros(1)},
+        {"blk.0.attn_q.input_max": zeros(1)},
         "attn_q.input_max would have no place beside attn_qkv",
     ),
     "one scale": (
         set(),
-        {"blk__0__attn_v__scale": zeros(1)},
+        {"blk.0.attn_v.scale": zeros(1)},
         "no attn_q.scale, attn_k.scale beside the other scale",
     ),
     "scales of other dimensions": (
         set(),
         {
-            "blk__0__attn_q__scale": zeros(1),
-            "blk__0__attn_k__scale": zeros(1, 1),
-            "blk__0__attn_v__scale": zeros(1),
+            "blk.0.attn_q.scale": zeros(1),
+            "blk.0.attn_k.scale": zeros(1, 1),
+            "blk.0.attn_v.scale": zeros(1),
         },
         "scales have different dimensions",
     ),
     "scales of two elements": (
         set(),
-        {f"blk__0__attn_{part}__scale": zeros(2) for part in "qkv"},
+        {f"blk.0.attn_{part}.scale": zeros(2) for part in "qkv"},
         "blk.0.attn_q.scale is not one float32",
     ),
 }
@@ -280,7 +256,7 @@ LEFT: dict[str, tuple[set[str], dict[str, Any], str]] = {
 def test_layer_is_left_with_the_reason(
     model: Model, drop: set[str], put: dict[str, Any], reason: str
 ) -> None:
-    original = edited(model(architecture="qwen2", n_head_kv=4), drop, **put)
+    original = edited(model(architecture="qwen2", n_head_kv=4), drop, put)
     assert reasons(original) == [reason, None]
     fused = fused_copy(original)
     assert_fused(original, fused)

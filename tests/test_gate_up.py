@@ -27,6 +27,7 @@ from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
 from gguf_fuse.kinds import GATE_UP, KINDS, QKV, Kind
 from gguf_fuse.placement import place
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
+from tests.edit import edited, zeros
 from tests.llama_judge import LoadFailed, available, log_probabilities
 
 Model = Callable[..., Path]
@@ -138,25 +139,9 @@ def test_beside_attention_that_the_converter_fused(model: Model) -> None:
 # -- the way back without a record ---------------------------------------------------------------
 
 
-def without_record(path: Path, architecture: str, **put: Any) -> Path:
-    """As a converter would have written it."""
-    reader = gguf.GGUFReader(path)
-    target = path.with_name("converted.gguf")
-    writer = gguf.GGUFWriter(target, architecture)
-    writer.add_custom_alignment(32)
-    for tensor in reader.tensors:
-        data = put.get(tensor.name.replace(".", "__"), tensor.data)
-        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 def test_without_a_record_experts_are_halved(model: Model) -> None:
     original = model(**experts("qwen4exp", types={"*_exps.weight": T.Q8_0}))
-    converted = without_record(fused_copy(original, kinds=(GATE_UP,)), "qwen4exp")
+    converted = edited(fused_copy(original, kinds=(GATE_UP,)), record=False)
     assert "gguf_fuse.version" not in read_header(converted).metadata
     expected = {tensor.name: tensor for tensor in gguf.GGUFReader(original).tensors}
     for tensor in gguf.GGUFReader(unfused_copy(converted)).tensors:
@@ -166,15 +151,15 @@ def test_without_a_record_experts_are_halved(model: Model) -> None:
 
 def test_odd_rows_are_not_halved(model: Model) -> None:
     fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), kinds=(GATE_UP,))
-    odd = {"blk__0__ffn_gate_up_exps__weight": np.zeros((4, 255, 64), np.float32)}
-    converted = without_record(fused, "qwen4exp", **odd)
+    odd = {"blk.0.ffn_gate_up_exps.weight": zeros(4, 255, 64)}
+    converted = edited(fused, put=odd, record=False)
     with pytest.raises(Refused, match="255 rows, an odd number"):
         unfused_copy(converted)
 
 
 def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
     fused = fused_copy(model(**experts("granite_swa")), kinds=(GATE_UP,))
-    converted = without_record(fused, "qwen3moe")
+    converted = edited(fused, architecture="qwen3moe", record=False)
     with pytest.raises(Refused, match="needs separate gate and up of experts"):
         unfused_copy(converted)
 
@@ -182,33 +167,11 @@ def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
 # -- what is left, and why -----------------------------------------------------------------------
 
 
-def edited(
-    source: Path, drop: set[str], put: dict[str, Any], architecture: str = "granite_swa"
-) -> Path:
-    """A copy without some tensors and with others added, by gguf-py."""
-    target = source.with_name("edited.gguf")
-    writer = gguf.GGUFWriter(target, architecture)
-    for tensor in gguf.GGUFReader(source).tensors:
-        if tensor.name not in drop and tensor.name not in put:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, array in put.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 def found(path: Path, **kwargs: Any) -> list[tuple[Status, str | None]]:
     header = read_header(path)
     scalars = read_tensors(header, fusion.scalar_names(header))
     layers = fusion.examine(header, scalars, kinds=(GATE_UP,), **kwargs)
     return [(layer.status, layer.reason) for layer in layers]
-
-
-def zeros(*shape: int, dtype: Any = np.float32) -> Any:
-    return np.zeros(shape, dtype)
 
 
 GATE, UP = "blk.0.ffn_gate_exps", "blk.0.ffn_up_exps"
@@ -289,10 +252,10 @@ def test_layer_is_left_with_the_reason(
 def test_bias_shapes(model: Model) -> None:
     source = model(architecture="gpt-oss")
     put = {f"{name}.bias": zeros(4, 127) for name in (GATE, UP)}
-    (_, why), _ = found(edited(source, set(), put), any_architecture=True)
+    (_, why), _ = found(edited(source, put=put), any_architecture=True)
     assert why == "biases of 127, 127 elements for 128, 128 rows"
     put = {f"{name}.bias": zeros(3, 128) for name in (GATE, UP)}
-    (_, why), _ = found(edited(source, set(), put), any_architecture=True)
+    (_, why), _ = found(edited(source, put=put), any_architecture=True)
     assert why == "biases of 3 experts for 4"
 
 
