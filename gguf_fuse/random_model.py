@@ -821,6 +821,14 @@ def data_bytes(spec: ModelSpec) -> int:
     return n_bytes
 
 
+def unmatched_patterns(spec: ModelSpec) -> list[str]:
+    """The patterns of `spec.types` that no tensor's name matches."""
+    names = [tensor.name for tensor in _tensors(spec)]
+    return [
+        pattern for pattern in spec.types if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
 def spec_of_size(spec: ModelSpec, n_bytes: int) -> ModelSpec:
     """`spec` with a shape as of a real model that comes near `n_bytes` of tensor data.
 

@@ -14,6 +14,7 @@ from gguf_fuse.random_model import (
     ModelSpec,
     data_bytes,
     spec_of_size,
+    unmatched_patterns,
     write_random_model,
 )
 
@@ -148,6 +149,8 @@ def main(
         )
         if size is not None:
             spec = spec_of_size(spec, _parse_size(size))
+        for pattern in unmatched_patterns(spec):  # a slip of the pen
+            raise ValueError(f"{pattern}: no tensor has such a name")
         n_bytes = data_bytes(spec)
         _write(out, spec)
     except ValueError as error:

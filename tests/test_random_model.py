@@ -476,10 +476,18 @@ def test_the_script_replaces_only_by_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-a", "nonsense"], ["--type", "Q99"], ["--type", "Q4_K"], ["--size", "big"]]
+    ("arguments", "message"),
+    [
+        (["-a", "nonsense"], "nonsense"),
+        (["--type", "Q99"], "unknown type 'Q99'"),
+        (["--type", "Q4_K"], "do not divide into Q4_K"),
+        (["--type", "blk.9.*=Q8_0"], "blk.9.*: no tensor has such a name"),
+        (["--size", "big"], "write it as 300M"),
+    ],
 )
-def test_the_script_names_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
+def test_the_script_names_wrong_usage(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = make_model(str(tmp_path / "model.gguf"), *arguments)
     assert done.returncode == 2
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
