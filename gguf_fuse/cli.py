@@ -433,6 +433,8 @@ def demo(
         if not same:
             _fail(f"{back}: differs from {model}", EXIT_NOT_VERIFIED)
         _console().print("identical, byte for byte")
+    if keep is None:
+        _say("the files are removed again; --keep FOLDER leaves them there")
 
 
 def _say(line: str) -> None:
