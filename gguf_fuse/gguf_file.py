@@ -296,17 +296,20 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
     """The data of a few small tensors, by name. Raises GGUFError if it cannot be read."""
     wanted = {tensor.name: tensor for tensor in header.tensors}
-    data = {}
-    for name in names:
-        number, start = locate(header.data_start + wanted[name].offset)
-        file = header.files[number]
-        data[name] = _read_range(file.path, file.stamp, start, wanted[name].n_bytes)
-    return data
+    return {name: read_tensor(header, wanted[name]) for name in names}
+
+
+def read_tensor(header: Header, tensor: TensorInfo) -> bytes:
+    """The data of one of the header's tensors. Raises GGUFError if it cannot be read."""
+    number, start = locate(header.data_start + tensor.offset)
+    file = header.files[number]
+    return _read_range(file.path, file.stamp, start, tensor.n_bytes)
 
 
 def _read_range(path: str, stamp: Stamp, start: int, n_bytes: int) -> bytes:
     try:
-        with Path(path).open("rb", buffering=0) as file:
+        # Buffered: a single read() of the system ends at 2 GiB.
+        with Path(path).open("rb") as file:
             if Stamp.of(os.fstat(file.fileno())) != stamp:
                 raise GGUFError(f"{path}: changed while it was read; run again when it is at rest")
             file.seek(start)

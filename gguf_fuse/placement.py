@@ -66,7 +66,8 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
     moves = list(_moves(plan, infos))  # targets count from the start of the data
     n_padding = None
     if clone_block and clone_block <= MAX_PADDING and plan.may_pad:
-        n_padding = _padding(plan, infos, _best_start(plan, moves, clone_block), clone_block)
+        start = _best_start(plan, moves, clone_block)
+        n_padding = None if start is None else _padding(plan, infos, start, clone_block)
     literals, header_copies, header_end = _lay(_header(plan, infos, n_padding))
     data_start = align(header_end, plan.alignment)
     data = [Copy(move.source, data_start + move.target, move.n_bytes) for move in moves]
@@ -156,15 +157,15 @@ def _padding(plan: Plan, infos: Sequence[TensorInfo], wanted: int, block: int) -
     return (wanted - _lay(_header(plan, infos, 0))[2]) % max(block, plan.alignment)
 
 
-def _best_start(plan: Plan, moves: Iterable[Copy], block: int) -> int:
-    """The start of the data, modulo the block, that lets the most bytes be cloned."""
+def _best_start(plan: Plan, moves: Iterable[Copy], block: int) -> int | None:
+    """The start of the data, modulo the block, that lets the most bytes be cloned, if any does."""
     gain: Counter[int] = Counter()
     for move in _merged(moves):
         start = (move.source - move.target) % block
         if start % min(plan.alignment, block) == 0:
             moved = Copy(move.source, start + move.target, move.n_bytes)
             gain[start] += sum(clone.n_bytes for clone in _interior(moved, block))
-    return max(gain, key=lambda start: gain[start], default=0)
+    return max(+gain, key=lambda start: gain[start], default=None)
 
 
 # -- cloning ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from gguf_fuse.architectures import Architecture
 from gguf_fuse.base import base_rows
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
 from gguf_fuse.fusion import Layer, NothingToDo, Plan, Refused, Status, summary
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, read_tensors
+from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, read_tensor, read_tensors
 from gguf_fuse.kinds import KINDS, QKV, Kind
 from gguf_fuse.placement import Placement, place
 from gguf_fuse.write import Output, Written, check_destinations, open_source, stream, write
@@ -185,7 +186,7 @@ def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
 
 
 def _reader(header: Header) -> Callable[[TensorInfo], bytes]:
-    return lambda tensor: read_tensors(header, [tensor.name])[tensor.name]
+    return functools.partial(read_tensor, header)
 
 
 def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:

@@ -14,13 +14,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gguf_fuse.copying import DEFAULT_THREADS, InputLost, read_source
 from gguf_fuse.fusion import RECORD_VERSIONS
-from gguf_fuse.gguf_file import GGUFError, Header, Metadata, TensorInfo, locate, type_name
+from gguf_fuse.gguf_file import (
+    GGUFError,
+    Header,
+    Metadata,
+    TensorInfo,
+    locate,
+    read_tensor,
+    type_name,
+)
 from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS
 from gguf_fuse.write import open_source, refuse_changed
 
@@ -333,6 +341,8 @@ def _ranges(
             for what, has, wanted in _facts(tensor, part, ne)
             if has != wanted
         ]
+        if not misfits and not source:
+            misfits = _room_problems(original, fused, parts[0], tensor)
         problems += misfits
         if not misfits:
             ranges += _tensor_ranges(original, fused, tensor, parts, source)
@@ -348,6 +358,22 @@ def _facts(
     ]
 
 
+def _room_problems(
+    original: Header, fused: Header, before: TensorInfo, after: TensorInfo
+) -> list[str]:
+    """Of an unknown type, n_bytes is the room up to the next tensor, or to the end of the file.
+
+    What one file has more of it than the other must be padding: zeros, and few.
+    """
+    header, longer = (original, before) if before.n_bytes > after.n_bytes else (fused, after)
+    shorter = min(before.n_bytes, after.n_bytes)
+    surplus = replace(longer, offset=longer.offset + shorter, n_bytes=longer.n_bytes - shorter)
+    most = max(original.alignment, fused.alignment)
+    if surplus.n_bytes < most and not any(read_tensor(header, surplus)):
+        return []
+    return [f"{after.name}: {after.n_bytes} bytes, but {before.n_bytes} in the original"]
+
+
 def _tensor_ranges(
     original: Header,
     fused: Header,
@@ -358,7 +384,7 @@ def _tensor_ranges(
     start = fused.data_start + tensor.offset
     n_experts = source.n_experts if source else 1
     for expert, part in itertools.product(range(n_experts), parts):
-        # Of an unknown type, n_bytes is the room up to the next tensor: padding may be in it.
+        # They differ where the type is unknown, by padding: see `_room_problems`.
         n_bytes = min(part.n_bytes, tensor.n_bytes) // n_experts
         unit = "row" if len(part.ne) > 1 else "element"
         n_units = max(1, math.prod(part.ne[1:]) if len(part.ne) > 1 else math.prod(part.ne))

@@ -7,6 +7,7 @@ can see by itself.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -172,6 +173,19 @@ def test_a_type_that_nobody_knows_is_compared_without_its_padding(model: Model) 
     data[data.rindex(b"\2")] = 3
     fused.write_bytes(data)
     assert "last.weight differs" in problems(original, fused)[0]
+
+
+@pytest.mark.parametrize("n_lost", [1, 100])
+def test_a_type_that_nobody_knows_is_compared_to_its_end(model: Model, n_lost: int) -> None:
+    """How long such a tensor is, the header does not say: the file could just end earlier."""
+    contents = Contents.of(model())
+    contents.tensors["last.weight"] = ((7,), 142, b"\2" * 3008)
+    original = contents.write()
+    fused = fused_copy(original)
+    end = fused.read_bytes().rindex(b"\2") + 1
+    os.truncate(fused, end - n_lost)
+    (problem,) = problems(original, fused)
+    assert problem == f"last.weight: {3008 - n_lost} bytes, but 3008 in the original"
 
 
 def test_attention_that_is_not_modelled_is_marked(model: Model) -> None:

@@ -263,3 +263,10 @@ def test_padded_header_is_read_by_gguf_py(tmp_path: Path) -> None:
         fields = GGUFReader(path).fields
         assert set(fields[PADDING_KEY].contents()) == {0}
         assert read_header(path).data_start == placement.data_start
+
+
+def test_no_padding_where_no_block_could_be_shared(tmp_path: Path) -> None:
+    original = tmp_path / "in.gguf"
+    write_random_model(original, ModelSpec(n_layer=1, n_embd=8, n_head=2, n_ff=8, n_vocab=262))
+    plan = fuse(original, str(tmp_path / "out.gguf"), options=Options(dry_run=True)).plan
+    assert place(plan, 65536) == place(plan)
