@@ -156,9 +156,10 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
             _fail(str(nothing), EXIT_NOTHING_TO_DO)
         except GGUFError as error:
             _fail(str(error), EXIT_ERROR)
-        except OSError as error:  # those of files are GGUFErrors by now
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _fail(f"standard output: {error.strerror}", EXIT_ERROR)
+        except OSError as error:  # those of models are GGUFErrors by now
+            if error.filename is None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(f"{error.filename or 'standard output'}: {error.strerror}", EXIT_ERROR)
         except KeyboardInterrupt as interrupt:
             _fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
 

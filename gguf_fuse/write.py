@@ -315,13 +315,13 @@ def _rename_all(moves: Sequence[tuple[Path, Path]], force: bool) -> None:
 
     The first shard comes last: loading begins with it, so that half a set is none.
     """
-    if len(moves) == 1:
-        _rename(*moves[0], force)
+    if len(moves) == 1 and force:
+        _rename(*moves[0], force)  # one step, the old file until then
         return
     replaced: dict[Path, Path] = {}  # by name: another one for what was there before
     try:
         for temporary, destination in reversed(moves):
-            if destination.exists():
+            if force and destination.exists():
                 replaced[destination] = _beside(destination)
                 _link(destination, replaced[destination])
             _rename(temporary, destination, force)
@@ -330,12 +330,19 @@ def _rename_all(moves: Sequence[tuple[Path, Path]], force: bool) -> None:
             if destination in replaced:
                 if replaced[destination].exists():
                     replaced[destination].replace(destination)
-            elif not temporary.exists():
+            elif _is_renamed(temporary, destination):
                 destination.unlink(missing_ok=True)
         raise
     finally:
         for path in replaced.values():
             path.unlink(missing_ok=True)
+
+
+def _is_renamed(temporary: Path, destination: Path) -> bool:
+    """Also if an interrupt came between the giving of the new name and the taking of the old."""
+    if not temporary.exists():
+        return True
+    return destination.exists() and temporary.samefile(destination)
 
 
 def _rename(temporary: Path, destination: Path, force: bool) -> None:

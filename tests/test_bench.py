@@ -177,6 +177,13 @@ def test_plots_that_cannot_be_written(name: str, tmp_path: Path) -> None:
         check_plot(tmp_path / name)
 
 
+def test_a_plot_with_too_long_a_name_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 300) / "decode.png"
+    outcome = run("--plot", path)
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr == f"gguf-fuse: {path}: File name too long\n"
+
+
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
 def test_plot_draws_a_file(tmp_path: Path, name: str, magic: bytes) -> None:

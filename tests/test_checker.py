@@ -542,8 +542,41 @@ def add_sinks_per_chunk(
     return attention.broadcast_attention(q, k, v, mask, twice)
 
 
+def mask_all_like_the_first(
+    q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
+) -> Floats:
+    """Caught only if sequences differ in length."""
+    assert mask is not None
+    return attention.broadcast_attention(q, k, v, np.broadcast_to(mask[:1], mask.shape), params)
+
+
+def read_the_neighbour_of_a_cell(
+    q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
+) -> Floats:
+    """V of a stretch behind the prompt, one cell on; caught only if something is there."""
+    shifted = v.copy()
+    shifted[:, :, 12:50] = v[:, :, 13:51]
+    return attention.broadcast_attention(q, k, shifted, mask, params)
+
+
+def lose_some_precision(
+    q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
+) -> Floats:
+    """Caught only if the limit is near to what float32 costs: an F16 anywhere is 100 times this."""
+    return attention.broadcast_attention(q, k, v, mask, params) * np.float32(1 + 5e-6)
+
+
 @pytest.mark.parametrize(
-    "fault", [ignore_the_mask, read_one_sequence_for_all, take_heads_in_turn, add_sinks_per_chunk]
+    "fault",
+    [
+        ignore_the_mask,
+        read_one_sequence_for_all,
+        take_heads_in_turn,
+        add_sinks_per_chunk,
+        mask_all_like_the_first,
+        read_the_neighbour_of_a_cell,
+        lose_some_precision,
+    ],
 )
 def test_faults_in_the_mathematics_are_caught(
     model: Model, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Floats]

@@ -88,7 +88,9 @@ Process = subprocess.Popen[str]
 
 def start(*arguments: str | Path, prelude: str = "", **options: object) -> Process:
     """The command; `prelude` is Python that runs in the process before it."""
-    script = f"{prelude}\nfrom gguf_fuse.cli import main\nmain()"
+    # A shell that runs the tests in the background lets them ignore Ctrl-C.
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{heed}\n{prelude}\nfrom gguf_fuse.cli import main\nmain()"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(command, **streams)  # type: ignore[call-overload, no-any-return]
@@ -227,6 +229,25 @@ def test_ctrl_c_while_waiting_for_the_disk(model: Model, folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+_INTERRUPTED = """
+import os, signal
+def link(*names, link=os.link):
+    link(*names)
+    os.kill(os.getpid(), signal.SIGINT)
+os.link = link
+"""
+
+
+@pytest.mark.parametrize("shards", [(), ("--split-max-tensors", "9")], ids=["one file", "shards"])
+def test_ctrl_c_in_the_midst_of_the_renaming(
+    shards: tuple[str, ...], model: Model, folder: Path
+) -> None:
+    """The new file has two names at that moment, and neither stays."""
+    result = run("fuse", model.path, folder / "out.gguf", *shards, prelude=_INTERRUPTED)
+    assert_one_line(result, "interrupted", "nothing was written", code=130)
+    assert list(folder.iterdir()) == []
+
+
 def test_impatient_ctrl_c(model: Model, folder: Path) -> None:
     process = start(
         "fuse", model.path, folder / "out.gguf", "--no-sync", *ONE_BY_ONE, prelude=SLOWLY
@@ -276,6 +297,35 @@ def test_ctrl_c_at_a_pipe(model: Model) -> None:
     assert code == 130
     assert err.startswith("gguf-fuse: interrupted")
     assert err.count("\n") == 1
+
+
+# -- names and durability -----------------------------------------------------------------------
+
+
+def test_the_longest_of_names(model: Model, folder: Path) -> None:
+    """255 bytes, in characters of three: the temporary name beside it must fit as well."""
+    out = folder / ("\N{CJK UNIFIED IDEOGRAPH-6A21}" * 83 + "x.gguf")
+    assert len(os.fsencode(out.name)) == 255
+    assert run("fuse", model.path, out, "--no-sync")[0] == 0
+    assert sha256(out) == model.wanted
+
+
+_TELL_SYNC = """
+import os, stat, sys
+def fsync(fd, fsync=os.fsync):
+    fsync(fd)
+    print("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file", file=sys.stderr)
+os.fsync = fsync
+"""
+
+
+@pytest.mark.parametrize(("flag", "told"), [("--sync", "file folder"), ("--no-sync", "")])
+def test_the_new_name_is_flushed_after_the_data(
+    flag: str, told: str, model: Model, folder: Path
+) -> None:
+    """Without the folder a power failure could still take the file's name."""
+    code, _, err = run("fuse", model.path, folder / "out.gguf", flag, prelude=_TELL_SYNC)
+    assert (code, err.split()) == (0, told.split())
 
 
 # -- full disks ---------------------------------------------------------------------------------

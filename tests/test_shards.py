@@ -637,6 +637,7 @@ def test_failure_of_a_renaming(
 
 _SIGNAL = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 calls = []
 def fsync(fd, fsync=os.fsync):
     fsync(fd)
