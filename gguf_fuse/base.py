@@ -9,7 +9,7 @@ from gguf_fuse.fusion import Status, examine, refuse_other_kinds
 from gguf_fuse.gguf_file import Header
 from gguf_fuse.kinds import QKV
 
-KEPT_SEPARATE = "the base keeps attn_q, attn_k and attn_v separate there"
+KEPT_SEPARATE = "the base has no attn_qkv there"
 
 
 def base_rows(

@@ -149,8 +149,8 @@ def verify(original: Path, fused: Path, options: Options | None = None) -> Repor
 
 
 def _refuse_other_kinds(header: Header) -> None:
-    kind = header.metadata.get("general.type")
-    if kind in ("adapter", "imatrix"):
+    if not header.is_model:
+        kind = header.metadata["general.type"]
         raise fusion.Refused(
             f"{header.path}: general.type is {kind!r}: verify compares models; unfuse gives the "
             "original bytes back, which cmp can compare"

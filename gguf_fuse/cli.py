@@ -69,7 +69,10 @@ class Reflink(str, Enum):
 
 
 In = Annotated[
-    Path, typer.Argument(metavar="IN", help="The GGUF file to read; of shards, any one of them.")
+    Path,
+    typer.Argument(
+        metavar="IN", help="The GGUF file to read; of shards, any one of them.", readable=False
+    ),
 ]
 Out = Annotated[
     str,
@@ -115,6 +118,9 @@ SplitMaxTensors = Annotated[
 
 _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 _DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
+_STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 _P = ParamSpec("_P")
 
 
@@ -134,11 +140,19 @@ def main() -> None:
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(getattr(sys, stream), io.TextIOWrapper):  # a name may not fit the encoding
             getattr(sys, stream).reconfigure(errors="backslashreplace")
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, lambda caught, frame: sys.exit(128 + caught))
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _stop)
     app(arguments, prog_name="gguf-fuse")
+
+
+def _stop(caught: int, frame: object) -> NoReturn:
+    """End as the signal asks, once: another one in the midst of the cleaning up would break it."""
+    for number in _STOPPING:
+        signal.signal(number, lambda caught, frame: None)
+    if caught == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + caught)
 
 
 def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -160,6 +174,8 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
             if error.filename is None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"{error.filename or 'standard output'}: {error.strerror}", EXIT_ERROR)
+        except MemoryError as error:
+            _fail(f"not enough memory: {str(error) or 'nothing more can be had'}", EXIT_ERROR)
         except KeyboardInterrupt as interrupt:
             _fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
 
@@ -214,6 +230,7 @@ def fuse(
             metavar="MODEL",
             help="The model that IN, a LoRA adapter or importance matrix, is for.",
             show_default=False,
+            readable=False,
         ),
     ] = None,
     force: Force = False,
@@ -305,8 +322,10 @@ def inspect(source: In, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: gguf-fuse verify model-Q4_0.gguf model-Q4_0-fused.gguf")
 @_exits
 def verify(
-    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The file before.")],
-    fused: Annotated[Path, typer.Argument(metavar="FUSED", help="The file after.")],
+    original: Annotated[
+        Path, typer.Argument(metavar="ORIGINAL", help="The file before.", readable=False)
+    ],
+    fused: Annotated[Path, typer.Argument(metavar="FUSED", help="The file after.", readable=False)],
     layers: Annotated[
         str,
         typer.Option(
@@ -368,6 +387,7 @@ def bench(
             metavar="[MODEL]",
             help="Whose shapes to take; else 32 heads, 8 KV heads, 128 wide.",
             show_default=False,
+            readable=False,
         ),
     ] = None,
     threads: Workers = _DEFAULT_WORKERS,
@@ -420,7 +440,8 @@ def demo(
             folder.mkdir(parents=True, exist_ok=True)
             if model.exists():
                 raise GGUFError(f"{model}: exists already; give an empty folder")
-            write_random_model(model, demo_spec())
+            with _whole(model):
+                write_random_model(model, demo_spec())
         except OSError as error:
             raise GGUFError(f"{folder}: {error.strerror}") from error
         _say(f"$ gguf-fuse {FUSE_FLAG} {model.name} {fused.name}")
@@ -436,6 +457,16 @@ def demo(
         _console().print("identical, byte for byte")
     if keep is None:
         _say("the files are removed again; --keep FOLDER leaves them there")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """No half of a file that could not be written."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _say(line: str) -> None:
@@ -464,7 +495,7 @@ def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
     console.print()
     console.print(escape(report.result_line(result, verb, dry_run)), highlight=False)
     if verb == "fused":
-        for note in report.notes(result, dry_run):
+        for note in report.notes(result):
             console.print(note, highlight=False, soft_wrap=True)
 
 

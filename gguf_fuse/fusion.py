@@ -439,11 +439,11 @@ def fused_plan(
 
 def refuse_other_kinds(header: Header) -> None:
     """Raises Refused for GGUF files that are no models: adapters and importance matrices."""
-    kind = header.metadata.get("general.type")
-    if kind in ("adapter", "imatrix"):
+    if not header.is_model:
+        kind = header.metadata["general.type"]
         raise Refused(
-            f"{header.path}: general.type is {kind!r}: only models can be fused, not adapters or "
-            "importance matrices"
+            f"{header.path}: general.type is {kind!r}: this is no model; --base wants the "
+            "model that the adapter or importance matrix is for"
         )
 
 

@@ -238,6 +238,11 @@ class Header:
         return self.metadata.get("general.architecture")
 
     @property
+    def is_model(self) -> bool:
+        """No LoRA adapter and no importance matrix."""
+        return self.metadata.get("general.type") not in ("adapter", "imatrix")
+
+    @property
     def is_canonical(self) -> bool:
         """Laid out as llama.cpp and gguf-py write: tensors as they are listed, nothing after.
 
@@ -290,7 +295,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with source.open("rb", buffering=0) as file:
             return _Parser(file.fileno(), str(source)).header()
     except OSError as error:
-        raise GGUFError(f"{source}: {error.strerror}") from error
+        hint = "; a pipe cannot be read, give a file" if str(source) == "-" else ""
+        raise GGUFError(f"{source}: {error.strerror}{hint}") from error
 
 
 def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
@@ -461,7 +467,7 @@ class _Parser:
         if count * least_bytes > left:
             self.fail(
                 f"the header says {count} {what}, more than the {left} bytes after it can hold: "
-                "the file is truncated or damaged"
+                "the file is truncated or damaged; download or copy it again"
             )
         if count > most:
             self.fail(f"the header says {count} {what}; at most {most} are supported")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -15,13 +16,13 @@ from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader, Source
 from gguf_fuse.fusion import Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
 from gguf_fuse.kinds import GATE_UP, KINDS, QKV
-from gguf_fuse.rewrite import STANDARD_OUTPUT, Inspection, Result
+from gguf_fuse.rewrite import Inspection, Result
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from gguf_fuse.bench import Bench, ProjectionRow
-    from gguf_fuse.checker import Report, Timing
+    from gguf_fuse.checker import Check, Report, Timing
     from gguf_fuse.structure import Structure
 
 _INSPECT_STATUS = {
@@ -59,6 +60,7 @@ def result_json(result: Result) -> dict[str, Any]:
     return _rewrite_json(
         result.source, result.output, plan.changed, plan.skipped, len(plan.tensors)
     ) | {
+        "files": [str(path) for path in result.files],
         "bytes_copied": result.written.n_copied,
         "bytes_cloned": result.written.n_cloned,
         "seconds": round(result.seconds, 3),
@@ -68,6 +70,7 @@ def result_json(result: Result) -> dict[str, Any]:
 def nothing_json(source: Header, layers: Sequence[Layer]) -> dict[str, Any]:
     """What `result_json` says where nothing was written."""
     return _rewrite_json(source, None, (), layers, len(source.tensors)) | {
+        "files": [],
         "bytes_copied": 0,
         "bytes_cloned": 0,
         "seconds": 0.0,
@@ -283,7 +286,7 @@ def _counts(plan: Plan) -> str:
     return " and ".join(counts)
 
 
-def notes(result: Result, dry_run: bool) -> list[Text]:
+def notes(result: Result) -> list[Text]:
     """What to know of a fused file, and what to run next."""
     lines = []
     if not result.source.is_canonical:
@@ -294,9 +297,10 @@ def notes(result: Result, dry_run: bool) -> list[Text]:
                 "yellow",
             )
         )
-    if not dry_run and result.output != STANDARD_OUTPUT:
-        fused = result.outputs[0].path
-        lines.append(_text(f"next: gguf-fuse verify {result.source.path} {fused}"))
+    if result.files and result.source.is_model:
+        paths = [result.source.path, str(result.files[0])]
+        dashes = ["--"] if any(path.startswith("-") for path in paths) else []
+        lines.append(_text(f"next: {shlex.join(['gguf-fuse', 'verify', *dashes, *paths])}"))
     return lines
 
 
@@ -316,7 +320,7 @@ def file_lines(found: Inspection) -> list[tuple[str, str]]:
             "format",
             f"GGUF v{header.version}, {header.byte_order} endian, alignment {header.alignment}",
         ),
-        ("architecture", str(header.architecture)),
+        ("architecture", str(header.architecture or "-")),
         ("name", str(header.metadata.get("general.name", "-"))),
         ("metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"),
         ("tensors", f"{len(header.tensors)}: {types}"),
@@ -356,6 +360,18 @@ _CHECK_TITLES = {
 }
 
 
+@dataclass(frozen=True)
+class _Fitting:
+    """The wide table where there is room for it: a column that is cut off would mislead."""
+
+    wide: Table
+    narrow: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wanted = console.measure(self.wide, options=options.update(max_width=1000)).maximum
+        yield self.wide if wanted <= options.max_width else self.narrow
+
+
 def verify_parts(report: Report) -> Iterator[RenderableType]:
     """What `verify` says: bytes, numbers, time, and what is wrong."""
     structure, mark = report.structure, _mark(report.structure.ok)
@@ -380,7 +396,7 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
         f" numbers: {len(report.layers)} layers computed{partly}; largest errors against float64"
     )
     yield _text()
-    yield _checks_table(report)
+    yield _Fitting(_checks_table(report), _worst_table(report))
     yield _text()
     yield from (_text(line, "red") for line in _number_problems(report))
     notes: dict[str, list[str]] = {}
@@ -394,7 +410,7 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
 
 def _fused_layers(structure: Structure) -> str:
     n_experts = structure.n_fused_experts
-    line = f"{structure.n_fused} fused layers"
+    line = f"{structure.n_fused} fused layer{'' if structure.n_fused == 1 else 's'}"
     return f"{line} of attention, {n_experts} of experts" if n_experts else line
 
 
@@ -408,16 +424,38 @@ def _checks_table(report: Report) -> Table:
     table.add_column("layer", no_wrap=True)
     for name in names:
         table.add_column(_CHECK_TITLES.get(name, name), justify="right", min_width=7)
-    table.add_column("of\nlimit", justify="right")
+    table.add_column("of\nlimit", justify="right", min_width=5)
     for layer in report.layers:
-        cells = []
-        for name in names:
-            check = layer.checks.get(name)
-            style = "" if check is None or check.ok else "bold red"
-            cells.append(_text("-" if check is None else f"{check.error:.1e}", style))
-        shares = [check.error / check.limit for check in layer.checks.values()]
+        cells = [_error(layer.checks.get(name)) for name in names]
+        shares = [_of_limit(check) for check in layer.checks.values()]
         table.add_row(layer.layer, *cells, _share(max(shares)) if shares else "-")
     return table
+
+
+def _worst_table(report: Report) -> Table:
+    """Of each layer the check that is nearest to its limit."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("layer", "worst check"):
+        table.add_column(title, overflow="fold")
+    for title in ("error", "of limit"):
+        table.add_column(title, justify="right", overflow="fold")
+    for layer in report.layers:
+        if layer.checks:
+            name, check = max(layer.checks.items(), key=lambda item: _of_limit(item[1]))
+            table.add_row(layer.layer, name, _error(check), _share(_of_limit(check)))
+        else:
+            table.add_row(layer.layer, "-", "-", "-")
+    return table
+
+
+def _error(check: Check | None) -> Text:
+    if check is None:
+        return _text("-")
+    return _text(f"{check.error:.1e}", "" if check.ok else "bold red")
+
+
+def _of_limit(check: Check) -> float:
+    return check.error / check.limit
 
 
 def _share(share: float) -> Text:

@@ -50,12 +50,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What was written, or would be on a dry run. plan: of the whole; outputs: one, or shards."""
+    """What was written, or would be on a dry run.
+
+    plan: of the whole; outputs: one, or shards; files: what there is now that was not before.
+    """
 
     source: Header
     output: str
     plan: Plan
     outputs: tuple[Output, ...]
+    files: tuple[Path, ...]
     written: Written
     seconds: float
 
@@ -149,8 +153,7 @@ def _examine(header: Header) -> tuple[Layer, ...]:
 def _fuse_plan(
     header: Header, base: AnyPath | None, kinds: Sequence[Kind], any_architecture: bool
 ) -> Plan:
-    kind = header.metadata.get("general.type")
-    if kind not in ("adapter", "imatrix"):
+    if header.is_model:
         if base is not None:
             raise Refused(
                 f"{header.path}: --base is for LoRA adapters and importance matrices; this file "
@@ -158,6 +161,7 @@ def _fuse_plan(
             )
         scalars = read_tensors(header, fusion.scalar_names(header))
         return fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
+    kind = header.metadata.get("general.type")
     if QKV not in kinds:
         raise Refused(f"{header.path}: of general.type {kind!r} only Q, K and V can be fused")
     rows = None if base is None else _base_rows(base, any_architecture)
@@ -193,6 +197,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     started = time.perf_counter()
     outputs = _outputs(source, plan, output, options)
     n_bytes = sum(part.placement.n_bytes for part in outputs)
+    files: tuple[Path, ...] = ()
     if options.dry_run:
         if output != STANDARD_OUTPUT:
             check_destinations(source, outputs, force=options.force)
@@ -214,11 +219,14 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
             on_progress=options.on_progress,
             on_flush=options.on_flush,
         )
-    return Result(source, output, plan, outputs, written, time.perf_counter() - started)
+        files = tuple(part.path for part in outputs)
+    return Result(source, output, plan, outputs, files, written, time.perf_counter() - started)
 
 
 def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple[Output, ...]:
     """The files to write, every byte of them in its place. Raises GGUFError."""
+    if output.endswith(os.sep):
+        raise GGUFError(f"{output}: a folder, not a regular file; give the name of a file")
     limits = (options.split_max_size, options.split_max_tensors)
     if output == STANDARD_OUTPUT and limits != (None, None):
         raise GGUFError(f"{output}: standard output is one file; shards need a name")

@@ -130,6 +130,7 @@ def compare_structure(
     """
     started = time.perf_counter()
     fusions, problems = _fusions(original, fused)
+    problems = _swap_problems(original, fused) + problems
     problems += _format_problems(original, fused)
     long_pairs, misfits = _compare_metadata(original, fused)
     problems += misfits
@@ -185,6 +186,13 @@ def _shape_problem(made: _Fusion) -> str | None:
 
 def _is_weight(made: _Fusion) -> bool:
     return made.name.endswith(".weight")
+
+
+def _swap_problems(original: Header, fused: Header) -> list[str]:
+    key = f"{_RECORD}version"
+    if key not in original.metadata or key in fused.metadata:
+        return []
+    return ["the first file is the fused one, the second is not: ORIGINAL comes first"]
 
 
 def _format_problems(original: Header, fused: Header) -> list[str]:

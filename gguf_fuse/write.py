@@ -92,9 +92,10 @@ def _check_space(destination: Path, folder: Path, needed: int) -> None:
 
 def _check_place(source: Header, destination: Path, real: Path, force: bool) -> None:
     if not real.parent.is_dir():
-        raise GGUFError(f"{destination}: the folder {real.parent} does not exist")
+        fault = "is not a folder" if real.parent.exists() else "does not exist"
+        raise GGUFError(f"{destination}: the folder {real.parent} {fault}")
     with contextlib.suppress(FileNotFoundError):
-        status = real.stat()
+        status = destination.stat()  # not of `real`: /dev/stdout may lead to a pipe without a name
         if Stamp.of(status)[:2] in {file.stamp[:2] for file in source.files}:
             raise GGUFError(f"{destination}: input and output are the same file")
         if stat.S_ISDIR(status.st_mode):
@@ -130,8 +131,8 @@ def write(
     n_copied = n_cloned = 0
     try:
         with open_source(source) as sources, _published(source, reals, force) as temporaries:
-            for at, temporary in zip(outputs, temporaries, strict=True):
-                with _created(temporary) as target_fd:
+            for at, temporary, real in zip(outputs, temporaries, reals, strict=True):
+                with _created(temporary, like=real) as target_fd:
                     clones, copies = _fill(
                         sources, target_fd, at, clone_all, sync, threads, on_progress
                     )
@@ -301,10 +302,12 @@ def _beside(destination: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _created(path: Path) -> Iterator[int]:
-    """A new file, with a new file's permissions."""
+def _created(path: Path, like: Path) -> Iterator[int]:
+    """A new file, with the permissions of the one it is to replace, else with a new file's."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
+        with contextlib.suppress(OSError):
+            path.chmod(stat.S_IMODE(like.stat().st_mode))
         yield fd
     finally:
         os.close(fd)

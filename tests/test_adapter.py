@@ -213,6 +213,13 @@ def test_what_is_not_attention_is_copied(lora: Make) -> None:
             assert after.fields[key].contents() == field.contents()
 
 
+def test_verify_is_not_what_comes_next(lora: Make, tmp_path: Path) -> None:
+    """It compares models: the command would fail."""
+    done = gguf_fuse("fuse", lora(), tmp_path / "out.gguf")
+    assert done.returncode == 0
+    assert "next:" not in done.stdout
+
+
 def test_fused_layers_of_the_base_alone_are_fused(model: Model, lora: Make) -> None:
     """A layer whose types differ stays separate in the base, so in the adapter too."""
     separate = model(types={"*": T.F32, "blk.1.attn_v.weight": T.F16}, **BASE)

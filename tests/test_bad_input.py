@@ -23,6 +23,7 @@ import pytest
 from gguf import GGUFReader
 
 from tests import pack
+from tests.conftest import gguf_fuse
 from tests.pack import (
     ARRAY,
     BOOL,
@@ -1297,6 +1298,27 @@ def test_input_name_is_empty(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("inspect", ""), "not a regular file")
 
 
+def test_input_from_a_pipe(run: Run, tmp_path: Path) -> None:
+    assert_one_line(run("fuse", "-", tmp_path / "out.gguf"), "-: No such file", "give a file")
+
+
+def test_input_that_may_not_be_read(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user, since root may read anything."""
+    if os.geteuid() != 0:
+        pytest.skip("only root becomes another user")
+    model.chmod(0o600)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    os.seteuid(65534)
+    try:
+        outcome = run("inspect", model.name)
+    finally:
+        os.seteuid(0)
+    assert_one_line(outcome, f"{model.name}: Permission denied")
+
+
 def test_input_name_with_escapes(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "\x1b[31mred\n[red].gguf"
     path.write_bytes(b"GGUF")
@@ -1389,6 +1411,17 @@ def test_output_is_a_device(run: Run, model: Path, tmp_path: Path) -> None:
     assert stat.S_ISCHR(device.stat().st_mode)
 
 
+def test_output_that_is_a_pipe_by_name(model: Path, tmp_path: Path) -> None:
+    done = gguf_fuse("fuse", model, "/dev/stdout")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "/dev/stdout: not a regular file; use - to write to standard output" in done.stderr
+
+
+def test_output_with_a_slash_at_the_end(run: Run, model: Path, tmp_path: Path) -> None:
+    assert_one_line(run("fuse", model, f"{tmp_path}/new/"), "new/: a folder")
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_output_in_a_missing_folder(run: Run, model: Path, tmp_path: Path) -> None:
     outcome = run("fuse", model, tmp_path / "no" / "out.gguf")
     assert_one_line(outcome, str(tmp_path / "no"), "does not exist")
@@ -1396,7 +1429,7 @@ def test_output_in_a_missing_folder(run: Run, model: Path, tmp_path: Path) -> No
 
 
 def test_output_below_a_file(run: Run, model: Path, tmp_path: Path) -> None:
-    assert_one_line(run("fuse", model, model / "out.gguf"), str(model))
+    assert_one_line(run("fuse", model, model / "out.gguf"), f"{model} is not a folder")
 
 
 def test_output_name_is_too_long(run: Run, model: Path, tmp_path: Path) -> None:

@@ -178,10 +178,10 @@ def test_plots_that_cannot_be_written(name: str, tmp_path: Path) -> None:
 
 
 def test_a_plot_with_too_long_a_name_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / ("a" * 300) / "decode.png"
-    outcome = run("--plot", path)
+    folder = tmp_path / ("a" * 300)
+    outcome = run("--plot", folder / "decode.png")
     assert (outcome.exit_code, outcome.stdout) == (1, "")
-    assert outcome.stderr == f"gguf-fuse: {path}: File name too long\n"
+    assert outcome.stderr == f"gguf-fuse: {folder}: File name too long\n"
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")

@@ -615,6 +615,11 @@ def test_limits_leave_room_for_other_seeds(pair: tuple[Path, Path], seed: int) -
 # -- the command --------------------------------------------------------------------------------
 
 
+def test_swapped_files_are_named(pair: tuple[Path, Path]) -> None:
+    found = problems(*reversed(pair))
+    assert found[0] == "the first file is the fused one, the second is not: ORIGINAL comes first"
+
+
 def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
     run = gguf_fuse("verify", *pair, "--json")
     assert (run.returncode, run.stderr) == (0, "")

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -83,9 +84,10 @@ def test_json_of_fuse_and_unfuse(model: Model, tmp_path: Path) -> None:
     said = json.loads(done.stdout)
     assert list(said) == [
         "input", "output", "architecture", "layers", "fused", "skipped",
-        "tensors_in", "tensors_out", "bytes_copied", "bytes_cloned", "seconds",
+        "tensors_in", "tensors_out", "files", "bytes_copied", "bytes_cloned", "seconds",
     ]  # fmt: skip
     assert (said["input"], said["output"]) == (str(original), str(fused))
+    assert said["files"] == [str(fused)]
     assert (said["architecture"], said["fused"], said["skipped"]) == ("llama", 7, 2)
     assert said["tensors_in"] - said["tensors_out"] == 14
     assert said["bytes_copied"] + said["bytes_cloned"] > 0.9 * original.stat().st_size
@@ -178,7 +180,14 @@ def test_dry_run_says_what_the_real_run_does(model: Model, tmp_path: Path) -> No
     said = json.loads(gguf_fuse("fuse", original, output, "--dry-run", "--json").stdout)
     assert list(tmp_path.iterdir()) == [original]
     done = json.loads(gguf_fuse("fuse", original, output, "--json").stdout)
-    assert said | {"seconds": 0} == done | {"seconds": 0}
+    assert said | {"seconds": 0} == done | {"seconds": 0, "files": []}
+
+
+def test_json_names_the_shards(model: Model, tmp_path: Path) -> None:
+    arguments = ("fuse", model(), tmp_path / "out.gguf", "--split-max-tensors", "9", "--json")
+    files = json.loads(gguf_fuse(*arguments).stdout)["files"]
+    assert files == sorted(str(path) for path in tmp_path.glob("out-*-of-*.gguf"))
+    assert len(files) > 1
 
 
 # -- what a person sees --------------------------------------------------------------------------
@@ -200,6 +209,38 @@ def test_no_line_is_wider_than_the_terminal(model: Model, tmp_path: Path, column
     shown, _, command = done.stdout.rpartition("next: ")  # a line to copy is not broken
     assert command.startswith("gguf-fuse verify ")
     assert max(map(len, shown.splitlines())) <= columns
+
+
+@pytest.mark.parametrize("columns", [30, 45, 60, 100])
+def test_how_near_to_the_limit_is_always_shown(model: Model, columns: int) -> None:
+    original = model()
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    done = gguf_fuse("verify", original, fused_copy(original), env=environment)
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    assert "limit" in done.stdout
+    for line in done.stdout.splitlines():
+        assert not line.startswith("blk.") or line.rstrip().endswith("%")
+
+
+def test_the_next_command_can_be_pasted(model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    model().rename(folder / "-in.gguf")
+    fuse = [sys.executable, "-m", "gguf_fuse", "fuse", "--", "-in.gguf", "out.gguf"]
+    shown = subprocess.run(fuse, cwd=folder, capture_output=True, text=True, check=True).stdout
+    command = shown.rpartition("next: gguf-fuse ")[2].strip()
+    assert command == "verify -- -in.gguf out.gguf"
+    shown = gguf_fuse("fuse", folder / "-in.gguf", folder / "b.gguf").stdout
+    command = shown.rpartition("next: gguf-fuse ")[2].strip()
+    assert shlex.split(command) == ["verify", str(folder / "-in.gguf"), str(folder / "b.gguf")]
+
+
+def test_too_little_memory_is_one_line(model: Model) -> None:
+    original = model()
+    done = gguf_fuse("verify", original, fused_copy(original), "--n-kv", 10**12)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("gguf-fuse: not enough memory: Unable to allocate")
+    assert done.stderr.count("\n") == 1
 
 
 def on_a_terminal(*arguments: Any, **environment: str) -> str:
