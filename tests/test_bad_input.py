@@ -1302,21 +1302,18 @@ def test_input_from_a_pipe(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("fuse", "-", tmp_path / "out.gguf"), "-: No such file", "give a file")
 
 
-def test_input_that_may_not_be_read(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As another user, since root may read anything."""
-    if os.geteuid() != 0:
-        pytest.skip("only root becomes another user")
+def let_others_in(folder: Path) -> None:
+    while folder != Path("/") and folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+        folder.chmod(0o755)
+        folder = folder.parent
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root can become another user")
+def test_input_that_may_not_be_read(run: Run, tmp_path: Path) -> None:
+    let_others_in(tmp_path)
+    model = save(valid(), tmp_path / "in.gguf")
     model.chmod(0o600)
-    tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    os.seteuid(65534)
-    try:
-        outcome = run("inspect", model.name)
-    finally:
-        os.seteuid(0)
-    assert_one_line(outcome, f"{model.name}: Permission denied")
+    assert_one_line(run("inspect", model, uid=65534), f"{model}: Permission denied")
 
 
 def test_input_name_with_escapes(run: Run, tmp_path: Path) -> None:
@@ -1462,10 +1459,7 @@ def test_output_through_a_broken_link(run: Run, model: Path, tmp_path: Path) -> 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root can become another user")
 def test_output_in_a_folder_of_someone_else(run: Run, tmp_path: Path) -> None:
     """Readable input, unwritable folder."""
-    folder = tmp_path
-    while folder != Path("/") and folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
-        folder.chmod(0o755)
-        folder = folder.parent
+    let_others_in(tmp_path)
     model = save(valid(), tmp_path / "in.gguf")
     model.chmod(0o644)
     outcome = run("fuse", model, tmp_path / "out.gguf", uid=65534)
