@@ -31,23 +31,12 @@ from gguf_fuse.architectures import Loader
 from gguf_fuse.base import KEPT_SEPARATE
 from gguf_fuse.fusion import (
     FUSED,
-    KEY_PREFIX,
     PARTS,
     POSITIONS_KEY,
     ROWS_KEY,
-    Computed,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Refused,
-    Status,
     fused_plan,
-    listed,
     loader_of,
     refuse_loader,
-    summary,
-    untouched,
 )
 from gguf_fuse.gguf_file import (
     ByteOrder,
@@ -58,6 +47,20 @@ from gguf_fuse.gguf_file import (
     encode_pair,
     row_bytes,
     type_name,
+)
+from gguf_fuse.plan import (
+    KEY_PREFIX,
+    Computed,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+    Refused,
+    Status,
+    data_of,
+    listed,
+    summary,
+    untouched,
 )
 
 ALPHA_KEY = "adapter.lora.alpha"
@@ -454,7 +457,7 @@ def _fused_a(header: Header, fusion: _Fusion, read: Read) -> PlannedTensor:
         n_ranks += pair.rank
         width = pair.a.ne[0]
         if pair.a.type == fusion.a_type:
-            pieces += untouched(header, pair.a).segments
+            pieces.append(data_of(header, pair.a))
         else:
             n_bytes = pair.a.ne[1] * _n_bytes(fusion.a_type, width)
             pieces.append(Computed(n_bytes, _converter(header, pair.a, fusion.a_type, read)))
@@ -644,9 +647,8 @@ def _derived(
     header: Header, pair: Pair, end: str, block: _Block, kind: int, n_bytes: int, read: Read
 ) -> Segment | Computed:
     if end == _A and kind == pair.a.type:
-        (whole,) = untouched(header, pair.a).segments
-        assert isinstance(whole, Segment)
-        return Segment(whole.start + block.first_rank * _n_bytes(kind, pair.a.ne[0]), n_bytes)
+        above = block.first_rank * _n_bytes(kind, pair.a.ne[0])  # rows of the parts before
+        return Segment(data_of(header, pair.a).start + above, n_bytes)
 
     def make() -> bytes:
         if end == _A:

@@ -146,8 +146,8 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
 
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        from gguf_fuse.fusion import NothingToDo
         from gguf_fuse.gguf_file import GGUFError
+        from gguf_fuse.plan import NothingToDo
 
         try:
             command(*args, **kwargs)
@@ -469,7 +469,7 @@ def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
 
 @contextmanager
 def _nothing_as_json(wanted: bool) -> Iterator[None]:
-    from gguf_fuse.fusion import NothingToDo
+    from gguf_fuse.plan import NothingToDo
     from gguf_fuse.report import nothing_json
 
     try:

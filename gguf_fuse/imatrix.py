@@ -18,6 +18,11 @@ from gguf_fuse.fusion import (
     FUSED,
     PARTS,
     POSITIONS_KEY,
+    fused_plan,
+    layer_names,
+)
+from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
+from gguf_fuse.plan import (
     Join,
     Layer,
     NothingToDo,
@@ -25,12 +30,9 @@ from gguf_fuse.fusion import (
     PlannedTensor,
     Refused,
     Status,
-    fused_plan,
-    layer_names,
     summary,
     untouched,
 )
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
 
 ENTRY = (".in_sum2", ".counts")
 _FUSED_ENDS = tuple(f".{FUSED}.weight{kind}" for kind in ENTRY)

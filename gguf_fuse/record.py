@@ -12,16 +12,12 @@ from typing import Any, NoReturn
 from gguf.constants import GGUFValueType
 
 from gguf_fuse.fusion import (
-    KEY_PREFIX,
     RECORD_VERSIONS,
     TENSORS_KEY,
     VERSION_KEY,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
 )
 from gguf_fuse.gguf_file import GGUFError, Header, encode_pair
+from gguf_fuse.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor
 
 _VERSION = RECORD_VERSIONS[0]
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader, Source
-from gguf_fuse.fusion import Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
 from gguf_fuse.kinds import GATE_UP, KINDS, QKV
+from gguf_fuse.plan import Layer, Plan, Status
 from gguf_fuse.rewrite import STANDARD_OUTPUT, Inspection, Result
 
 if TYPE_CHECKING:

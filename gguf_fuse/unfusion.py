@@ -19,23 +19,26 @@ from gguf_fuse.fusion import (
     ROWS_KEY,
     TENSORS_KEY,
     VERSION_KEY,
+    integer,
+    layer_names,
+    loader_of,
+    record_version,
+    refuse_loader,
+    refuse_other_kinds,
+)
+from gguf_fuse.gguf_file import Header, Segment, TensorInfo, row_bytes, type_name
+from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
+from gguf_fuse.plan import (
     Layer,
     NothingToDo,
     Plan,
     PlannedTensor,
     Refused,
     Status,
-    integer,
-    layer_names,
+    data_of,
     listed,
-    loader_of,
-    record_version,
-    refuse_loader,
-    refuse_other_kinds,
     untouched,
 )
-from gguf_fuse.gguf_file import Header, Segment, TensorInfo, row_bytes, type_name
-from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +125,7 @@ def _restored_tensors(header: Header, splits: Sequence[_Split]) -> tuple[Planned
 
 def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
     tensor, fusion = split.tensor, split.fusion
-    start = header.data_start + tensor.offset
-    whole = (Segment(start, tensor.n_bytes),)
+    whole = data_of(header, tensor)
     slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
     row = slice_bytes // fusion.rows(tensor.ne)  # bytes
     parts, first = [], 0
@@ -131,10 +133,10 @@ def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
         restored = tensor.name.replace(f".{fusion.fused}.", f".{name}.")
         ne = tensor.ne if split.shared else fusion.with_rows(tensor.ne, n_rows)
         segments = (
-            whole
+            (whole,)
             if split.shared
             else tuple(
-                Segment(start + at + first * row, n_rows * row)
+                Segment(whole.start + at + first * row, n_rows * row)
                 for at in range(0, tensor.n_bytes, slice_bytes)
             )
         )

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from gguf_fuse.architectures import PROJECTORS, Loader, projector
-from gguf_fuse.fusion import NothingToDo, Refused, Status
+from gguf_fuse.plan import NothingToDo, Refused, Status
 from gguf_fuse.rewrite import fuse
 from tests import llama_judge
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
