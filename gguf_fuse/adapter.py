@@ -32,9 +32,6 @@ from gguf_fuse.base import KEPT_SEPARATE
 from gguf_fuse.fusion import (
     FUSED,
     PARTS,
-    POSITIONS_KEY,
-    ROWS_KEY,
-    fused_plan,
     loader_of,
     refuse_loader,
 )
@@ -62,6 +59,7 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
+from gguf_fuse.record import POSITIONS_KEY, ROWS_KEY
 
 ALPHA_KEY = "adapter.lora.alpha"
 RANKS_KEY = KEY_PREFIX + "ranks"
@@ -299,7 +297,7 @@ def fuse(
     fusions = [_fusion(header, layer, pairs, scaled, read) for layer in fusable]
     record_pairs = _encode_record(header, fusions, read)
     tensors = _fused_tensors(header, fusions, read)
-    return fused_plan(header, record_pairs, tensors, layers, fusable)
+    return record.fused_plan(header, record_pairs, tensors, layers, fusable)
 
 
 def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoReturn:

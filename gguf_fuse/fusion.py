@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from gguf.constants import GGUFValueType
 
+from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.gguf_file import (
     MAX_PAIRS,
@@ -24,7 +25,6 @@ from gguf_fuse.gguf_file import (
 )
 from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind
 from gguf_fuse.plan import (
-    KEY_PREFIX,
     Join,
     Layer,
     NothingToDo,
@@ -37,17 +37,10 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
+from gguf_fuse.record import MAX_RECORD_PAIRS, POSITIONS_KEY, ROWS_KEY
 
 PARTS = QKV.parts
 FUSED = QKV.fused
-# Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
-RECORD_VERSIONS = (1, 2)
-
-VERSION_KEY = KEY_PREFIX + "version"
-TENSORS_KEY = KEY_PREFIX + "tensors"
-ROWS_KEY = KEY_PREFIX + "rows"
-POSITIONS_KEY = KEY_PREFIX + "positions"
-MAX_RECORD_PAIRS = 8
 
 
 # -- what a file holds --------------------------------------------------------------------------
@@ -304,7 +297,7 @@ def fuse(
     """
     refuse_other_kinds(header)
     layers = examine(header, scalars, kinds=kinds, any_architecture=any_architecture)
-    if any(key.startswith(KEY_PREFIX) for key in header.metadata):
+    if record.exists(header):
         raise NothingToDo(
             header,
             "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
@@ -319,30 +312,8 @@ def fuse(
     if not fusable:
         _raise_nothing_to_fuse(header, layers, kinds)
     joins = [join for layer in fusable for join in layer.joins]
-    record = _encode_record(joins, header)
-    return fused_plan(header, record, _fused_tensors(header, joins), layers, fusable)
-
-
-def fused_plan(
-    header: Header,
-    record: Sequence[bytes],
-    tensors: Iterable[PlannedTensor],
-    layers: Sequence[Layer],
-    changed: Sequence[Layer],
-) -> Plan:
-    """The plan of the fused file. record: metadata pairs. changed: those of `layers` it fuses."""
-    taken = {layer.label for layer in changed}
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(header.metadata) + len(record),
-        (*(header.metadata.segment(key) for key in header.metadata), *record),
-        tuple(tensors),
-        tuple(changed),
-        tuple(layer for layer in layers if layer.label not in taken),
-        may_pad=True,
-    )
+    pairs = _encode_record(header, joins)
+    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
 
 
 def refuse_other_kinds(header: Header) -> None:
@@ -406,27 +377,20 @@ def _slices(whole: Segment, n: int) -> list[Segment]:
     return [Segment(whole.start + at * n_bytes, n_bytes) for at in range(n)]
 
 
-def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
+def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
     """The metadata pairs that the way back needs.
 
     rows, positions: for each fused tensor, as many numbers as its kind has parts.
     """
-    version = record_version(join.kind for join in joins)
     position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
     order = header.byte_order
     rows = [n for join in joins for n in join.rows]
     positions = [position[part.name] for join in joins for part in join.parts]
     return [
-        encode_pair(VERSION_KEY, GGUFValueType.UINT32, version, order),
-        encode_pair(TENSORS_KEY, GGUFValueType.STRING, [join.name for join in joins], order),
+        *record.start(header, [join.name for join in joins]),
         encode_pair(ROWS_KEY, GGUFValueType.UINT64, rows, order),
         encode_pair(POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
     ]
-
-
-def record_version(kinds: Iterable[Kind]) -> int:
-    """Of a record of fusions of these kinds."""
-    return 1 if all(kind is QKV for kind in kinds) else 2
 
 
 def integer(header: Header, key: str, layer: int) -> int | None:

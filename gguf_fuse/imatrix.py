@@ -17,8 +17,6 @@ from gguf_fuse.base import KEPT_SEPARATE
 from gguf_fuse.fusion import (
     FUSED,
     PARTS,
-    POSITIONS_KEY,
-    fused_plan,
     layer_names,
 )
 from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
@@ -33,6 +31,7 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
+from gguf_fuse.record import POSITIONS_KEY
 
 ENTRY = (".in_sum2", ".counts")
 _FUSED_ENDS = tuple(f".{FUSED}.weight{kind}" for kind in ENTRY)
@@ -76,7 +75,7 @@ def fuse(header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | No
     pairs = record.start(header, [join.name for join in joins])
     kind = GGUFValueType.UINT64
     pairs += [encode_pair(POSITIONS_KEY, kind, positions, header.byte_order)]
-    return fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
+    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
 
 
 def unfuse(header: Header) -> Plan:

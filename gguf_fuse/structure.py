@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gguf_fuse.copying import DEFAULT_THREADS, InputLost, read_source
-from gguf_fuse.fusion import RECORD_VERSIONS
 from gguf_fuse.gguf_file import GGUFError, Header, Metadata, TensorInfo, locate, type_name
+from gguf_fuse.record import RECORD_VERSIONS
 from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS
 from gguf_fuse.write import open_source, refuse_changed
 

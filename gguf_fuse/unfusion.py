@@ -14,15 +14,9 @@ from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader
 from gguf_fuse.fusion import (
     FUSED,
-    POSITIONS_KEY,
-    RECORD_VERSIONS,
-    ROWS_KEY,
-    TENSORS_KEY,
-    VERSION_KEY,
     integer,
     layer_names,
     loader_of,
-    record_version,
     refuse_loader,
     refuse_other_kinds,
 )
@@ -39,6 +33,7 @@ from gguf_fuse.plan import (
     listed,
     untouched,
 )
+from gguf_fuse.record import POSITIONS_KEY, RECORD_VERSIONS, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +141,11 @@ def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
 
 
 def _recorded_splits(header: Header) -> list[_Split]:
-    version = header.metadata.get(VERSION_KEY)
-    if version not in RECORD_VERSIONS:
-        known = " and ".join(map(str, RECORD_VERSIONS))
-        record.damaged(header, f"{VERSION_KEY} is {version}, this release knows {known}")
+    version = record.version(header, RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
-    kinds = [kind_of(name) or QKV for name in names]
-    if version != record_version(kinds):
+    if version != record.version_of(names):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
+    kinds = [kind_of(name) or QKV for name in names]
     n_parts = sum(len(kind.parts) for kind in kinds)
     rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
@@ -166,8 +158,7 @@ def _recorded_splits(header: Header) -> list[_Split]:
         record.damaged(
             header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors"
         )
-    if not names or len(set(names)) < len(names):
-        record.damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
+    record.require_distinct(header, names)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits, first = [], 0
     for name, kind in zip(names, kinds, strict=True):
