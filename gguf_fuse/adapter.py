@@ -29,12 +29,7 @@ from numpy.typing import NDArray
 from gguf_fuse import record
 from gguf_fuse.architectures import Loader
 from gguf_fuse.base import KEPT_SEPARATE
-from gguf_fuse.fusion import (
-    FUSED,
-    PARTS,
-    loader_of,
-    refuse_loader,
-)
+from gguf_fuse.fusion import loader_of, refuse_loader
 from gguf_fuse.gguf_file import (
     ByteOrder,
     GGUFError,
@@ -45,6 +40,7 @@ from gguf_fuse.gguf_file import (
     row_bytes,
     type_name,
 )
+from gguf_fuse.kinds import QKV
 from gguf_fuse.plan import (
     KEY_PREFIX,
     Computed,
@@ -149,7 +145,7 @@ class _Fusion:
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{FUSED}.weight"
+        return f"{self.layer}.{QKV.fused}.weight"
 
 
 # -- what an adapter holds ----------------------------------------------------------------------
@@ -233,36 +229,38 @@ def _decide(
     base: Rows | None,
     known: Mapping[str, int],
 ) -> Layer:
-    fused = pairs.get(f"{layer}.{FUSED}.weight")
-    parts = [pairs.get(f"{layer}.{part}.weight") for part in PARTS]
+    fused = pairs.get(f"{layer}.{QKV.fused}.weight")
+    parts = [pairs.get(f"{layer}.{part}.weight") for part in QKV.parts]
     found = [pair for pair in parts if pair is not None]
     types = tuple(_types(pair) for pair in found)
     if fused is not None and not found:
         return Layer(layer, Status.FUSED, (_types(fused),), (fused.rows,))
     if fused is not None:
         rows = tuple(pair.rows for pair in found)
-        return Layer(layer, Status.MISMATCH, types, rows, f"{FUSED} is there already")
+        return Layer(layer, Status.MISMATCH, types, rows, f"{QKV.fused} is there already")
     lengths = [pair.a.ne[0] for pair in found]
     if len(set(lengths)) > 1:
         raise GGUFError(f"{header.path}: {layer}: row lengths differ: {listed(lengths)}")
     if base is not None and layer not in base:
         rows = tuple(pair.rows for pair in found)
         return Layer(layer, Status.SEPARATE, types, rows, KEPT_SEPARATE)
-    expected: Mapping[str, int] = dict(zip(PARTS, base[layer], strict=True)) if base else known
-    for part, pair in zip(PARTS, parts, strict=True):
+    expected: Mapping[str, int] = dict(zip(QKV.parts, base[layer], strict=True)) if base else known
+    for part, pair in zip(QKV.parts, parts, strict=True):
         if pair is not None and base and pair.rows != expected[part]:
             raise GGUFError(
                 f"{header.path}: {layer}.{part} has {pair.rows} rows, {expected[part]} in the base"
             )
     unknown = [
-        part for part, pair in zip(PARTS, parts, strict=True) if not pair and part not in expected
+        part
+        for part, pair in zip(QKV.parts, parts, strict=True)
+        if not pair and part not in expected
     ]
     if unknown:
         rows = tuple(pair.rows for pair in found)
         reason = f"the adapter does not tell how many rows {' and '.join(unknown)} has"
         return Layer(layer, Status.INCOMPLETE, types, rows, reason)
     whole = tuple(
-        pair.rows if pair else expected[part] for part, pair in zip(PARTS, parts, strict=True)
+        pair.rows if pair else expected[part] for part, pair in zip(QKV.parts, parts, strict=True)
     )
     return Layer(layer, Status.FUSABLE, types, whole)
 
@@ -335,7 +333,7 @@ def fused_rank(ranks: Sequence[int]) -> int:
 def _fusion(
     header: Header, layer: Layer, pairs: Mapping[str, Pair], scaled: bool, read: Read
 ) -> _Fusion:
-    parts = tuple(pairs.get(f"{layer.name}.{part}.weight") for part in PARTS)
+    parts = tuple(pairs.get(f"{layer.name}.{part}.weight") for part in QKV.parts)
     found = [pair for pair in parts if pair is not None]
     ranks = [pair.rank for pair in found]
     rank = fused_rank(ranks) if scaled else sum(ranks)
@@ -525,7 +523,7 @@ def unfuse(header: Header, read: Read) -> Plan:
                 f"{header.path}: gguf-fuse did not fuse this adapter, so it has no record of the "
                 "rows of Q, K and V: it cannot be split for certain"
             )
-        raise NothingToDo(header, f"nothing to unfuse: the adapter changes no {FUSED}")
+        raise NothingToDo(header, f"nothing to unfuse: the adapter changes no {QKV.fused}")
     pairs, fusions = _pairs(header), _recorded(header)
     for fusion in fusions:
         if fusion.name not in pairs:
@@ -540,7 +538,7 @@ def unfuse(header: Header, read: Read) -> Plan:
     rest = [untouched(header, tensor) for tensor in header.tensors if tensor.name not in gone]
     changed = [
         Layer(
-            fusion.name.removesuffix(f".{FUSED}.weight"),
+            fusion.name.removesuffix(f".{QKV.fused}.weight"),
             Status.FUSED,
             (_types(pairs[fusion.name]),),
             fusion.rows,
@@ -568,8 +566,8 @@ class _Recorded:
 def _recorded(header: Header) -> list[_Recorded]:
     names = record.names(header)
     for name in names:
-        if not name.endswith(f".{FUSED}.weight"):
-            record.damaged(header, f"{name!r} is recorded, which is no {FUSED}")
+        if not name.endswith(f".{QKV.fused}.weight"):
+            record.damaged(header, f"{name!r} is recorded, which is no {QKV.fused}")
 
     def numbers(key: str, each: int) -> Iterator[tuple[int, ...]]:
         values = record.array(header, key, int, each * len(names))
@@ -596,13 +594,13 @@ def _restored(
     _check_recorded(header, pair, fusion)
     ranks = [rank or None for rank in fusion.ranks]
     blocks = _blocks(fusion.rows, ranks, pair.rank, _alpha(header) != 0)
-    for index, name in enumerate(PARTS):
+    for index, name in enumerate(QKV.parts):
         block = blocks[index]
         if block is None:
             continue
-        weight = fusion.name.replace(f".{FUSED}.", f".{name}.")
+        weight = fusion.name.replace(f".{QKV.fused}.", f".{name}.")
         shapes = ((_A, (pair.a.ne[0], block.rank)), (_B, (block.rank, block.n_rows)))
-        for column, (end, ne) in zip((index, index + len(PARTS)), shapes, strict=True):
+        for column, (end, ne) in zip((index, index + len(QKV.parts)), shapes, strict=True):
             kind = fusion.types[column]
             n_bytes = ne[1] * _n_bytes(kind, ne[0])
             if fusion.stored[column] != _NONE:
@@ -618,7 +616,7 @@ def _check_recorded(header: Header, pair: Pair, fusion: _Recorded) -> None:
     if min(fusion.ranks) < 0 or not 0 < sum(fusion.ranks) <= pair.rank:
         record.damaged(header, f"{pair.a.name!r} has {pair.rank}, not {listed(fusion.ranks)} ranks")
     for index, rank in enumerate(fusion.ranks):
-        for column, tensor in ((index, pair.a), (index + len(PARTS), pair.b)):
+        for column, tensor in ((index, pair.a), (index + len(QKV.parts), pair.b)):
             kind = fusion.types[column]
             known = row_bytes(kind, 0) is not None
             derivable = kind in _FLOATS and tensor.type in _FLOATS

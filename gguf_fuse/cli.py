@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gguf_fuse import __version__
+from gguf_fuse.kinds import GATE_UP, QKV
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,9 +36,6 @@ EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
 EXIT_INTERRUPTED = 130
 
-FUSE_FLAG = "--fuse-qkv-weights"
-GATE_UP_FLAG = "--fuse-gate-up-exps"
-
 _EXIT_CODES = """\b
 Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or
 to unfuse, nothing written; 4 verification failed; 130 interrupted."""
@@ -46,9 +44,9 @@ app = typer.Typer(
     name="gguf-fuse",
     help=(
         "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
-        f"gguf-fuse {FUSE_FLAG} in.gguf out.gguf\n\n"
+        f"gguf-fuse {QKV.flag} in.gguf out.gguf\n\n"
         "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf\n\n"
-        f"{GATE_UP_FLAG}, alone or beside it, joins gate and up of experts."
+        f"{GATE_UP.flag}, alone or beside it, joins gate and up of experts."
     ),
     epilog=_EXIT_CODES.replace("\b\n", "").replace("\n", " "),
     no_args_is_help=True,
@@ -127,7 +125,7 @@ def main() -> None:
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     arguments = sys.argv[1:]
-    if {FUSE_FLAG, GATE_UP_FLAG} & set(arguments) and arguments[0] != "fuse":
+    if {QKV.flag, GATE_UP.flag} & set(arguments) and arguments[0] != "fuse":
         arguments = ["fuse", *arguments]
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
@@ -194,11 +192,11 @@ def fuse(
     source: In,
     output: Out,
     fuse_qkv_weights: Annotated[
-        bool, typer.Option(FUSE_FLAG, help="Q, K and V into attn_qkv; so does no flag.")
+        bool, typer.Option(QKV.flag, help="Q, K and V into attn_qkv; so does no flag.")
     ] = False,
     fuse_gate_up_exps: Annotated[
         bool,
-        typer.Option(GATE_UP_FLAG, help="Gate and up of experts into ffn_gate_up_exps."),
+        typer.Option(GATE_UP.flag, help="Gate and up of experts into ffn_gate_up_exps."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -228,7 +226,6 @@ def fuse(
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
     from gguf_fuse import report, rewrite
-    from gguf_fuse.kinds import GATE_UP, QKV
 
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     _check_output(output, as_json, dry_run)
@@ -422,7 +419,7 @@ def demo(
             write_random_model(model, demo_spec())
         except OSError as error:
             raise GGUFError(f"{folder}: {error.strerror}") from error
-        _say(f"$ gguf-fuse {FUSE_FLAG} {model.name} {fused.name}")
+        _say(f"$ gguf-fuse {QKV.flag} {model.name} {fused.name}")
         fuse(model, str(fused))
         _say(f"$ gguf-fuse verify {model.name} {fused.name}")
         verify(model, fused)

@@ -39,16 +39,12 @@ from gguf_fuse.plan import (
 )
 from gguf_fuse.record import MAX_RECORD_PAIRS, POSITIONS_KEY, ROWS_KEY
 
-PARTS = QKV.parts
-FUSED = QKV.fused
-
-
 # -- what a file holds --------------------------------------------------------------------------
 
 
 def scalar_names(header: Header) -> list[str]:
     """Tensors whose values decide whether a layer can be fused: the caller reads their bytes."""
-    suffixes = tuple(f".{part}.{kind}" for part in PARTS for kind in SHARED)
+    suffixes = tuple(f".{part}.{kind}" for part in QKV.parts for kind in SHARED)
     return [
         tensor.name
         for tensor in header.tensors
@@ -115,7 +111,7 @@ def layer_names(tensors: Iterable[TensorInfo], kind: Kind = QKV) -> list[str]:
 
 def _is_attention(layer: str, names: set[str]) -> bool:
     """Recurrent layers of qwen3next and qwen35 own an attn_qkv of another layout, no output."""
-    if f"{layer}.{FUSED}.weight" not in names:
+    if f"{layer}.{QKV.fused}.weight" not in names:
         return True
     return f"{layer}.attn_output.weight" in names or f"{layer}.attn_out.weight" in names
 
@@ -133,7 +129,7 @@ def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo
         if norm is not None and norm.ne[:1] != (n_dim,):
             reason = (
                 f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
-                f"loader wants beside {FUSED}"
+                f"loader wants beside {QKV.fused}"
             )
             return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
     return layer
@@ -263,7 +259,7 @@ def _not_shared(
 def _unequal_rows(rows: Sequence[int], row: Architecture, kind: Kind) -> str | None:
     if kind is not QKV or not row.equal_rows or len(set(rows)) == 1:
         return None
-    return f"rows differ ({listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
+    return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
 
 
 def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader
 from gguf_fuse.fusion import (
-    FUSED,
     integer,
     layer_names,
     loader_of,
@@ -68,7 +67,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     if not splits:
         raise NothingToDo(
             header,
-            f"nothing to unfuse: no attention layer has {FUSED}.weight, no layer "
+            f"nothing to unfuse: no attention layer has {QKV.fused}.weight, no layer "
             f"{GATE_UP.fused}.weight",
         )
     changed = tuple(
@@ -87,7 +86,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     """Rows of Q, K and V in a layer's fused weight; raises as `unfuse` does."""
-    name = f"{layer}.{FUSED}.weight"
+    name = f"{layer}.{QKV.fused}.weight"
     splits = _recorded_splits(header) if _has_record(header) else []
     recorded = [split.rows for split in splits if split.tensor.name == name]
     if recorded:
