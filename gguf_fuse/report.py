@@ -108,7 +108,7 @@ def inspect_json(found: Inspection) -> dict[str, Any]:
         "n_metadata": len(header.metadata),
         "file_bytes": header.file_bytes,
         "layers": [_layer_json(layer, _INSPECT_STATUS[layer.status]) for layer in found.layers],
-        "loader": _INSPECT_LOADER[found.loader.loader],
+        "loader": _INSPECT_LOADER[found.loader.qkv.loader],
     }
 
 
@@ -328,8 +328,9 @@ def file_lines(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _loader_line(row: Architecture) -> str:
-    since = f" since build {FIRST_BUILD}" if row.loader is Loader.READS_FUSED else ""
-    return f"llama.cpp {row.loader.phrase()}{since} ({_proof(row.source)})"
+    reads = row.qkv
+    since = f" since build {FIRST_BUILD}" if reads.loader is Loader.READS_FUSED else ""
+    return f"llama.cpp {reads.loader.phrase()}{since} ({_proof(reads.source)})"
 
 
 def _experts_line(row: Architecture) -> str:

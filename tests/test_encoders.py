@@ -73,8 +73,10 @@ def save(tmp_path: Path, encoders: Mapping[str, Encoder], **options: Any) -> Pat
     return path
 
 
-READS = sorted(name for name, row in PROJECTORS.items() if row.loader is Loader.READS_FUSED)
-OTHERS = sorted(name for name, row in PROJECTORS.items() if row.loader is not Loader.READS_FUSED)
+READS = sorted(name for name, row in PROJECTORS.items() if row.qkv.loader is Loader.READS_FUSED)
+OTHERS = sorted(
+    name for name, row in PROJECTORS.items() if row.qkv.loader is not Loader.READS_FUSED
+)
 
 
 @pytest.mark.parametrize("one_key", [False, True])
