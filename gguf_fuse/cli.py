@@ -230,18 +230,19 @@ def fuse(
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
-    with _options(dry_run, force, sync, threads, reflink, quiet) as options:
-        options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
-        with _nothing_as_json(as_json):
-            result = rewrite.fuse(
-                source,
-                output,
-                kinds=[kind for kind, chosen in wanted if chosen],
-                on_mismatch=on_mismatch.value,
-                any_architecture=any_architecture,
-                base=base,
-                options=options,
-            )
+    with (
+        _options(dry_run, force, sync, threads, reflink, quiet, limits) as options,
+        _nothing_as_json(as_json),
+    ):
+        result = rewrite.fuse(
+            source,
+            output,
+            kinds=[kind for kind, chosen in wanted if chosen],
+            on_mismatch=on_mismatch.value,
+            any_architecture=any_architecture,
+            base=base,
+            options=options,
+        )
     if as_json:
         return _print_json(report.result_json(result))
     if not quiet:
@@ -269,12 +270,11 @@ def unfuse(
 
     _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
-    with _options(dry_run, force, sync, threads, reflink, quiet) as options:
-        options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
-        with _nothing_as_json(as_json):
-            result = rewrite.unfuse(
-                source, output, any_architecture=any_architecture, options=options
-            )
+    with (
+        _options(dry_run, force, sync, threads, reflink, quiet, limits) as options,
+        _nothing_as_json(as_json),
+    ):
+        result = rewrite.unfuse(source, output, any_architecture=any_architecture, options=options)
     if as_json:
         return _print_json(report.result_json(result))
     if not quiet:
@@ -511,22 +511,33 @@ def _split_limits(
 
 @contextmanager
 def _options(
-    dry_run: bool, force: bool, sync: bool, threads: int, reflink: Reflink, quiet: bool
+    dry_run: bool,
+    force: bool,
+    sync: bool,
+    threads: int,
+    reflink: Reflink,
+    quiet: bool,
+    limits: tuple[int | None, int | None],
 ) -> Iterator[Options]:
-    """How to write, with a progress bar where somebody watches."""
+    """How to write, with a progress bar where somebody watches. limits: of a shard."""
     from gguf_fuse.rewrite import Options
 
+    options = Options(
+        dry_run,
+        force,
+        sync,
+        threads,
+        reflink.value,
+        split_max_size=limits[0],
+        split_max_tensors=limits[1],
+    )
     if quiet or not sys.stderr.isatty():
-        yield Options(dry_run, force, sync, threads, reflink.value)
+        yield options
         return
     with _progress() as progress:
         task = progress.add_task("writing", total=None, visible=False)
-        yield Options(
-            dry_run,
-            force,
-            sync,
-            threads,
-            reflink.value,
+        yield replace(
+            options,
             on_start=lambda n_bytes: progress.update(task, total=n_bytes, visible=True),
             on_progress=lambda n_bytes: progress.advance(task, n_bytes),
             on_flush=lambda: progress.update(task, description="waiting for the disk"),
