@@ -20,6 +20,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import numpy as np
@@ -372,25 +374,21 @@ def _choose_b(
 ) -> tuple[int, list[bool]]:
     """The type of the fused B, and of Q, K and V whether the original must be recorded."""
     types = {pair.b.type for pair in pairs if pair}
-    kind = types.pop() if len(types) == 1 else _F32
-    while True:
-        stored = []
-        for pair, block in zip(pairs, blocks, strict=True):
-            if pair is None or block is None:
-                stored.append(False)
-                continue
-            fits, comes_back = _try_b(header, pair.b, block, kind, read)
-            if not fits and kind != _F32:
-                break
-            if not fits:
-                raise Refused(
-                    f"{header.path}: {pair.b.name!r}: times {block.numerator}/{block.denominator} "
-                    "overflows float32"
-                )
-            stored.append(not comes_back)
-        else:
+    own = types.pop() if len(types) == 1 else _F32
+    for kind in dict.fromkeys((own, _F32)):
+        tried = (
+            _try_b(header, pair.b, block, kind, read) if pair and block else (True, True)
+            for pair, block in zip(pairs, blocks, strict=True)
+        )
+        stored = [not comes_back for fits, comes_back in takewhile(itemgetter(0), tried)]
+        if len(stored) == len(pairs):
             return kind, stored
-        kind = _F32
+    pair, block = pairs[len(stored)], blocks[len(stored)]  # the first that does not fit
+    assert pair and block
+    raise Refused(
+        f"{header.path}: {pair.b.name!r}: times {block.numerator}/{block.denominator} "
+        "overflows float32"
+    )
 
 
 def _try_b(
