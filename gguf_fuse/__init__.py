@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gguf_fuse.checker import Options as VerifyOptions
     from gguf_fuse.checker import Report, verify
-    from gguf_fuse.fusion import NothingToDo, Refused
     from gguf_fuse.gguf_file import GGUFError
+    from gguf_fuse.plan import NothingToDo, Refused
     from gguf_fuse.rewrite import Inspection, Options, Result, fuse, inspect, unfuse
 
 __all__ = [
@@ -42,9 +42,9 @@ __all__ = [
 _HOMES = {
     "GGUFError": ("gguf_file", "GGUFError"),
     "Inspection": ("rewrite", "Inspection"),
-    "NothingToDo": ("fusion", "NothingToDo"),
+    "NothingToDo": ("plan", "NothingToDo"),
     "Options": ("rewrite", "Options"),
-    "Refused": ("fusion", "Refused"),
+    "Refused": ("plan", "Refused"),
     "Report": ("checker", "Report"),
     "Result": ("rewrite", "Result"),
     "VerifyOptions": ("checker", "Options"),

@@ -20,6 +20,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,26 +31,7 @@ from numpy.typing import NDArray
 from gguf_fuse import record
 from gguf_fuse.architectures import Loader
 from gguf_fuse.base import KEPT_SEPARATE
-from gguf_fuse.fusion import (
-    FUSED,
-    KEY_PREFIX,
-    PARTS,
-    POSITIONS_KEY,
-    ROWS_KEY,
-    Computed,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Refused,
-    Status,
-    fused_plan,
-    listed,
-    loader_of,
-    refuse_loader,
-    summary,
-    untouched,
-)
+from gguf_fuse.fusion import loader_of, refuse_loader
 from gguf_fuse.gguf_file import (
     ByteOrder,
     GGUFError,
@@ -59,6 +42,22 @@ from gguf_fuse.gguf_file import (
     row_bytes,
     type_name,
 )
+from gguf_fuse.kinds import QKV
+from gguf_fuse.plan import (
+    KEY_PREFIX,
+    Computed,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+    Refused,
+    Status,
+    data_of,
+    listed,
+    summary,
+    untouched,
+)
+from gguf_fuse.record import POSITIONS_KEY, ROWS_KEY
 
 ALPHA_KEY = "adapter.lora.alpha"
 RANKS_KEY = KEY_PREFIX + "ranks"
@@ -148,7 +147,7 @@ class _Fusion:
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{FUSED}.weight"
+        return f"{self.layer}.{QKV.fused}.weight"
 
 
 # -- what an adapter holds ----------------------------------------------------------------------
@@ -177,9 +176,9 @@ def examine(
 
 def _obey_loader(header: Header, layer: Layer, any_architecture: bool) -> Layer:
     row = loader_of(header, layer.name)
-    if any_architecture or row.loader is Loader.READS_FUSED or layer.status is Status.FUSED:
+    if any_architecture or row.qkv.loader is Loader.READS_FUSED or layer.status is Status.FUSED:
         return layer
-    reason = f"llama.cpp's loader for {row.name} {row.loader.value}"
+    reason = f"llama.cpp's loader for {row.name} {row.qkv.loader.value}"
     return replace(layer, status=Status.SEPARATE, reason=reason)
 
 
@@ -232,36 +231,38 @@ def _decide(
     base: Rows | None,
     known: Mapping[str, int],
 ) -> Layer:
-    fused = pairs.get(f"{layer}.{FUSED}.weight")
-    parts = [pairs.get(f"{layer}.{part}.weight") for part in PARTS]
+    fused = pairs.get(f"{layer}.{QKV.fused}.weight")
+    parts = [pairs.get(f"{layer}.{part}.weight") for part in QKV.parts]
     found = [pair for pair in parts if pair is not None]
     types = tuple(_types(pair) for pair in found)
     if fused is not None and not found:
         return Layer(layer, Status.FUSED, (_types(fused),), (fused.rows,))
     if fused is not None:
         rows = tuple(pair.rows for pair in found)
-        return Layer(layer, Status.MISMATCH, types, rows, f"{FUSED} is there already")
+        return Layer(layer, Status.MISMATCH, types, rows, f"{QKV.fused} is there already")
     lengths = [pair.a.ne[0] for pair in found]
     if len(set(lengths)) > 1:
         raise GGUFError(f"{header.path}: {layer}: row lengths differ: {listed(lengths)}")
     if base is not None and layer not in base:
         rows = tuple(pair.rows for pair in found)
         return Layer(layer, Status.SEPARATE, types, rows, KEPT_SEPARATE)
-    expected: Mapping[str, int] = dict(zip(PARTS, base[layer], strict=True)) if base else known
-    for part, pair in zip(PARTS, parts, strict=True):
+    expected: Mapping[str, int] = dict(zip(QKV.parts, base[layer], strict=True)) if base else known
+    for part, pair in zip(QKV.parts, parts, strict=True):
         if pair is not None and base and pair.rows != expected[part]:
             raise GGUFError(
                 f"{header.path}: {layer}.{part} has {pair.rows} rows, {expected[part]} in the base"
             )
     unknown = [
-        part for part, pair in zip(PARTS, parts, strict=True) if not pair and part not in expected
+        part
+        for part, pair in zip(QKV.parts, parts, strict=True)
+        if not pair and part not in expected
     ]
     if unknown:
         rows = tuple(pair.rows for pair in found)
         reason = f"the adapter does not tell how many rows {' and '.join(unknown)} has"
         return Layer(layer, Status.INCOMPLETE, types, rows, reason)
     whole = tuple(
-        pair.rows if pair else expected[part] for part, pair in zip(PARTS, parts, strict=True)
+        pair.rows if pair else expected[part] for part, pair in zip(QKV.parts, parts, strict=True)
     )
     return Layer(layer, Status.FUSABLE, types, whole)
 
@@ -296,7 +297,7 @@ def fuse(
     fusions = [_fusion(header, layer, pairs, scaled, read) for layer in fusable]
     record_pairs = _encode_record(header, fusions, read)
     tensors = _fused_tensors(header, fusions, read)
-    return fused_plan(header, record_pairs, tensors, layers, fusable)
+    return record.fused_plan(header, record_pairs, tensors, layers, fusable)
 
 
 def _raise_nothing_to_fuse(header: Header, layers: tuple[Layer, ...]) -> NoReturn:
@@ -334,7 +335,7 @@ def fused_rank(ranks: Sequence[int]) -> int:
 def _fusion(
     header: Header, layer: Layer, pairs: Mapping[str, Pair], scaled: bool, read: Read
 ) -> _Fusion:
-    parts = tuple(pairs.get(f"{layer.name}.{part}.weight") for part in PARTS)
+    parts = tuple(pairs.get(f"{layer.name}.{part}.weight") for part in QKV.parts)
     found = [pair for pair in parts if pair is not None]
     ranks = [pair.rank for pair in found]
     rank = fused_rank(ranks) if scaled else sum(ranks)
@@ -373,25 +374,21 @@ def _choose_b(
 ) -> tuple[int, list[bool]]:
     """The type of the fused B, and of Q, K and V whether the original must be recorded."""
     types = {pair.b.type for pair in pairs if pair}
-    kind = types.pop() if len(types) == 1 else _F32
-    while True:
-        stored = []
-        for pair, block in zip(pairs, blocks, strict=True):
-            if pair is None or block is None:
-                stored.append(False)
-                continue
-            fits, comes_back = _try_b(header, pair.b, block, kind, read)
-            if not fits and kind != _F32:
-                break
-            if not fits:
-                raise Refused(
-                    f"{header.path}: {pair.b.name!r}: times {block.numerator}/{block.denominator} "
-                    "overflows float32"
-                )
-            stored.append(not comes_back)
-        else:
+    own = types.pop() if len(types) == 1 else _F32
+    for kind in dict.fromkeys((own, _F32)):
+        tried = (
+            _try_b(header, pair.b, block, kind, read) if pair and block else (True, True)
+            for pair, block in zip(pairs, blocks, strict=True)
+        )
+        stored = [not comes_back for fits, comes_back in takewhile(itemgetter(0), tried)]
+        if len(stored) == len(pairs):
             return kind, stored
-        kind = _F32
+    pair, block = pairs[len(stored)], blocks[len(stored)]  # the first that does not fit
+    assert pair and block
+    raise Refused(
+        f"{header.path}: {pair.b.name!r}: times {block.numerator}/{block.denominator} "
+        "overflows float32"
+    )
 
 
 def _try_b(
@@ -454,7 +451,7 @@ def _fused_a(header: Header, fusion: _Fusion, read: Read) -> PlannedTensor:
         n_ranks += pair.rank
         width = pair.a.ne[0]
         if pair.a.type == fusion.a_type:
-            pieces += untouched(header, pair.a).segments
+            pieces.append(data_of(header, pair.a))
         else:
             n_bytes = pair.a.ne[1] * _n_bytes(fusion.a_type, width)
             pieces.append(Computed(n_bytes, _converter(header, pair.a, fusion.a_type, read)))
@@ -524,7 +521,7 @@ def unfuse(header: Header, read: Read) -> Plan:
                 f"{header.path}: gguf-fuse did not fuse this adapter, so it has no record of the "
                 "rows of Q, K and V: it cannot be split for certain"
             )
-        raise NothingToDo(header, f"nothing to unfuse: the adapter changes no {FUSED}")
+        raise NothingToDo(header, f"nothing to unfuse: the adapter changes no {QKV.fused}")
     pairs, fusions = _pairs(header), _recorded(header)
     for fusion in fusions:
         if fusion.name not in pairs:
@@ -539,7 +536,7 @@ def unfuse(header: Header, read: Read) -> Plan:
     rest = [untouched(header, tensor) for tensor in header.tensors if tensor.name not in gone]
     changed = [
         Layer(
-            fusion.name.removesuffix(f".{FUSED}.weight"),
+            fusion.name.removesuffix(f".{QKV.fused}.weight"),
             Status.FUSED,
             (_types(pairs[fusion.name]),),
             fusion.rows,
@@ -567,8 +564,8 @@ class _Recorded:
 def _recorded(header: Header) -> list[_Recorded]:
     names = record.names(header)
     for name in names:
-        if not name.endswith(f".{FUSED}.weight"):
-            record.damaged(header, f"{name!r} is recorded, which is no {FUSED}")
+        if not name.endswith(f".{QKV.fused}.weight"):
+            record.damaged(header, f"{name!r} is recorded, which is no {QKV.fused}")
 
     def numbers(key: str, each: int) -> Iterator[tuple[int, ...]]:
         values = record.array(header, key, int, each * len(names))
@@ -595,13 +592,13 @@ def _restored(
     _check_recorded(header, pair, fusion)
     ranks = [rank or None for rank in fusion.ranks]
     blocks = _blocks(fusion.rows, ranks, pair.rank, _alpha(header) != 0)
-    for index, name in enumerate(PARTS):
+    for index, name in enumerate(QKV.parts):
         block = blocks[index]
         if block is None:
             continue
-        weight = fusion.name.replace(f".{FUSED}.", f".{name}.")
+        weight = fusion.name.replace(f".{QKV.fused}.", f".{name}.")
         shapes = ((_A, (pair.a.ne[0], block.rank)), (_B, (block.rank, block.n_rows)))
-        for column, (end, ne) in zip((index, index + len(PARTS)), shapes, strict=True):
+        for column, (end, ne) in zip((index, index + len(QKV.parts)), shapes, strict=True):
             kind = fusion.types[column]
             n_bytes = ne[1] * _n_bytes(kind, ne[0])
             if fusion.stored[column] != _NONE:
@@ -617,7 +614,7 @@ def _check_recorded(header: Header, pair: Pair, fusion: _Recorded) -> None:
     if min(fusion.ranks) < 0 or not 0 < sum(fusion.ranks) <= pair.rank:
         record.damaged(header, f"{pair.a.name!r} has {pair.rank}, not {listed(fusion.ranks)} ranks")
     for index, rank in enumerate(fusion.ranks):
-        for column, tensor in ((index, pair.a), (index + len(PARTS), pair.b)):
+        for column, tensor in ((index, pair.a), (index + len(QKV.parts), pair.b)):
             kind = fusion.types[column]
             known = row_bytes(kind, 0) is not None
             derivable = kind in _FLOATS and tensor.type in _FLOATS
@@ -644,9 +641,8 @@ def _derived(
     header: Header, pair: Pair, end: str, block: _Block, kind: int, n_bytes: int, read: Read
 ) -> Segment | Computed:
     if end == _A and kind == pair.a.type:
-        (whole,) = untouched(header, pair.a).segments
-        assert isinstance(whole, Segment)
-        return Segment(whole.start + block.first_rank * _n_bytes(kind, pair.a.ne[0]), n_bytes)
+        above = block.first_rank * _n_bytes(kind, pair.a.ne[0])  # rows of the parts before
+        return Segment(data_of(header, pair.a).start + above, n_bytes)
 
     def make() -> bytes:
         if end == _A:

@@ -55,25 +55,21 @@ class Reads:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One row. biases, scales: whether the fused path of the graph applies them."""
+    """One row. qkv: of attn_qkv. gate_up: of ffn_gate_up_exps, in place of ffn_gate_exps and
+    ffn_up_exps.
+    """
 
     name: str
-    loader: Loader
-    source: Source
-    biases: bool = True
-    scales: bool = True
+    qkv: Reads
+    gate_up: Reads = Reads(Loader.UNKNOWN, "none", scales=False)
     # The encoders' graph splits a fused tensor into three equal parts.
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
     gated_q: bool = False
-    # ffn_gate_up_exps, in place of ffn_gate_exps and ffn_up_exps.
-    gate_up: Reads = Reads(Loader.UNKNOWN, "none", scales=False)
 
     def reads(self, kind: Kind) -> Reads:
         """What its loader does with a fused tensor of this kind."""
-        if kind is GATE_UP:
-            return self.gate_up
-        return Reads(self.loader, self.source, self.biases, self.scales)
+        return self.gate_up if kind is GATE_UP else self.qkv
 
 
 _ROWS: dict[tuple[Loader, Source], str] = {
@@ -110,20 +106,18 @@ _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
 # Loaders that look for ffn_gate_up_exps.weight first (create_tensor_gate_up_exps, or gemma4's own
 # code); all others want gate and up separate. None reads a bias of the fused tensor. A scale of
 # ffn_up_exps would be applied to both halves, and is loaded only where ffn_up_exps.weight is.
-_GATE_UP: dict[Source, str] = {
-    "measured": """
-        cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 mistral4 qwen35moe qwen3next
-        qwen4exp""",
-}
-_GATE_UP_SOURCES: dict[str, Source] = {
-    name: source for source, names in _GATE_UP.items() for name in names.split()
-}
+# All of them are measured.
+_GATE_UP = set(
+    """
+    cohere2moe deepseek2 deepseek2-ocr gemma4 granite_swa hy_v3 mistral4 qwen35moe qwen3next
+    qwen4exp
+    """.split()
+)
 
 
 def _gate_up(name: str) -> Reads:
-    if name in _GATE_UP_SOURCES:
-        source = _GATE_UP_SOURCES[name]
-        return Reads(Loader.READS_FUSED, source, biases=False, scales=False)
+    if name in _GATE_UP:
+        return Reads(Loader.READS_FUSED, "measured", biases=False, scales=False)
     return Reads(Loader.NEEDS_SEPARATE, "source", scales=False)
 
 
@@ -149,22 +143,24 @@ _PROJECTORS: dict[tuple[Loader, Source], str] = {
 # qwen2.5o names two encoders in one file.
 _QWEN25O = {"audio": "qwen2a", "vision": "qwen2.5vl_merger"}
 
+
+def _encoder(name: str, loader: Loader, source: Source) -> Architecture:
+    return Architecture(f"clip ({name})", Reads(loader, source, scales=False), equal_rows=True)
+
+
 ARCHITECTURES = {
     name: Architecture(
         name,
-        loader,
-        source,
-        biases=name not in _NO_BIASES,
-        scales=name not in _NO_SCALES,
+        Reads(loader, source, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
+        _gate_up(name),
         gated_q=name in _GATED_Q,
-        gate_up=_gate_up(name),
     )
     for (loader, source), names in _ROWS.items()
     for name in names.split()
 }
 
 PROJECTORS = {
-    name: Architecture(f"clip ({name})", loader, source, scales=False, equal_rows=True)
+    name: _encoder(name, loader, source)
     for (loader, source), names in _PROJECTORS.items()
     for name in names.split()
 }
@@ -172,12 +168,11 @@ PROJECTORS = {
 
 def architecture(name: str) -> Architecture:
     """The row of a text model's architecture; a row that says UNKNOWN where the table has none."""
-    return ARCHITECTURES.get(name) or Architecture(name, Loader.UNKNOWN, "none")
+    return ARCHITECTURES.get(name) or Architecture(name, Reads(Loader.UNKNOWN, "none"))
 
 
 def projector(name: str, modality: str = "vision") -> Architecture:
     """The row of an encoder's projector type; UNKNOWN where the table has none."""
     if name == "qwen2.5o":
         name = _QWEN25O[modality]
-    unknown = Architecture(f"clip ({name})", Loader.UNKNOWN, "none", scales=False, equal_rows=True)
-    return PROJECTORS.get(name) or unknown
+    return PROJECTORS.get(name) or _encoder(name, Loader.UNKNOWN, "none")

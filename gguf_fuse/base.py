@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gguf_fuse import unfusion
-from gguf_fuse.fusion import Status, examine, refuse_other_kinds
+from gguf_fuse.fusion import examine, refuse_other_kinds
 from gguf_fuse.gguf_file import Header
 from gguf_fuse.kinds import QKV
+from gguf_fuse.plan import Status
 
 KEPT_SEPARATE = "the base has no attn_qkv there"
 

@@ -32,6 +32,7 @@ from gguf_fuse.gguf_file import (
     read_tensors,
 )
 from gguf_fuse.layer import AttentionLayer, Heads, NotModelled, Projections
+from gguf_fuse.plan import Refused
 from gguf_fuse.shards import read_model
 from gguf_fuse.structure import (
     OnProgress,
@@ -151,7 +152,7 @@ def verify(original: Path, fused: Path, options: Options | None = None) -> Repor
 def _refuse_other_kinds(header: Header) -> None:
     if not header.is_model:
         kind = header.metadata["general.type"]
-        raise fusion.Refused(
+        raise Refused(
             f"{header.path}: general.type is {kind!r}: verify compares models; unfuse gives the "
             "original bytes back, which cmp can compare"
         )

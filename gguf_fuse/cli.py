@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gguf_fuse import __version__
+from gguf_fuse.kinds import GATE_UP, QKV
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,9 +36,6 @@ EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
 EXIT_INTERRUPTED = 130
 
-FUSE_FLAG = "--fuse-qkv-weights"
-GATE_UP_FLAG = "--fuse-gate-up-exps"
-
 _EXIT_CODES = """\b
 Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or
 to unfuse, nothing written; 4 verification failed; 130 interrupted."""
@@ -46,9 +44,9 @@ app = typer.Typer(
     name="gguf-fuse",
     help=(
         "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
-        f"gguf-fuse {FUSE_FLAG} in.gguf out.gguf\n\n"
+        f"gguf-fuse {QKV.flag} in.gguf out.gguf\n\n"
         "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf\n\n"
-        f"{GATE_UP_FLAG}, alone or beside it, joins gate and up of experts."
+        f"{GATE_UP.flag}, alone or beside it, joins gate and up of experts."
     ),
     epilog=_EXIT_CODES.replace("\b\n", "").replace("\n", " "),
     no_args_is_help=True,
@@ -133,7 +131,7 @@ def main() -> None:
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     arguments = sys.argv[1:]
-    if {FUSE_FLAG, GATE_UP_FLAG} & set(arguments) and arguments[0] != "fuse":
+    if {QKV.flag, GATE_UP.flag} & set(arguments) and arguments[0] != "fuse":
         arguments = ["fuse", *arguments]
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
@@ -160,8 +158,8 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
 
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        from gguf_fuse.fusion import NothingToDo
         from gguf_fuse.gguf_file import GGUFError
+        from gguf_fuse.plan import NothingToDo
 
         try:
             command(*args, **kwargs)
@@ -211,11 +209,11 @@ def fuse(
     source: In,
     output: Out,
     fuse_qkv_weights: Annotated[
-        bool, typer.Option(FUSE_FLAG, help="Q, K and V into attn_qkv; so does no flag.")
+        bool, typer.Option(QKV.flag, help="Q, K and V into attn_qkv; so does no flag.")
     ] = False,
     fuse_gate_up_exps: Annotated[
         bool,
-        typer.Option(GATE_UP_FLAG, help="Gate and up of experts into ffn_gate_up_exps."),
+        typer.Option(GATE_UP.flag, help="Gate and up of experts into ffn_gate_up_exps."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -246,23 +244,23 @@ def fuse(
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
     from gguf_fuse import report, rewrite
-    from gguf_fuse.kinds import GATE_UP, QKV
 
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
-    with _options(dry_run, force, sync, threads, reflink, quiet) as options:
-        options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
-        with _nothing_as_json(as_json):
-            result = rewrite.fuse(
-                source,
-                output,
-                kinds=[kind for kind, chosen in wanted if chosen],
-                on_mismatch=on_mismatch.value,
-                any_architecture=any_architecture,
-                base=base,
-                options=options,
-            )
+    with (
+        _options(dry_run, force, sync, threads, reflink, quiet, limits) as options,
+        _nothing_as_json(as_json),
+    ):
+        result = rewrite.fuse(
+            source,
+            output,
+            kinds=[kind for kind, chosen in wanted if chosen],
+            on_mismatch=on_mismatch.value,
+            any_architecture=any_architecture,
+            base=base,
+            options=options,
+        )
     if as_json:
         return _print_json(report.result_json(result))
     if not quiet:
@@ -290,12 +288,11 @@ def unfuse(
 
     _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
-    with _options(dry_run, force, sync, threads, reflink, quiet) as options:
-        options = replace(options, split_max_size=limits[0], split_max_tensors=limits[1])
-        with _nothing_as_json(as_json):
-            result = rewrite.unfuse(
-                source, output, any_architecture=any_architecture, options=options
-            )
+    with (
+        _options(dry_run, force, sync, threads, reflink, quiet, limits) as options,
+        _nothing_as_json(as_json),
+    ):
+        result = rewrite.unfuse(source, output, any_architecture=any_architecture, options=options)
     if as_json:
         return _print_json(report.result_json(result))
     if not quiet:
@@ -444,7 +441,7 @@ def demo(
                 write_random_model(model, demo_spec())
         except OSError as error:
             raise GGUFError(f"{folder}: {error.strerror}") from error
-        _say(f"$ gguf-fuse {FUSE_FLAG} {model.name} {fused.name}")
+        _say(f"$ gguf-fuse {QKV.flag} {model.name} {fused.name}")
         fuse(model, str(fused))
         _say(f"$ gguf-fuse verify {model.name} {fused.name}")
         verify(model, fused)
@@ -501,7 +498,7 @@ def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
 
 @contextmanager
 def _nothing_as_json(wanted: bool) -> Iterator[None]:
-    from gguf_fuse.fusion import NothingToDo
+    from gguf_fuse.plan import NothingToDo
     from gguf_fuse.report import nothing_json
 
     try:
@@ -546,22 +543,33 @@ def _split_limits(
 
 @contextmanager
 def _options(
-    dry_run: bool, force: bool, sync: bool, threads: int, reflink: Reflink, quiet: bool
+    dry_run: bool,
+    force: bool,
+    sync: bool,
+    threads: int,
+    reflink: Reflink,
+    quiet: bool,
+    limits: tuple[int | None, int | None],
 ) -> Iterator[Options]:
-    """How to write, with a progress bar where somebody watches."""
+    """How to write, with a progress bar where somebody watches. limits: of a shard."""
     from gguf_fuse.rewrite import Options
 
+    options = Options(
+        dry_run,
+        force,
+        sync,
+        threads,
+        reflink.value,
+        split_max_size=limits[0],
+        split_max_tensors=limits[1],
+    )
     if quiet or not sys.stderr.isatty():
-        yield Options(dry_run, force, sync, threads, reflink.value)
+        yield options
         return
     with _progress() as progress:
         task = progress.add_task("writing", total=None, visible=False)
-        yield Options(
-            dry_run,
-            force,
-            sync,
-            threads,
-            reflink.value,
+        yield replace(
+            options,
             on_start=lambda n_bytes: progress.update(task, total=n_bytes, visible=True),
             on_progress=lambda n_bytes: progress.advance(task, n_bytes),
             on_flush=lambda: progress.update(task, description="waiting for the disk"),

@@ -1,25 +1,21 @@
 """Header -> Plan of the fused file. Pure: no I/O, no printing; every decision falls here.
 
 Rows of a weight are contiguous, so the fused data is Q's bytes, then K's, then V's; of experts, the
-first one's gate, its up, the next one's gate, and so on (`kinds` has the table). A plan names every
-tensor of the new file and the segments of the old file that make its data; the writer needs to
-know nothing of fusion.
+first one's gate, its up, the next one's gate, and so on (`kinds` has the table).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from gguf.constants import GGUFValueType
 
+from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.gguf_file import (
     MAX_PAIRS,
-    ByteOrder,
-    GGUFError,
     Header,
     Segment,
     TensorInfo,
@@ -28,122 +24,27 @@ from gguf_fuse.gguf_file import (
     type_name,
 )
 from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind
-
-PARTS = QKV.parts
-FUSED = QKV.fused
-# Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
-RECORD_VERSIONS = (1, 2)
-
-KEY_PREFIX = "gguf_fuse."
-VERSION_KEY = KEY_PREFIX + "version"
-TENSORS_KEY = KEY_PREFIX + "tensors"
-ROWS_KEY = KEY_PREFIX + "rows"
-POSITIONS_KEY = KEY_PREFIX + "positions"
-MAX_RECORD_PAIRS = 8
-PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes, see `placement`
-
-
-class Refused(GGUFError):
-    """The file is sound, but writing what was asked for would make a file that does not load."""
-
-
-class NothingToDo(GGUFError):
-    """No layer can be fused, or unfused. `layers` says why, one by one."""
-
-    def __init__(self, header: Header, message: str, layers: tuple[Layer, ...] = ()) -> None:
-        super().__init__(f"{header.path}: {message}")
-        self.header = header
-        self.layers = layers
-
-
-class Status(Enum):
-    FUSABLE = "fusable"
-    FUSED = "fused"
-    MISMATCH = "not fusable"  # all parts are there, but cannot be one tensor
-    INCOMPLETE = "incomplete"  # the layer shares K or V with another, or has no such part
-    SEPARATE = "separate"  # the loader would not read them fused
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """New bytes that no file has, n_bytes of them; made when they are written, then forgotten."""
-
-    n_bytes: int
-    make: Callable[[], bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the new file; its data is the segments, end to end."""
-
-    name: str
-    ne: tuple[int, ...]
-    type: int
-    segments: tuple[Segment | Computed, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(segment.n_bytes for segment in self.segments)
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """Tensors of one layer that are (to be) one: parts in the order of their kind."""
-
-    name: str
-    ne: tuple[int, ...]
-    parts: tuple[TensorInfo, ...]
-    shared: bool
-    kind: Kind = QKV
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        return tuple(self.kind.rows(part.ne) for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What was found in one layer. types, rows: of the parts, or of the one fused tensor."""
-
-    name: str
-    status: Status
-    types: tuple[str, ...]
-    rows: tuple[int, ...]
-    reason: str | None = None
-    joins: tuple[Join, ...] = ()
-    kind: Kind = QKV
-
-    @property
-    def label(self) -> str:
-        """The name; with the tensor where it is not attention's: blk.0.ffn_gate_up_exps."""
-        return self.name if self.kind is QKV else f"{self.name}.{self.kind.fused}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A new file: its metadata, its tensors in order, and what became of each layer.
-
-    metadata: pairs, as they lie in the source or as new bytes; n_metadata: how many they are.
-    may_pad: whether a key that only takes up space may be added to the metadata.
-    """
-
-    version: int
-    byte_order: ByteOrder
-    alignment: int
-    n_metadata: int
-    metadata: tuple[Segment | bytes, ...]
-    tensors: tuple[PlannedTensor, ...]
-    changed: tuple[Layer, ...]
-    skipped: tuple[Layer, ...]
-    may_pad: bool
-
+from gguf_fuse.plan import (
+    Join,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+    Refused,
+    Status,
+    data_of,
+    listed,
+    summary,
+    untouched,
+)
+from gguf_fuse.record import MAX_RECORD_PAIRS, POSITIONS_KEY, ROWS_KEY
 
 # -- what a file holds --------------------------------------------------------------------------
 
 
 def scalar_names(header: Header) -> list[str]:
     """Tensors whose values decide whether a layer can be fused: the caller reads their bytes."""
-    suffixes = tuple(f".{part}.{kind}" for part in PARTS for kind in SHARED)
+    suffixes = tuple(f".{part}.{kind}" for part in QKV.parts for kind in SHARED)
     return [
         tensor.name
         for tensor in header.tensors
@@ -210,7 +111,7 @@ def layer_names(tensors: Iterable[TensorInfo], kind: Kind = QKV) -> list[str]:
 
 def _is_attention(layer: str, names: set[str]) -> bool:
     """Recurrent layers of qwen3next and qwen35 own an attn_qkv of another layout, no output."""
-    if f"{layer}.{FUSED}.weight" not in names:
+    if f"{layer}.{QKV.fused}.weight" not in names:
         return True
     return f"{layer}.attn_output.weight" in names or f"{layer}.attn_out.weight" in names
 
@@ -228,7 +129,7 @@ def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo
         if norm is not None and norm.ne[:1] != (n_dim,):
             reason = (
                 f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
-                f"loader wants beside {FUSED}"
+                f"loader wants beside {QKV.fused}"
             )
             return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
     return layer
@@ -358,7 +259,7 @@ def _not_shared(
 def _unequal_rows(rows: Sequence[int], row: Architecture, kind: Kind) -> str | None:
     if kind is not QKV or not row.equal_rows or len(set(rows)) == 1:
         return None
-    return f"rows differ ({listed(rows)}); the encoder's loader splits {FUSED} into equal parts"
+    return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
 
 
 def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:
@@ -373,10 +274,6 @@ def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:
         if part in fusion.parts and kind not in (*JOINED, *SHARED):
             return f"{name} would have no place beside {fusion.fused}"
     return None
-
-
-def listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 # -- fuse ---------------------------------------------------------------------------------------
@@ -396,7 +293,7 @@ def fuse(
     """
     refuse_other_kinds(header)
     layers = examine(header, scalars, kinds=kinds, any_architecture=any_architecture)
-    if any(key.startswith(KEY_PREFIX) for key in header.metadata):
+    if record.exists(header):
         raise NothingToDo(
             header,
             "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
@@ -411,30 +308,8 @@ def fuse(
     if not fusable:
         _raise_nothing_to_fuse(header, layers, kinds)
     joins = [join for layer in fusable for join in layer.joins]
-    record = _encode_record(joins, header)
-    return fused_plan(header, record, _fused_tensors(header, joins), layers, fusable)
-
-
-def fused_plan(
-    header: Header,
-    record: Sequence[bytes],
-    tensors: Iterable[PlannedTensor],
-    layers: Sequence[Layer],
-    changed: Sequence[Layer],
-) -> Plan:
-    """The plan of the fused file. record: metadata pairs. changed: those of `layers` it fuses."""
-    taken = {layer.label for layer in changed}
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(header.metadata) + len(record),
-        (*(header.metadata.segment(key) for key in header.metadata), *record),
-        tuple(tensors),
-        tuple(changed),
-        tuple(layer for layer in layers if layer.label not in taken),
-        may_pad=True,
-    )
+    pairs = _encode_record(header, joins)
+    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
 
 
 def refuse_other_kinds(header: Header) -> None:
@@ -473,17 +348,6 @@ def refuse_loader(header: Header, row: Architecture, kind: Kind = QKV) -> NoRetu
     )
 
 
-def summary(layers: Sequence[Layer]) -> str:
-    """The reasons of skipped layers, alike ones counted: "30 layers: types differ: Q4_K, ..."."""
-    counts: dict[str, list[str]] = {}
-    for layer in layers:
-        counts.setdefault(layer.reason or "already fused", []).append(layer.label)
-    return "; ".join(
-        f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {reason}"
-        for reason, names in counts.items()
-    )
-
-
 def _fused_tensors(header: Header, joins: Iterable[Join]) -> Iterable[PlannedTensor]:
     stands_for = {join.parts[0].name: join for join in joins}
     absorbed = {part.name for join in stands_for.values() for part in join.parts[1:]}
@@ -498,9 +362,9 @@ def _fused_tensors(header: Header, joins: Iterable[Join]) -> Iterable[PlannedTen
 def _joined(header: Header, join: Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
-        return (_segment(header, join.parts[0]),)
+        return (data_of(header, join.parts[0]),)
     n_slices = join.kind.n_slices(join.ne)
-    slices = [_slices(_segment(header, part), n_slices) for part in join.parts]
+    slices = [_slices(data_of(header, part), n_slices) for part in join.parts]
     return tuple(segment for turn in zip(*slices, strict=True) for segment in turn)
 
 
@@ -509,35 +373,20 @@ def _slices(whole: Segment, n: int) -> list[Segment]:
     return [Segment(whole.start + at * n_bytes, n_bytes) for at in range(n)]
 
 
-def untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
-    return PlannedTensor(tensor.name, tensor.ne, tensor.type, (_segment(header, tensor),))
-
-
-def _segment(header: Header, tensor: TensorInfo) -> Segment:
-    return Segment(header.data_start + tensor.offset, tensor.n_bytes)
-
-
-def _encode_record(joins: Sequence[Join], header: Header) -> list[bytes]:
+def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
     """The metadata pairs that the way back needs.
 
     rows, positions: for each fused tensor, as many numbers as its kind has parts.
     """
-    version = record_version(join.kind for join in joins)
     position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
     order = header.byte_order
     rows = [n for join in joins for n in join.rows]
     positions = [position[part.name] for join in joins for part in join.parts]
     return [
-        encode_pair(VERSION_KEY, GGUFValueType.UINT32, version, order),
-        encode_pair(TENSORS_KEY, GGUFValueType.STRING, [join.name for join in joins], order),
+        *record.start(header, [join.name for join in joins]),
         encode_pair(ROWS_KEY, GGUFValueType.UINT64, rows, order),
         encode_pair(POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
     ]
-
-
-def record_version(kinds: Iterable[Kind]) -> int:
-    """Of a record of fusions of these kinds."""
-    return 1 if all(kind is QKV for kind in kinds) else 2
 
 
 def integer(header: Header, key: str, layer: int) -> int | None:

@@ -14,10 +14,10 @@ from gguf.constants import GGUFValueType
 
 from gguf_fuse import record
 from gguf_fuse.base import KEPT_SEPARATE
-from gguf_fuse.fusion import (
-    FUSED,
-    PARTS,
-    POSITIONS_KEY,
+from gguf_fuse.fusion import layer_names
+from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
+from gguf_fuse.kinds import QKV
+from gguf_fuse.plan import (
     Join,
     Layer,
     NothingToDo,
@@ -25,15 +25,13 @@ from gguf_fuse.fusion import (
     PlannedTensor,
     Refused,
     Status,
-    fused_plan,
-    layer_names,
     summary,
     untouched,
 )
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
+from gguf_fuse.record import POSITIONS_KEY
 
 ENTRY = (".in_sum2", ".counts")
-_FUSED_ENDS = tuple(f".{FUSED}.weight{kind}" for kind in ENTRY)
+_FUSED_ENDS = tuple(f".{QKV.fused}.weight{kind}" for kind in ENTRY)
 
 Read = Callable[[TensorInfo], bytes]
 
@@ -74,7 +72,7 @@ def fuse(header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | No
     pairs = record.start(header, [join.name for join in joins])
     kind = GGUFValueType.UINT64
     pairs += [encode_pair(POSITIONS_KEY, kind, positions, header.byte_order)]
-    return fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
+    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
 
 
 def unfuse(header: Header) -> Plan:
@@ -88,11 +86,11 @@ def unfuse(header: Header) -> Plan:
         places = _recorded_places(header, tensors)
     else:
         fused = [
-            f"{layer}.{FUSED}.weight{kind}" for layer in _layer_names(header) for kind in ENTRY
+            f"{layer}.{QKV.fused}.weight{kind}" for layer in _layer_names(header) for kind in ENTRY
         ]
         places = {name: None for name in fused if name in tensors}
     if not places:
-        raise NothingToDo(header, f"nothing to unfuse: no entry of {FUSED}")
+        raise NothingToDo(header, f"nothing to unfuse: no entry of {QKV.fused}")
     changed = [
         Layer(name.removesuffix(_FUSED_ENDS[0]), Status.FUSED, ("F32",) * 3, ())
         for name in places
@@ -147,26 +145,26 @@ def _decide(
     read: Read,
     rows: Mapping[str, tuple[int, ...]] | None,
 ) -> Layer:
-    names = [f"{layer}.{part}.weight{ENTRY[0]}" for part in PARTS]
+    names = [f"{layer}.{part}.weight{ENTRY[0]}" for part in QKV.parts]
     types = tuple("F32" for name in names if name in tensors)
-    fused = f"{layer}.{FUSED}.weight{ENTRY[0]}" in tensors
+    fused = f"{layer}.{QKV.fused}.weight{ENTRY[0]}" in tensors
     if fused and not types:
         return Layer(layer, Status.FUSED, ("F32",), ())
     if fused:
-        reason = f"{FUSED} has an entry already, beside those of attn_q, attn_k or attn_v"
+        reason = f"{QKV.fused} has an entry already, beside those of attn_q, attn_k or attn_v"
         return Layer(layer, Status.MISMATCH, types, (), reason)
-    absent = [part for part, name in zip(PARTS, names, strict=True) if name not in tensors]
+    absent = [part for part, name in zip(QKV.parts, names, strict=True) if name not in tensors]
     if absent:
         return Layer(layer, Status.INCOMPLETE, types, (), f"no entry of {', '.join(absent)}")
     if rows is not None and layer not in rows:
         return Layer(layer, Status.SEPARATE, types, (), KEPT_SEPARATE)
     joins = []
     for kind in ENTRY:
-        parts = tuple(tensors[f"{layer}.{part}.weight{kind}"] for part in PARTS)
+        parts = tuple(tensors[f"{layer}.{part}.weight{kind}"] for part in QKV.parts)
         if len({part.ne for part in parts}) > 1 or len({read(part) for part in parts}) > 1:
             reason = f"{kind[1:]} of attn_q, attn_k and attn_v differ, though they see one input"
             return Layer(layer, Status.MISMATCH, types, (), reason)
-        joins.append(Join(f"{layer}.{FUSED}.weight{kind}", parts[0].ne, parts, shared=True))
+        joins.append(Join(f"{layer}.{QKV.fused}.weight{kind}", parts[0].ne, parts, shared=True))
     return Layer(layer, Status.FUSABLE, types, (rows or {}).get(layer, ()), joins=tuple(joins))
 
 
@@ -189,7 +187,7 @@ def _recorded_places(
     header: Header, tensors: Mapping[str, TensorInfo]
 ) -> dict[str, tuple[int, ...] | None]:
     names = record.names(header)
-    positions = record.array(header, POSITIONS_KEY, int, len(PARTS) * len(names))
+    positions = record.array(header, POSITIONS_KEY, int, len(QKV.parts) * len(names))
     if len(set(positions)) < len(positions):
         record.damaged(header, f"{POSITIONS_KEY} has a number twice")
     for name in names:
@@ -201,5 +199,5 @@ def _recorded_places(
 
 def _parts(header: Header, tensor: TensorInfo) -> list[PlannedTensor]:
     planned = untouched(header, tensor)
-    names = (tensor.name.replace(f".{FUSED}.", f".{part}.") for part in PARTS)
+    names = (tensor.name.replace(f".{QKV.fused}.", f".{part}.") for part in QKV.parts)
     return [_renamed(planned, name) for name in names]

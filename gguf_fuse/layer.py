@@ -22,9 +22,10 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, fusion, unfusion
+from gguf_fuse import attention, unfusion
 from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear, Rope
 from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensors, type_name
+from gguf_fuse.kinds import QKV
 
 Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V
 Sinks: TypeAlias = Literal["none", "optional", "required"]
@@ -814,10 +815,10 @@ def _shapes(layer: AttentionLayer) -> Iterator[tuple[str, Floats | None, list[tu
     spec, projections = layer.spec, layer.projections
     linears = [("attn_output", layer.output, spec.n_embd, spec.n_head * spec.head_dim_v)]
     if projections.fused is not None:
-        linears.append((fusion.FUSED, projections.fused, sum(spec.rows), spec.n_embd))
+        linears.append((QKV.fused, projections.fused, sum(spec.rows), spec.n_embd))
     elif projections.separate is not None:
         widths = (spec.n_embd,) * 3
-        linears += zip(fusion.PARTS, projections.separate, spec.rows, widths, strict=True)
+        linears += zip(QKV.parts, projections.separate, spec.rows, widths, strict=True)
     for place, linear, rows, width in linears:
         yield f"{place}.weight", linear.weight, [(rows, width)]
         yield f"{place}.bias", linear.bias, [(rows,)]
@@ -898,16 +899,16 @@ def _linear(tensors: _Tensors, name: str) -> Linear | None:
 
 
 def _projections(header: Header, tensors: _Tensors, name: str, *, v_is_k: bool) -> Projections:
-    fused = _linear(tensors, f"{name}.{fusion.FUSED}")
+    fused = _linear(tensors, f"{name}.{QKV.fused}")
     if fused is not None:
         rows = _fused_rows(header, name)
         return Projections(rows, None, _with_separate_biases(fused, tensors, name))
-    found = [_linear(tensors, f"{name}.{part}") for part in fusion.PARTS]
+    found = [_linear(tensors, f"{name}.{part}") for part in QKV.parts]
     if v_is_k and found[2] is None:
         found[2] = found[1]
     separate = [linear for linear in found if linear is not None]
     if len(separate) < len(found):
-        absent = [p for p, linear in zip(fusion.PARTS, found, strict=True) if linear is None]
+        absent = [p for p, linear in zip(QKV.parts, found, strict=True) if linear is None]
         raise NotModelled(f"{header.path}: {name} has no {absent[0]}.weight of its own")
     q, k, v = separate
     return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v), None)
@@ -915,7 +916,7 @@ def _projections(header: Header, tensors: _Tensors, name: str, *, v_is_k: bool) 
 
 def _with_separate_biases(fused: Linear, tensors: _Tensors, name: str) -> Linear:
     """All three biases or none beside a fused weight (llama-graph.cpp, build_qkv)."""
-    biases = [tensors.get(f"{name}.{part}.bias") for part in fusion.PARTS]
+    biases = [tensors.get(f"{name}.{part}.bias") for part in QKV.parts]
     present = [bias for bias in biases if bias is not None]
     if fused.bias is not None or len(present) < len(biases):
         return fused

@@ -1,6 +1,7 @@
-"""The record of a fusion in a file's metadata, as adapters and importance matrices share it.
+"""The record of a fusion in a file's metadata: what models, adapters and matrices share of it.
 
 What gguf-fuse did it writes under `gguf_fuse.`: which tensors it made and where their parts stood.
+The way back puts them there again, and leaves the record out.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ from typing import Any, NoReturn
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.fusion import (
-    KEY_PREFIX,
-    RECORD_VERSIONS,
-    TENSORS_KEY,
-    VERSION_KEY,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-)
 from gguf_fuse.gguf_file import GGUFError, Header, encode_pair
+from gguf_fuse.kinds import GATE_UP, kind_of
+from gguf_fuse.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor
 
-_VERSION = RECORD_VERSIONS[0]
+# Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
+RECORD_VERSIONS = (1, 2)
+
+VERSION_KEY = KEY_PREFIX + "version"
+TENSORS_KEY = KEY_PREFIX + "tensors"
+ROWS_KEY = KEY_PREFIX + "rows"
+POSITIONS_KEY = KEY_PREFIX + "positions"
+MAX_RECORD_PAIRS = 8
 
 
 def exists(header: Header) -> bool:
@@ -34,20 +34,39 @@ def start(header: Header, fused: Sequence[str]) -> list[bytes]:
     """The pairs that every record begins with. fused: names of tensors."""
     order = header.byte_order
     return [
-        encode_pair(VERSION_KEY, GGUFValueType.UINT32, _VERSION, order),
+        encode_pair(VERSION_KEY, GGUFValueType.UINT32, version_of(fused), order),
         encode_pair(TENSORS_KEY, GGUFValueType.STRING, list(fused), order),
     ]
 
 
-def names(header: Header) -> list[str]:
-    """The fused tensors. Raises GGUFError where the record is of another release or damaged."""
-    version = header.metadata.get(VERSION_KEY)
-    if version != _VERSION:
-        damaged(header, f"{VERSION_KEY} is {version}, this release knows {_VERSION}")
-    found: list[str] = array(header, TENSORS_KEY, str)
-    if not found or len(set(found)) < len(found):
-        damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
+def version_of(fused: Iterable[str]) -> int:
+    """Of a record of these fused tensors."""
+    return 2 if any(kind_of(name) is GATE_UP for name in fused) else 1
+
+
+def version(header: Header, known: Sequence[int]) -> object:
+    """One of the known ones. Raises GGUFError where the record is of another release."""
+    found = header.metadata.get(VERSION_KEY)
+    if found not in known:
+        releases = " and ".join(map(str, known))
+        damaged(header, f"{VERSION_KEY} is {found}, this release knows {releases}")
     return found
+
+
+def names(header: Header) -> list[str]:
+    """The fused tensors of an adapter or a matrix. Raises GGUFError for a record that is damaged
+    or of another release; version 2 is for models alone.
+    """
+    version(header, known=RECORD_VERSIONS[:1])
+    found: list[str] = array(header, TENSORS_KEY, str)
+    require_distinct(header, found)
+    return found
+
+
+def require_distinct(header: Header, fused: Sequence[str]) -> None:
+    """Raises GGUFError if no tensor is fused, or one twice."""
+    if not fused or len(set(fused)) < len(fused):
+        damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
 
 
 def array(header: Header, key: str, kind: type, length: int | None = None) -> list[Any]:
@@ -81,6 +100,28 @@ def put_back(
     if twice:
         raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
     return restored
+
+
+def fused_plan(
+    header: Header,
+    pairs: Sequence[bytes],
+    tensors: Iterable[PlannedTensor],
+    layers: Sequence[Layer],
+    changed: Sequence[Layer],
+) -> Plan:
+    """The plan of the fused file. pairs: the record. changed: those of `layers` it fuses."""
+    taken = {layer.label for layer in changed}
+    return Plan(
+        header.version,
+        header.byte_order,
+        header.alignment,
+        len(header.metadata) + len(pairs),
+        (*(header.metadata.segment(key) for key in header.metadata), *pairs),
+        tuple(tensors),
+        tuple(changed),
+        tuple(layer for layer in layers if layer.label not in taken),
+        may_pad=True,
+    )
 
 
 def unfused_plan(

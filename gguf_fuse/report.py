@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader, Source
-from gguf_fuse.fusion import Layer, Plan, Status
 from gguf_fuse.gguf_file import Header, type_name
 from gguf_fuse.kinds import GATE_UP, KINDS, QKV
+from gguf_fuse.plan import Layer, Plan, Status
 from gguf_fuse.rewrite import Inspection, Result
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def inspect_json(found: Inspection) -> dict[str, Any]:
         "n_metadata": len(header.metadata),
         "file_bytes": header.file_bytes,
         "layers": [_layer_json(layer, _INSPECT_STATUS[layer.status]) for layer in found.layers],
-        "loader": _INSPECT_LOADER[found.loader.loader],
+        "loader": _INSPECT_LOADER[found.loader.qkv.loader],
     }
 
 
@@ -332,8 +332,9 @@ def file_lines(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _loader_line(row: Architecture) -> str:
-    since = f" since build {FIRST_BUILD}" if row.loader is Loader.READS_FUSED else ""
-    return f"llama.cpp {row.loader.phrase()}{since} ({_proof(row.source)})"
+    reads = row.qkv
+    since = f" since build {FIRST_BUILD}" if reads.loader is Loader.READS_FUSED else ""
+    return f"llama.cpp {reads.loader.phrase()}{since} ({_proof(reads.source)})"
 
 
 def _experts_line(row: Architecture) -> str:

@@ -15,10 +15,10 @@ from gguf_fuse import fusion, imatrix, shards, unfusion
 from gguf_fuse.architectures import Architecture
 from gguf_fuse.base import base_rows
 from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
-from gguf_fuse.fusion import Layer, NothingToDo, Plan, Refused, Status, summary
 from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, read_tensor, read_tensors
 from gguf_fuse.kinds import KINDS, QKV, Kind
 from gguf_fuse.placement import Placement, place
+from gguf_fuse.plan import Layer, NothingToDo, Plan, Refused, Status, summary
 from gguf_fuse.write import Output, Written, check_destinations, open_source, stream, write
 
 STANDARD_OUTPUT = "-"

@@ -19,7 +19,6 @@ from typing import NoReturn
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from gguf_fuse.fusion import KEY_PREFIX, Plan, PlannedTensor, listed
 from gguf_fuse.gguf_file import (
     ByteOrder,
     GGUFError,
@@ -32,6 +31,7 @@ from gguf_fuse.gguf_file import (
     locate,
     read_header,
 )
+from gguf_fuse.plan import KEY_PREFIX, Plan, PlannedTensor, listed
 
 NUMBER_KEY = "split.no"
 COUNT_KEY = "split.count"

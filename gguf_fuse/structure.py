@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gguf_fuse.copying import DEFAULT_THREADS, InputLost, read_source
-from gguf_fuse.fusion import RECORD_VERSIONS
 from gguf_fuse.gguf_file import (
     GGUFError,
     Header,
@@ -29,6 +28,7 @@ from gguf_fuse.gguf_file import (
     read_tensor,
     type_name,
 )
+from gguf_fuse.record import RECORD_VERSIONS
 from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS
 from gguf_fuse.write import open_source, refuse_changed
 

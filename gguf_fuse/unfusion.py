@@ -13,29 +13,26 @@ from dataclasses import dataclass
 from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader
 from gguf_fuse.fusion import (
-    FUSED,
-    POSITIONS_KEY,
-    RECORD_VERSIONS,
-    ROWS_KEY,
-    TENSORS_KEY,
-    VERSION_KEY,
+    integer,
+    layer_names,
+    loader_of,
+    refuse_loader,
+    refuse_other_kinds,
+)
+from gguf_fuse.gguf_file import Header, Segment, TensorInfo, row_bytes, type_name
+from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
+from gguf_fuse.plan import (
     Layer,
     NothingToDo,
     Plan,
     PlannedTensor,
     Refused,
     Status,
-    integer,
-    layer_names,
+    data_of,
     listed,
-    loader_of,
-    record_version,
-    refuse_loader,
-    refuse_other_kinds,
     untouched,
 )
-from gguf_fuse.gguf_file import Header, Segment, TensorInfo, row_bytes, type_name
-from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
+from gguf_fuse.record import POSITIONS_KEY, RECORD_VERSIONS, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     if not splits:
         raise NothingToDo(
             header,
-            f"nothing to unfuse: no attention layer has {FUSED}.weight, no layer "
+            f"nothing to unfuse: no attention layer has {QKV.fused}.weight, no layer "
             f"{GATE_UP.fused}.weight",
         )
     changed = tuple(
@@ -89,7 +86,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     """Rows of Q, K and V in a layer's fused weight; raises as `unfuse` does."""
-    name = f"{layer}.{FUSED}.weight"
+    name = f"{layer}.{QKV.fused}.weight"
     splits = _recorded_splits(header) if _has_record(header) else []
     recorded = [split.rows for split in splits if split.tensor.name == name]
     if recorded:
@@ -122,8 +119,7 @@ def _restored_tensors(header: Header, splits: Sequence[_Split]) -> tuple[Planned
 
 def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
     tensor, fusion = split.tensor, split.fusion
-    start = header.data_start + tensor.offset
-    whole = (Segment(start, tensor.n_bytes),)
+    whole = data_of(header, tensor)
     slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
     row = slice_bytes // fusion.rows(tensor.ne)  # bytes
     parts, first = [], 0
@@ -131,10 +127,10 @@ def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
         restored = tensor.name.replace(f".{fusion.fused}.", f".{name}.")
         ne = tensor.ne if split.shared else fusion.with_rows(tensor.ne, n_rows)
         segments = (
-            whole
+            (whole,)
             if split.shared
             else tuple(
-                Segment(start + at + first * row, n_rows * row)
+                Segment(whole.start + at + first * row, n_rows * row)
                 for at in range(0, tensor.n_bytes, slice_bytes)
             )
         )
@@ -144,14 +140,11 @@ def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
 
 
 def _recorded_splits(header: Header) -> list[_Split]:
-    version = header.metadata.get(VERSION_KEY)
-    if version not in RECORD_VERSIONS:
-        known = " and ".join(map(str, RECORD_VERSIONS))
-        record.damaged(header, f"{VERSION_KEY} is {version}, this release knows {known}")
+    version = record.version(header, RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
-    kinds = [kind_of(name) or QKV for name in names]
-    if version != record_version(kinds):
+    if version != record.version_of(names):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
+    kinds = [kind_of(name) or QKV for name in names]
     n_parts = sum(len(kind.parts) for kind in kinds)
     rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
@@ -164,8 +157,7 @@ def _recorded_splits(header: Header) -> list[_Split]:
         record.damaged(
             header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors"
         )
-    if not names or len(set(names)) < len(names):
-        record.damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
+    record.require_distinct(header, names)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits, first = [], 0
     for name, kind in zip(names, kinds, strict=True):

@@ -32,9 +32,9 @@ from gguf_fuse.copying import (
     without_holes,
     write_all,
 )
-from gguf_fuse.fusion import Computed
 from gguf_fuse.gguf_file import GGUFError, Header, Stamp
 from gguf_fuse.placement import Copy, Placement
+from gguf_fuse.plan import Computed
 
 TEMPORARY_MARK = ".gguf-fuse-"
 

@@ -65,8 +65,8 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_numbers_of_architectures() -> None:
-    measured = [row for row in ARCHITECTURES.values() if row.source == "measured"]
-    n_fused = sum(row.loader is Loader.READS_FUSED for row in measured)
+    measured = [row for row in ARCHITECTURES.values() if row.qkv.source == "measured"]
+    n_fused = sum(row.qkv.loader is Loader.READS_FUSED for row in measured)
     assert f"For {n_fused}\narchitectures the fused file was loaded" in README
     assert len(random_model.ARCHITECTURES) >= 50
 

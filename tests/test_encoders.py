@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from gguf_fuse.architectures import PROJECTORS, Loader, projector
-from gguf_fuse.fusion import NothingToDo, Refused, Status
+from gguf_fuse.plan import NothingToDo, Refused, Status
 from gguf_fuse.rewrite import fuse
 from tests import llama_judge
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
@@ -73,8 +73,10 @@ def save(tmp_path: Path, encoders: Mapping[str, Encoder], **options: Any) -> Pat
     return path
 
 
-READS = sorted(name for name, row in PROJECTORS.items() if row.loader is Loader.READS_FUSED)
-OTHERS = sorted(name for name, row in PROJECTORS.items() if row.loader is not Loader.READS_FUSED)
+READS = sorted(name for name, row in PROJECTORS.items() if row.qkv.loader is Loader.READS_FUSED)
+OTHERS = sorted(
+    name for name, row in PROJECTORS.items() if row.qkv.loader is not Loader.READS_FUSED
+)
 
 
 @pytest.mark.parametrize("one_key", [False, True])

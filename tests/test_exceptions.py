@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType as T
 from gguf_fuse import fusion
 from gguf_fuse.checker import Options as VerifyOptions
 from gguf_fuse.checker import verify
-from gguf_fuse.fusion import NothingToDo, Refused, Status
 from gguf_fuse.gguf_file import read_header, read_tensors
 from gguf_fuse.kinds import GATE_UP, QKV
+from gguf_fuse.plan import NothingToDo, Refused, Status
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited
 from tests.llama_judge import LoadFailed, available, log_probabilities

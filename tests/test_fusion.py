@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gguf_fuse import fusion
-from gguf_fuse.fusion import NothingToDo, Refused, Status
 from gguf_fuse.gguf_file import read_header, read_tensors
+from gguf_fuse.plan import NothingToDo, Refused, Status
 from gguf_fuse.random_model import ModelSpec, write_random_model
 from gguf_fuse.rewrite import fuse
 from tests import llama_judge

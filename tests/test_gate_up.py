@@ -22,10 +22,10 @@ from gguf_fuse import fusion, unfusion
 from gguf_fuse.architectures import ARCHITECTURES, Loader
 from gguf_fuse.checker import Options as VerifyOptions
 from gguf_fuse.checker import verify
-from gguf_fuse.fusion import NothingToDo, Refused, Status
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
 from gguf_fuse.kinds import GATE_UP, KINDS, QKV, Kind
 from gguf_fuse.placement import place
+from gguf_fuse.plan import NothingToDo, Refused, Status
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
 from tests.edit import edited, zeros
 from tests.llama_judge import LoadFailed, available, log_probabilities

@@ -19,9 +19,8 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 
 from gguf_fuse import copying
-from gguf_fuse.fusion import PADDING_KEY
 from gguf_fuse.gguf_file import GGUFError, read_header
-from gguf_fuse.placement import Copy, Placement, place
+from gguf_fuse.placement import PADDING_KEY, Copy, Placement, place
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.rewrite import Options, Reflink, fuse, unfuse
 from tests.conftest import gguf_fuse

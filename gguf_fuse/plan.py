@@ -1,0 +1,135 @@
+"""The Plan of a new file: each tensor and the ranges of the source that make its data.
+
+Planners (`fusion`, `unfusion`, `adapter`, `imatrix`) make it, or raise Refused or NothingToDo;
+`shards` cuts it; `placement` and `write` carry it out and know nothing of fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, Segment, TensorInfo
+from gguf_fuse.kinds import QKV, Kind
+
+KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
+
+
+class Refused(GGUFError):
+    """The file is sound, but writing what was asked for would make a file that does not load."""
+
+
+class NothingToDo(GGUFError):
+    """No layer can be fused, or unfused. `layers` says why, one by one."""
+
+    def __init__(self, header: Header, message: str, layers: tuple[Layer, ...] = ()) -> None:
+        super().__init__(f"{header.path}: {message}")
+        self.header = header
+        self.layers = layers
+
+
+class Status(Enum):
+    FUSABLE = "fusable"
+    FUSED = "fused"
+    MISMATCH = "not fusable"  # all parts are there, but cannot be one tensor
+    INCOMPLETE = "incomplete"  # the layer shares K or V with another, or has no such part
+    SEPARATE = "separate"  # the loader would not read them fused
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """New bytes that no file has, n_bytes of them; made when they are written, then forgotten."""
+
+    n_bytes: int
+    make: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the new file; its data is the segments, end to end."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: int
+    segments: tuple[Segment | Computed, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(segment.n_bytes for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Tensors of one layer that are (to be) one: parts in the order of their kind."""
+
+    name: str
+    ne: tuple[int, ...]
+    parts: tuple[TensorInfo, ...]
+    shared: bool
+    kind: Kind = QKV
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(self.kind.rows(part.ne) for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What was found in one layer. types, rows: of the parts, or of the one fused tensor."""
+
+    name: str
+    status: Status
+    types: tuple[str, ...]
+    rows: tuple[int, ...]
+    reason: str | None = None
+    joins: tuple[Join, ...] = ()
+    kind: Kind = QKV
+
+    @property
+    def label(self) -> str:
+        """The name; with the tensor where it is not attention's: blk.0.ffn_gate_up_exps."""
+        return self.name if self.kind is QKV else f"{self.name}.{self.kind.fused}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A new file: its metadata, its tensors in order, and what became of each layer.
+
+    metadata: pairs, as they lie in the source or as new bytes; n_metadata: how many they are.
+    may_pad: whether a key that only takes up space may be added to the metadata.
+    """
+
+    version: int
+    byte_order: ByteOrder
+    alignment: int
+    n_metadata: int
+    metadata: tuple[Segment | bytes, ...]
+    tensors: tuple[PlannedTensor, ...]
+    changed: tuple[Layer, ...]
+    skipped: tuple[Layer, ...]
+    may_pad: bool
+
+
+def untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
+    return PlannedTensor(tensor.name, tensor.ne, tensor.type, (data_of(header, tensor),))
+
+
+def data_of(header: Header, tensor: TensorInfo) -> Segment:
+    """Where a tensor's data lies in the source."""
+    return Segment(header.data_start + tensor.offset, tensor.n_bytes)
+
+
+def summary(layers: Sequence[Layer]) -> str:
+    """The reasons of skipped layers, alike ones counted: "30 layers: types differ: Q4_K, ..."."""
+    counts: dict[str, list[str]] = {}
+    for layer in layers:
+        counts.setdefault(layer.reason or "already fused", []).append(layer.label)
+    return "; ".join(
+        f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {reason}"
+        for reason, names in counts.items()
+    )
+
+
+def listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
