@@ -13,18 +13,17 @@ Axis names are those of `attention`. Shapes are numpy order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from gguf_fuse import attention, fusion, unfusion
 from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear, Rope
-from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensors, type_name
+from gguf_fuse.dequantize import read_values
+from gguf_fuse.gguf_file import GGUFError, Header
 
 Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V
 Sinks: TypeAlias = Literal["none", "optional", "required"]
@@ -748,10 +747,10 @@ def _freq_factors(keys: _Keys, n_ctx: int | None) -> Floats | None:
     if n_ctx is None:
         n_ctx = keys.integer("context_length", 0)
     length = "long" if n_ctx > _n_ctx_orig(keys) else "short"
-    for name in ("rope_freqs.weight", f"rope_factors_{length}.weight"):
-        if any(tensor.name == name for tensor in keys.header.tensors):
-            return _Tensors(keys.header, [name]).array(name)  # [n_pairs]
-    return None
+    factors = read_values(keys.header, "rope_freqs.weight")
+    if factors is None:
+        factors = read_values(keys.header, f"rope_factors_{length}.weight")
+    return factors
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -764,8 +763,7 @@ def read_projections(header: Header, name: str) -> Projections:
     NotModelled where the layer does not have all three, GGUFError where they cannot be read, or
     split for certain.
     """
-    names = [f"{name}.attn_{part}.{kind}" for part in _PROJECTED for kind in _KINDS]
-    return _projections(header, _Tensors(header, names), name, v_is_k=False)
+    return _projections(header, name, v_is_k=False)
 
 
 def read_layer(header: Header, name: str, n_ctx: int | None = None) -> AttentionLayer:
@@ -775,24 +773,23 @@ def read_layer(header: Header, name: str, n_ctx: int | None = None) -> Attention
     weights do not have the rows that the metadata asks for.
     """
     spec = read_spec(header, name, n_ctx)
-    tensors = _read_parts(header, name)
-    _require_known(header, spec, tensors)
-    projections = _projections(header, tensors, name, v_is_k=spec.v_is_k)
+    _require_known(header, spec)
+    projections = _projections(header, name, v_is_k=spec.v_is_k)
     if projections.rows != spec.rows:
         raise GGUFError(
             f"{header.path}: {name}: Q, K and V have {projections.rows} rows, the metadata asks "
             f"for {spec.rows}"
         )
-    out = _linear(tensors, f"{name}.attn_output")
+    out = _linear(header, f"{name}.attn_output")
     if out is None:
         raise NotModelled(f"{header.path}: {name} has no attn_output.weight")
-    sinks = tensors.get(f"{name}.attn_sinks.weight")
+    sinks = read_values(header, f"{name}.attn_sinks.weight")
     if sinks is None and spec.sinks == "required":
         raise GGUFError(f"{header.path}: {name} has no attn_sinks.weight")
     layer = AttentionLayer(
         spec=spec,
         projections=projections,
-        norm=_qk_norm(header, spec, tensors),
+        norm=_qk_norm(header, spec),
         output=out if spec.output_bias else replace(out, bias=None),
         params=AttentionParams(spec.scale, spec.softcap, spec.max_alibi_bias, sinks),
     )
@@ -838,13 +835,12 @@ def _shapes(layer: AttentionLayer) -> Iterator[tuple[str, Floats | None, list[tu
 
 # What may stand behind "blk.N.attn_" and is either read here or no part of attention proper: the
 # norms around it. Anything else could change what attention computes.
-_PROJECTED = ("q", "k", "v", "qkv")
-_READ = (*_PROJECTED, "output")
+_READ = ("q", "k", "v", "qkv", "output")
 _KINDS = ("weight", "bias", "scale", "input_scale")
 _AROUND = ("norm", "norm_2", "post_norm")
 
 
-def _require_known(header: Header, spec: AttentionSpec, tensors: _Tensors) -> None:
+def _require_known(header: Header, spec: AttentionSpec) -> None:
     known = {f"{part}.{kind}" for part in (*_READ, *_AROUND) for kind in _KINDS}
     if spec.norm is not None and spec.norm.weighted:
         known |= {f"{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")}
@@ -859,50 +855,24 @@ def _require_known(header: Header, spec: AttentionSpec, tensors: _Tensors) -> No
             )
 
 
-class _Tensors:
-    """Some tensors of a file, dequantized when asked for."""
-
-    def __init__(self, header: Header, names: Iterable[str]) -> None:
-        wanted = set(names)
-        self.infos = {tensor.name: tensor for tensor in header.tensors if tensor.name in wanted}
-        self.header = header
-        self._bytes = read_tensors(header, self.infos)
-
-    def get(self, name: str) -> Floats | None:
-        return self.array(name) if name in self.infos else None
-
-    def array(self, name: str) -> Floats:
-        """float32, in numpy order."""
-        info, data = self.infos[name], self._bytes[name]
-        if len(data) != info.n_bytes:
-            raise GGUFError(f"{self.header.path}: tensor {name!r} ends early: the file has changed")
-        return dequantized(info, data, self.header.byte_order, self.header.path)
-
-
-def _read_parts(header: Header, name: str) -> _Tensors:
-    names = [f"{name}.attn_{part}.{kind}" for part in _READ for kind in _KINDS]
-    names += [f"{name}.attn_{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")]
-    return _Tensors(header, [*names, f"{name}.attn_sinks.weight"])
-
-
-def _linear(tensors: _Tensors, name: str) -> Linear | None:
+def _linear(header: Header, name: str) -> Linear | None:
     """`.input_scale` is loaded by llama.cpp, but no graph uses it."""
-    weight = tensors.get(f"{name}.weight")
-    scale = tensors.get(f"{name}.scale")
+    weight = read_values(header, f"{name}.weight")
+    scale = read_values(header, f"{name}.scale")
     if weight is None:
         return None
     if weight.ndim != 2:
-        raise GGUFError(f"{tensors.header.path}: {name}.weight has {weight.ndim} dimensions, not 2")
+        raise GGUFError(f"{header.path}: {name}.weight has {weight.ndim} dimensions, not 2")
     one = None if scale is None else float(scale.reshape(-1)[0])
-    return Linear(weight, one, tensors.get(f"{name}.bias"))
+    return Linear(weight, one, read_values(header, f"{name}.bias"))
 
 
-def _projections(header: Header, tensors: _Tensors, name: str, *, v_is_k: bool) -> Projections:
-    fused = _linear(tensors, f"{name}.{fusion.FUSED}")
+def _projections(header: Header, name: str, *, v_is_k: bool) -> Projections:
+    fused = _linear(header, f"{name}.{fusion.FUSED}")
     if fused is not None:
         rows = _fused_rows(header, name)
-        return Projections(rows, None, _with_separate_biases(fused, tensors, name))
-    found = [_linear(tensors, f"{name}.{part}") for part in fusion.PARTS]
+        return Projections(rows, None, _with_separate_biases(header, fused, name))
+    found = [_linear(header, f"{name}.{part}") for part in fusion.PARTS]
     if v_is_k and found[2] is None:
         found[2] = found[1]
     separate = [linear for linear in found if linear is not None]
@@ -913,9 +883,9 @@ def _projections(header: Header, tensors: _Tensors, name: str, *, v_is_k: bool) 
     return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v), None)
 
 
-def _with_separate_biases(fused: Linear, tensors: _Tensors, name: str) -> Linear:
+def _with_separate_biases(header: Header, fused: Linear, name: str) -> Linear:
     """All three biases or none beside a fused weight (llama-graph.cpp, build_qkv)."""
-    biases = [tensors.get(f"{name}.{part}.bias") for part in fusion.PARTS]
+    biases = [read_values(header, f"{name}.{part}.bias") for part in fusion.PARTS]
     present = [bias for bias in biases if bias is not None]
     if fused.bias is not None or len(present) < len(biases):
         return fused
@@ -927,14 +897,14 @@ def _fused_rows(header: Header, name: str) -> Rows:
     return q, k, v
 
 
-def _qk_norm(header: Header, spec: AttentionSpec, tensors: _Tensors) -> QkNorm | None:
+def _qk_norm(header: Header, spec: AttentionSpec) -> QkNorm | None:
     rule = spec.norm
     if rule is None:
         return None
     if not rule.weighted:
         return QkNorm(None, None)
     names = [f"{spec.name}.attn_{part}_norm" for part in "qk"]
-    q, k = (tensors.get(f"{name}.weight") for name in names)
+    q, k = (read_values(header, f"{name}.weight") for name in names)
     if q is None and k is None and rule.optional:
         return None
     if q is None or k is None:
@@ -942,64 +912,4 @@ def _qk_norm(header: Header, spec: AttentionSpec, tensors: _Tensors) -> QkNorm |
         raise GGUFError(f"{header.path}: {absent}.weight is missing")
     if rule.kind == "rms":
         return QkNorm(q, k)
-    return QkNorm(q, k, *(tensors.get(f"{name}.bias") for name in names))
-
-
-# --- dequantization ----------------------------------------------------------------------------
-
-# Where a block holds 16-bit floats; all else in it is bytes. Types whose blocks hold other words
-# are not read from big-endian files.
-_HALVES: dict[str, tuple[int, ...]] = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-    "MXFP4": (),
-}
-_PLAIN = {"F32": "f4", "F16": "f2", "BF16": "u2"}
-
-
-def dequantized(info: TensorInfo, data: bytes, byte_order: ByteOrder, path: str = "") -> Floats:
-    """The tensor's values as float32, shape `info.ne` reversed.
-
-    Raises GGUFError for a type that gguf-py cannot dequantize.
-    """
-    name, shape = type_name(info.type), info.ne[::-1]
-    if name in _PLAIN:
-        values = np.frombuffer(data, ("<" if byte_order == "little" else ">") + _PLAIN[name])
-        if name == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32).reshape(shape)
-    if not name.startswith("type "):
-        kind = GGMLQuantizationType(info.type)
-        blocks = _little_endian(kind, data, byte_order, f"{path}: tensor {info.name!r}")
-        try:
-            plain: Floats = quants.dequantize(blocks, kind).reshape(shape)
-            return plain
-        except NotImplementedError:
-            pass
-    raise GGUFError(f"{path}: tensor {info.name!r}: gguf-py cannot dequantize {name}")
-
-
-def _little_endian(
-    kind: GGMLQuantizationType, data: bytes, byte_order: ByteOrder, place: str
-) -> NDArray[np.uint8]:
-    flat = np.frombuffer(data, np.uint8)
-    if byte_order == "little":
-        return flat
-    if kind.name not in _HALVES:
-        raise GGUFError(f"{place}: {kind.name} is not read from big-endian files")
-    _, block_bytes = GGML_QUANT_SIZES[kind]
-    blocks = flat.reshape(-1, block_bytes).copy()  # [n_blocks, block_bytes]
-    for at in _HALVES[kind.name]:
-        blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
-    return blocks.reshape(-1)
+    return QkNorm(q, k, *(read_values(header, f"{name}.bias") for name in names))
