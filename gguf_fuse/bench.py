@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from gguf_fuse import attention, fusion, layer
+from gguf_fuse import attention, fusion
 from gguf_fuse.attention import AttentionParams, Floats, Linear
+from gguf_fuse.attention_spec import read_spec
 from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
 from gguf_fuse.shards import read_model
 
@@ -127,7 +128,7 @@ def shape_of(header: Header) -> tuple[str, Shape]:
     refusal: GGUFError | None = None
     for found in fusion.examine(header, scalars, any_architecture=True):
         try:
-            spec = layer.read_spec(header, found.name)
+            spec = read_spec(header, found.name)
         except GGUFError as error:
             refusal = refusal or error
             continue

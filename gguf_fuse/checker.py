@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention, fusion, layer
 from gguf_fuse.attention import AttentionParams, Floats, Linear
+from gguf_fuse.attention_spec import NotModelled
 from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved
 from gguf_fuse.gguf_file import (
     GGUFError,
     Header,
     read_tensors,
 )
-from gguf_fuse.layer import AttentionLayer, Heads, NotModelled, Projections
+from gguf_fuse.layer import AttentionLayer, Heads, Projections
 from gguf_fuse.shards import read_model
 from gguf_fuse.structure import (
     OnProgress,

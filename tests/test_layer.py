@@ -23,9 +23,10 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, layer, random_model, rewrite
+from gguf_fuse import attention, attention_spec, layer, random_model, rewrite
+from gguf_fuse.attention_spec import NotModelled, Window
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
-from gguf_fuse.layer import AttentionLayer, NotModelled
+from gguf_fuse.layer import AttentionLayer
 from gguf_fuse.random_model import ARCHITECTURES, Architecture, ModelSpec, Value
 from tests import forward, llama_judge
 
@@ -394,7 +395,7 @@ def test_same_log_probabilities_as_llama_cpp(name: str, judged: Callable[[str], 
 def test_every_modelled_architecture_is_compared() -> None:
     compared = {case.architecture for case in CASES.values()}
     # Encoders give no next token.
-    assert set(layer.MODELLED) - compared == {"bert", "nomic-bert"}
+    assert set(attention_spec.MODELLED) - compared == {"bert", "nomic-bert"}
 
 
 # --- seeded faults -----------------------------------------------------------------------------
@@ -421,13 +422,13 @@ def _window(n_swa: int) -> Callable[[AttentionLayer], AttentionLayer]:
     def change(one: AttentionLayer) -> AttentionLayer:
         if one.spec.window is None:
             return one
-        return replace(one, spec=replace(one.spec, window=layer.Window(n_swa)))
+        return replace(one, spec=replace(one.spec, window=Window(n_swa)))
 
     return change
 
 
 def _other_layers_windowed(one: AttentionLayer) -> AttentionLayer:
-    window = None if one.spec.window else layer.Window(8)
+    window = None if one.spec.window else Window(8)
     return replace(one, spec=replace(one.spec, window=window))
 
 
