@@ -414,8 +414,6 @@ _TABLE: dict[str, _Rules] = {
     "nomic-bert": _Rules("neox", causal=False),
 }
 
-MODELLED = tuple(sorted(_TABLE))
-
 
 # --- metadata -> AttentionSpec -----------------------------------------------------------------
 

@@ -451,7 +451,7 @@ class _Trial:
         positions = attention.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
         heads = [path.heads(x, positions) for path in self.paths]
         self.fill_caches(heads)
-        ways = (attention.expanded_attention, attention.broadcast_attention, _reference)
+        ways = (attention.expanded_attention, attention.attention, _reference)
         plain, fused, exact = (
             path.attend(way, own, own.k, own.v, positions, positions)
             for path, own, way in zip(self.paths, heads, ways, strict=True)

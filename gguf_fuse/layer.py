@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,12 +45,11 @@ class QkNorm:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AttentionLayer:
-    """One layer of one file, float32. params: what `attention.attention` takes."""
+    """One layer of one file up to attn_output, float32. params: for `attention.attention`."""
 
     spec: AttentionSpec
     projections: Projections
     norm: QkNorm | None
-    output: Linear  # [n_embd, n_head * head_dim_v]
     params: AttentionParams
 
 
@@ -124,16 +123,16 @@ def mask(spec: AttentionSpec, q_positions: Ints, k_positions: Ints) -> NDArray[n
     return attention.additive_mask(visible)
 
 
-def output(layer: AttentionLayer, attended: Floats, gate: Floats | None = None) -> Floats:
+def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Floats:
     """Attention's result [n_seqs, n_head, n_tokens, head_dim_v] -> [n_seqs, n_tokens, n_embd].
 
-    Times sigmoid(gate) where there is one, joined, through attn_output with its scale and bias
-    (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
+    Times sigmoid(gate) where there is one, joined, through what `read_output` gives, with its
+    scale and bias (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
     """
     if gate is not None:
         attended = attention.apply_gate(attended, gate)
     joined = attention.join_heads(attended)  # [n_seqs, n_tokens, n_head * head_dim_v]
-    return attention.project(joined, layer.output.weight, layer.output.scale, layer.output.bias)
+    return attention.project(joined, weights.weight, weights.scale, weights.bias)
 
 
 def _normed(layer: AttentionLayer, at: str, q: Floats, k: Floats) -> tuple[Floats, Floats]:
@@ -171,10 +170,10 @@ def read_projections(header: Header, name: str) -> Projections:
 
 
 def read_layer(header: Header, name: str, n_ctx: int | None = None) -> AttentionLayer:
-    """Layer `name` of the file, dequantized to float32; reads no other layer's bytes.
+    """Layer `name` of the file, without attn_output, dequantized to float32.
 
-    n_ctx as in `read_spec`. Raises as `read_spec` and `read_projections`, GGUFError if the
-    weights do not have the rows that the metadata asks for.
+    Reads no other layer's bytes. n_ctx as in `read_spec`. Raises as `read_spec` and
+    `read_projections`, GGUFError if the weights do not have the rows that the metadata asks for.
     """
     spec = read_spec(header, name, n_ctx)
     _require_known(header, spec)
@@ -184,9 +183,6 @@ def read_layer(header: Header, name: str, n_ctx: int | None = None) -> Attention
             f"{header.path}: {name}: Q, K and V have {projections.rows} rows, the metadata asks "
             f"for {spec.rows}"
         )
-    out = _linear(header, f"{name}.attn_output")
-    if out is None:
-        raise NotModelled(f"{header.path}: {name} has no attn_output.weight")
     sinks = read_values(header, f"{name}.attn_sinks.weight")
     if sinks is None and spec.sinks == "required":
         raise GGUFError(f"{header.path}: {name} has no attn_sinks.weight")
@@ -194,34 +190,53 @@ def read_layer(header: Header, name: str, n_ctx: int | None = None) -> Attention
         spec=spec,
         projections=projections,
         norm=_qk_norm(header, spec),
-        output=out if spec.output_bias else replace(out, bias=None),
         params=AttentionParams(spec.scale, spec.softcap, spec.max_alibi_bias, sinks),
     )
-    _require_shapes(header, layer)
+    _require_shapes(header, name, _shapes(layer))
     return layer
 
 
-def _require_shapes(header: Header, layer: AttentionLayer) -> None:
-    for place, array, shapes in _shapes(layer):
+def read_output(header: Header, spec: AttentionSpec) -> Linear:
+    """attn_output of a layer, dequantized to float32: [n_embd, n_head * head_dim_v].
+
+    Apart from `read_layer`, because it is large and nothing before it needs it. Raises NotModelled
+    where there is none, GGUFError where it cannot be read or is not of the metadata's shape.
+    """
+    weights = _linear(header, f"{spec.name}.attn_output")
+    if weights is None:
+        raise NotModelled(f"{header.path}: {spec.name} has no attn_output.weight")
+    if not spec.output_bias:
+        weights = replace(weights, bias=None)
+    width = spec.n_head * spec.head_dim_v
+    _require_shapes(header, spec.name, _linear_shapes("attn_output", weights, spec.n_embd, width))
+    return weights
+
+
+# What an array is called, the array, and the shapes that it may have.
+_Shapes: TypeAlias = Iterator[tuple[str, Floats | None, list[tuple[int, ...]]]]
+
+
+def _require_shapes(header: Header, name: str, found: _Shapes) -> None:
+    for place, array, shapes in found:
         if array is not None and array.shape not in shapes:
             raise GGUFError(
-                f"{header.path}: {layer.spec.name}.{place} has shape {array.shape}, the metadata "
-                f"asks for {shapes[0]}"
+                f"{header.path}: {name}.{place} has shape {array.shape}, the metadata asks for "
+                f"{shapes[0]}"
             )
 
 
-def _shapes(layer: AttentionLayer) -> Iterator[tuple[str, Floats | None, list[tuple[int, ...]]]]:
-    """What each array is called, the array, and the shapes that it may have."""
+def _linear_shapes(place: str, linear: Linear, rows: int, width: int) -> _Shapes:
+    yield f"{place}.weight", linear.weight, [(rows, width)]
+    yield f"{place}.bias", linear.bias, [(rows,)]
+
+
+def _shapes(layer: AttentionLayer) -> _Shapes:
     spec, projections = layer.spec, layer.projections
-    linears = [("attn_output", layer.output, spec.n_embd, spec.n_head * spec.head_dim_v)]
     if projections.fused is not None:
-        linears.append((fusion.FUSED, projections.fused, sum(spec.rows), spec.n_embd))
+        yield from _linear_shapes(fusion.FUSED, projections.fused, sum(spec.rows), spec.n_embd)
     elif projections.separate is not None:
-        widths = (spec.n_embd,) * 3
-        linears += zip(fusion.PARTS, projections.separate, spec.rows, widths, strict=True)
-    for place, linear, rows, width in linears:
-        yield f"{place}.weight", linear.weight, [(rows, width)]
-        yield f"{place}.bias", linear.bias, [(rows,)]
+        for part, linear, rows in zip(fusion.PARTS, projections.separate, spec.rows, strict=True):
+            yield from _linear_shapes(part, linear, rows, spec.n_embd)
     yield "attn_sinks.weight", layer.params.sinks, [(spec.n_head,)]
     norm, rule = layer.norm, spec.norm
     if norm is None or rule is None:

@@ -175,6 +175,7 @@ class Forward:
             else None
             for name in names
         ]
+        self.outputs = [one and layer.read_output(self.header, one.spec) for one in self.layers]
         self.caches = [Cache() for _ in names]
         self.convolved: dict[int, Floats] = {}  # lfm2: [1, n_past, n_embd] by layer
 
@@ -235,7 +236,9 @@ class Forward:
         k_positions = np.arange(k.shape[2])[None]  # [1, n_kv]
         mask = layer.mask(one.spec, positions, k_positions)  # [1, n_tokens, n_kv]
         attended = attention.attention(heads.q, k, v, mask, one.params)
-        return layer.output(one, attended, heads.gate)
+        weights = self.outputs[index]
+        assert weights is not None
+        return layer.output(weights, attended, heads.gate)
 
     def _short_convolution(self, index: int, h: Floats) -> Floats:
         """lfm2.cpp: a causal convolution over b · x per channel, times c."""
