@@ -12,16 +12,15 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gguf_fuse import attention, fusion
-from gguf_fuse.attention import AttentionParams, Floats, Linear
+from gguf_fuse.attention import AttentionParams, Floats, Linear, blas_threads
 from gguf_fuse.attention_spec import read_spec
 from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
 from gguf_fuse.shards import read_model
@@ -238,21 +237,6 @@ def interleaved(
             way()
             seconds[name].append(time.perf_counter() - begun)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-
-
-@contextlib.contextmanager
-def blas_threads(threads: int) -> Iterator[None]:
-    """Hold BLAS to so many threads, here and in threads started inside."""
-    with _controller().limit(limits=threads, user_api="blas"):
-        yield
-
-
-@functools.cache
-def _controller() -> Any:
-    # Kept: finding the loaded libraries takes milliseconds, setting a limit microseconds.
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
 
 
 def _random(random: np.random.Generator, *shape: int) -> Floats:

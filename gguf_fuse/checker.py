@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_fuse import attention, fusion, layer
-from gguf_fuse.attention import AttentionParams, Floats, Linear
+from gguf_fuse.attention import AttentionParams, Floats, Linear, blas_threads
 from gguf_fuse.attention_spec import NotModelled
-from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved
+from gguf_fuse.bench import DEFAULT_THREADS, interleaved
 from gguf_fuse.gguf_file import (
     GGUFError,
     Header,
