@@ -57,6 +57,8 @@ CHUNK_BYTES = 16 * TILE_BYTES  # of one KV head: long enough to hide the cost of
 MAX_GEMV_GROUP = 4  # up to here re-reading a cached V tile is cheaper than BLAS packing it
 SCORE_BYTES = 64 * 1024 * 1024  # scores that exist at one time in `broadcast_attention`
 
+DEFAULT_THREADS = min(4, os.cpu_count() or 1)  # of the commands that compute
+
 
 # --- projections -----------------------------------------------------------------------------
 

@@ -24,24 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_fuse import attention, fusion, layer
-from gguf_fuse.attention import AttentionParams, Floats, Linear, blas_threads
+from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
 from gguf_fuse.attention_spec import NotModelled
-from gguf_fuse.bench import DEFAULT_THREADS, interleaved
-from gguf_fuse.gguf_file import (
-    GGUFError,
-    Header,
-    read_tensors,
-)
+from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
 from gguf_fuse.layer import AttentionLayer, Heads, Projections
+from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.shards import read_model
-from gguf_fuse.structure import (
-    OnProgress,
-    OnStart,
-    Structure,
-    compare_structure,
-    ignore_progress,
-    ignore_start,
-)
+from gguf_fuse.structure import Structure, compare_structure
+from gguf_fuse.timing import interleaved
 
 FACTOR = 2.0
 EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
