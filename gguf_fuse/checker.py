@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -49,10 +49,19 @@ Attend = Callable[[Floats, Floats, Floats, Floats | None, AttentionParams], Floa
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
+
+    numbers: frozenset[int] | None = None
+    spread: int | None = None
+    all: bool = False
+
+
+@dataclass(frozen=True)
 class Options:
     """What to compute. n_kv: cells that each cache holds before the first decode step."""
 
-    layers: Choice = field(default_factory=lambda: Choice())
+    layers: Choice = Choice()
     n_prompt: int = 48
     n_decode: int = 4
     n_seqs: int = 3
@@ -149,15 +158,6 @@ def _refuse_other_kinds(header: Header) -> None:
 
 
 # -- which layers -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
-
-    numbers: frozenset[int] | None = None
-    spread: int | None = None
-    all: bool = False
 
 
 def parse_layers(text: str) -> Choice:
