@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from gguf_fuse import record
 from gguf_fuse.architectures import Loader
 from gguf_fuse.base import KEPT_SEPARATE
+from gguf_fuse.dequantize import F32, FLOATS, decode_floats, dequantized, encode_floats
 from gguf_fuse.fusion import loader_of, refuse_loader
 from gguf_fuse.gguf_file import (
-    ByteOrder,
     GGUFError,
     Header,
     Segment,
@@ -68,12 +68,6 @@ ORIGINALS_KEY = KEY_PREFIX + "originals"
 _A, _B = ".lora_a", ".lora_b"
 _WEIGHT = re.compile(r"((?:(?:enc|dec)\.)?blk\.[0-9]{1,6})\.attn_(?:q|k|v|qkv)\.weight")
 _NONE = -1  # in the record: a part that the adapter does not have, or an original not stored
-
-_F32, _F16, _BF16 = (
-    int(kind)
-    for kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-)
-_FLOATS = (_F32, _F16, _BF16)
 
 Read = Callable[[TensorInfo], bytes]
 Rows = Mapping[str, tuple[int, ...]]
@@ -341,7 +335,7 @@ def _fusion(
     rank = fused_rank(ranks) if scaled else sum(ranks)
     blocks = _blocks(layer.rows, [pair.rank if pair else None for pair in parts], rank, scaled)
     a_types = {pair.a.type for pair in found}
-    a_type = a_types.pop() if len(a_types) == 1 else _F32
+    a_type = a_types.pop() if len(a_types) == 1 else F32
     b_type, b_stored = _choose_b(header, parts, blocks, read)
     a_stored = [
         pair is not None and not _comes_back(header, pair.a, a_type, read) for pair in parts
@@ -374,8 +368,8 @@ def _choose_b(
 ) -> tuple[int, list[bool]]:
     """The type of the fused B, and of Q, K and V whether the original must be recorded."""
     types = {pair.b.type for pair in pairs if pair}
-    own = types.pop() if len(types) == 1 else _F32
-    for kind in dict.fromkeys((own, _F32)):
+    own = types.pop() if len(types) == 1 else F32
+    for kind in dict.fromkeys((own, F32)):
         tried = (
             _try_b(header, pair.b, block, kind, read) if pair and block else (True, True)
             for pair, block in zip(pairs, blocks, strict=True)
@@ -398,18 +392,18 @@ def _try_b(
 
     F32 fits if nothing overflows; other types only if they hold every value exactly.
     """
-    if kind not in _FLOATS:
+    if kind not in FLOATS:
         return False, False
     order = header.byte_order
     data = read(tensor)
     values = _decode(header, tensor, data)
     scaled = block.scaled(values)
-    held = _from_bytes(_to_bytes(scaled, kind, order), kind, order).reshape(values.shape)
-    if kind == _F32:
+    held = decode_floats(encode_floats(scaled, kind, order), kind, order).reshape(values.shape)
+    if kind == F32:
         fits = np.array_equal(np.isfinite(held), np.isfinite(values))
     else:
         fits = np.array_equal(held, scaled, equal_nan=True)
-    back = tensor.type in _FLOATS and _to_bytes(block.unscaled(held), tensor.type, order) == data
+    back = tensor.type in FLOATS and encode_floats(block.unscaled(held), tensor.type, order) == data
     return fits, back
 
 
@@ -417,12 +411,12 @@ def _comes_back(header: Header, tensor: TensorInfo, kind: int, read: Read) -> bo
     """Whether a tensor follows exactly from its values in another type."""
     if tensor.type == kind:
         return True
-    if tensor.type not in _FLOATS:
+    if tensor.type not in FLOATS:
         return False
     data = read(tensor)
-    there = _to_bytes(_decode(header, tensor, data), kind, header.byte_order)
-    values = _from_bytes(there, kind, header.byte_order)
-    return _to_bytes(values, tensor.type, header.byte_order) == data
+    there = encode_floats(_decode(header, tensor, data), kind, header.byte_order)
+    values = decode_floats(there, kind, header.byte_order)
+    return encode_floats(values, tensor.type, header.byte_order) == data
 
 
 def _fused_tensors(
@@ -463,7 +457,7 @@ def _fused_a(header: Header, fusion: _Fusion, read: Read) -> PlannedTensor:
 
 
 def _converter(header: Header, tensor: TensorInfo, kind: int, read: Read) -> Callable[[], bytes]:
-    return lambda: _to_bytes(_decode(header, tensor, read(tensor)), kind, header.byte_order)
+    return lambda: encode_floats(_decode(header, tensor, read(tensor)), kind, header.byte_order)
 
 
 def _fused_b(header: Header, fusion: _Fusion, read: Read) -> PlannedTensor:
@@ -472,7 +466,7 @@ def _fused_b(header: Header, fusion: _Fusion, read: Read) -> PlannedTensor:
         for pair, block in zip(fusion.pairs, fusion.blocks, strict=True):
             if pair is not None and block is not None:
                 block.of(fused)[:] = block.scaled(_decode(header, pair.b, read(pair.b)))
-        return _to_bytes(fused, fusion.b_type, header.byte_order)
+        return encode_floats(fused, fusion.b_type, header.byte_order)
 
     ne = (fusion.rank, sum(fusion.rows))
     n_bytes = ne[1] * _n_bytes(fusion.b_type, ne[0])
@@ -617,7 +611,7 @@ def _check_recorded(header: Header, pair: Pair, fusion: _Recorded) -> None:
         for column, tensor in ((index, pair.a), (index + len(QKV.parts), pair.b)):
             kind = fusion.types[column]
             known = row_bytes(kind, 0) is not None
-            derivable = kind in _FLOATS and tensor.type in _FLOATS
+            derivable = kind in FLOATS and tensor.type in FLOATS
             copied = column == index and kind == tensor.type
             if rank and not (known and (derivable or copied or fusion.stored[column] != _NONE)):
                 record.damaged(header, f"{TYPES_KEY} has {kind} for a part of {tensor.name!r}")
@@ -650,7 +644,7 @@ def _derived(
             values = values[block.first_rank : block.first_rank + block.rank]
         else:
             values = block.unscaled(block.of(_decode(header, pair.b, read(pair.b))))
-        return _to_bytes(values, kind, header.byte_order)
+        return encode_floats(values, kind, header.byte_order)
 
     return Computed(n_bytes, make)
 
@@ -665,40 +659,11 @@ def _n_bytes(kind: int, n_elements: int) -> int:
 
 
 def _decode(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:
-    """Values of a tensor, [ne[1], ne[0]]. Raises Refused for types that gguf-py cannot decode."""
-    shape = tensor.ne[::-1]
-    if tensor.type in _FLOATS:
-        return _from_bytes(data, tensor.type, header.byte_order).reshape(shape)
-    from gguf.quants import dequantize
-
-    kind = GGMLQuantizationType(tensor.type)
+    """Values of a tensor, [ne[1], ne[0]]. Raises Refused for types that cannot be decoded."""
     try:
-        if header.byte_order == "big":
-            raise NotImplementedError
-        blocks = np.frombuffer(data, np.uint8).reshape(tensor.ne[1], -1)
-        return dequantize(blocks, kind).reshape(shape)
-    except NotImplementedError:
+        return dequantized(header, tensor, data)
+    except GGUFError:
         raise Refused(
-            f"{header.path}: {tensor.name!r} is of {kind.name}, which cannot be joined with "
-            "others; convert the adapter to F16"
+            f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}, which cannot be "
+            "joined with others; convert the adapter to F16"
         ) from None
-
-
-def _from_bytes(data: bytes, kind: int, order: ByteOrder) -> NDArray[np.float32]:
-    """Values of an F32, F16 or BF16 tensor, flat."""
-    mark = "<" if order == "little" else ">"
-    if kind == _BF16:
-        words = np.frombuffer(data, mark + "u2").astype(np.uint32) << 16
-        return words.view(np.float32)
-    code = "f4" if kind == _F32 else "f2"
-    return np.frombuffer(data, mark + code).astype(np.float32)
-
-
-def _to_bytes(values: NDArray[Any], kind: int, order: ByteOrder) -> bytes:
-    """The other way; rounds to the nearest, BF16 towards zero."""
-    mark = "<" if order == "little" else ">"
-    with np.errstate(over="ignore", invalid="ignore"):
-        if kind == _BF16:
-            words = np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16
-            return words.astype(mark + "u2").tobytes()
-        return values.astype(mark + ("f4" if kind == _F32 else "f2")).tobytes()

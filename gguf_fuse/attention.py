@@ -26,11 +26,12 @@ under ALiBi. K and V must be finite in masked cells too: 0 * nan is nan.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -55,6 +56,8 @@ TILE_MACS = 128 * 1024  # multiply-adds of one Q·K call: up to here OpenBLAS ha
 CHUNK_BYTES = 16 * TILE_BYTES  # of one KV head: long enough to hide the cost of calling numpy
 MAX_GEMV_GROUP = 4  # up to here re-reading a cached V tile is cheaper than BLAS packing it
 SCORE_BYTES = 64 * 1024 * 1024  # scores that exist at one time in `broadcast_attention`
+
+DEFAULT_THREADS = min(4, os.cpu_count() or 1)  # of the commands that compute
 
 
 # --- projections -----------------------------------------------------------------------------
@@ -818,6 +821,16 @@ def _pool(n_workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_workers, thread_name_prefix="split-kv")
 
 
+@contextlib.contextmanager
+def blas_threads(n_threads: int) -> Iterator[None]:
+    """Hold BLAS to n_threads threads, here and in threads started inside.
+
+    The limit is the whole process's: two callers at once would restore each other's number.
+    """
+    with _blas().limit(limits=n_threads, user_api="blas"):
+        yield
+
+
 @functools.cache
 def _blas() -> ThreadpoolController:
     # Kept: finding the loaded libraries takes milliseconds, setting a limit microseconds.
@@ -827,11 +840,8 @@ def _blas() -> ThreadpoolController:
 
 
 def _run_on_threads(work: Callable[[], None], n_threads: int) -> None:
-    """Run work() on n_threads threads, this one included, with BLAS held to one thread in each.
-
-    The limit is the whole process's: two callers at once would restore each other's number.
-    """
-    with _blas().limit(limits=1, user_api="blas"):
+    """Run work() on n_threads threads, this one included, with BLAS held to one thread in each."""
+    with blas_threads(1):
         if n_threads == 1:
             work()
             return

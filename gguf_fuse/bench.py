@@ -9,33 +9,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gguf_fuse import attention, fusion, layer
-from gguf_fuse.attention import AttentionParams, Floats, Linear
+from gguf_fuse import attention, fusion
+from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
+from gguf_fuse.attention_spec import read_spec
 from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
+from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.shards import read_model
+from gguf_fuse.timing import interleaved
 
-DEFAULT_THREADS = min(4, os.cpu_count() or 1)
 N_TOKENS = (1, 8, 64, 512)
 N_KV = tuple(512 << doubling for doubling in range(8))  # 512 to 65536
 
-MIN_REPEATS, MAX_REPEATS = 5, 51
-BUDGET_S = 2.0  # for the repeats of one row
 STREAM_BYTES = 4 << 20  # one call reads so much: more or less was slower, measured on two machines
 SPARE_MEMORY = 0.8  # of what is free, the most to take
-
-OnStart = Callable[[str, int], None]  # what begins, and how many rows it has
-OnProgress = Callable[[int], None]  # rows that were just done
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +83,8 @@ def bench(
     n_kv: Sequence[int] | None = None,
     threads: int = DEFAULT_THREADS,
     seed: int = 0,
-    on_start: OnStart = lambda what, n_rows: None,
-    on_progress: OnProgress = lambda n_rows: None,
+    on_start: OnStart = ignore_start,
+    on_progress: OnProgress = ignore_progress,
 ) -> Bench:
     """Time one attention layer of the shape that `model` has, or of DEFAULT_SHAPE; data are random.
 
@@ -127,7 +120,7 @@ def shape_of(header: Header) -> tuple[str, Shape]:
     refusal: GGUFError | None = None
     for found in fusion.examine(header, scalars, any_architecture=True):
         try:
-            spec = layer.read_spec(header, found.name)
+            spec = read_spec(header, found.name)
         except GGUFError as error:
             refusal = refusal or error
             continue
@@ -212,46 +205,6 @@ def _free_bytes() -> float:
             if line.startswith("MemAvailable:"):
                 return SPARE_MEMORY * 1024 * int(line.split()[1])
     return float("inf")
-
-
-# -- timing -------------------------------------------------------------------------------------
-
-
-def interleaved(
-    ways: Mapping[str, Callable[[], object]], budget_s: float | None = None
-) -> dict[str, float]:
-    """Median milliseconds of each way; they take turns until the budget is spent.
-
-    Each turn begins with a call that is not timed: OpenBLAS's threads spin for some 25 ms after
-    their last work, on cores that whoever comes next with threads of its own would have to share.
-    """
-    budget_s = BUDGET_S if budget_s is None else budget_s
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    started = time.perf_counter()
-    for turn in range(MAX_REPEATS):
-        if turn >= MIN_REPEATS and time.perf_counter() - started > budget_s:
-            break
-        for name, way in ways.items():
-            way()
-            begun = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - begun)
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-
-
-@contextlib.contextmanager
-def blas_threads(threads: int) -> Iterator[None]:
-    """Hold BLAS to so many threads, here and in threads started inside."""
-    with _controller().limit(limits=threads, user_api="blas"):
-        yield
-
-
-@functools.cache
-def _controller() -> Any:
-    # Kept: finding the loaded libraries takes milliseconds, setting a limit microseconds.
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
 
 
 def _random(random: np.random.Generator, *shape: int) -> Floats:

@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -24,24 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_fuse import attention, fusion, layer
-from gguf_fuse.attention import AttentionParams, Floats, Linear
-from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved
-from gguf_fuse.gguf_file import (
-    GGUFError,
-    Header,
-    read_tensors,
-)
-from gguf_fuse.layer import AttentionLayer, Heads, NotModelled, Projections
+from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
+from gguf_fuse.attention_spec import NotModelled
+from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
+from gguf_fuse.layer import AttentionLayer, Heads, Projections
 from gguf_fuse.plan import Refused
+from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.shards import read_model
-from gguf_fuse.structure import (
-    OnProgress,
-    OnStart,
-    Structure,
-    compare_structure,
-    ignore_progress,
-    ignore_start,
-)
+from gguf_fuse.structure import Structure, compare_structure
+from gguf_fuse.timing import interleaved
 
 FACTOR = 2.0
 EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
@@ -59,10 +50,19 @@ Attend = Callable[[Floats, Floats, Floats, Floats | None, AttentionParams], Floa
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
+
+    numbers: frozenset[int] | None = None
+    spread: int | None = None
+    all: bool = False
+
+
+@dataclass(frozen=True)
 class Options:
     """What to compute. n_kv: cells that each cache holds before the first decode step."""
 
-    layers: Choice = field(default_factory=lambda: Choice())
+    layers: Choice = Choice()
     n_prompt: int = 48
     n_decode: int = 4
     n_seqs: int = 3
@@ -159,15 +159,6 @@ def _refuse_other_kinds(header: Header) -> None:
 
 
 # -- which layers -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
-
-    numbers: frozenset[int] | None = None
-    spread: int | None = None
-    all: bool = False
 
 
 def parse_layers(text: str) -> Choice:
@@ -451,7 +442,7 @@ class _Trial:
         positions = attention.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
         heads = [path.heads(x, positions) for path in self.paths]
         self.fill_caches(heads)
-        ways = (attention.expanded_attention, attention.broadcast_attention, _reference)
+        ways = (attention.expanded_attention, attention.attention, _reference)
         plain, fused, exact = (
             path.attend(way, own, own.k, own.v, positions, positions)
             for path, own, way in zip(self.paths, heads, ways, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
 import sys
@@ -212,8 +213,14 @@ def _clone(source_fd: int, target_fd: int, clone: Copy) -> None:
 
 def _libc_call(name: str, *arguments: int) -> int:
     """A Linux call that Python has no name for: 0, or the errno."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    function = getattr(_libc(), name)
     return ctypes.get_errno() if function(*map(ctypes.c_long, arguments)) else 0
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    # Kept: opening it takes ten times as long as a call, and there is one for each block.
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def start_write_back(fd: int, block: Copy) -> None:

@@ -1,114 +1,28 @@
-"""One layer of a file -> its dequantized weights and its attention parameters.
+"""One layer of a file: its dequantized weights, and what it computes with them.
 
-What an architecture's attention does is data (`_TABLE`); a few small functions decide what hangs
-on the number of layers or on a key. `read_spec` reads metadata only, `read_projections` and
-`read_layer` the tensors of that one layer. What the table does not model raises NotModelled:
-never a silent guess.
-
-The rules are llama.cpp's, of November 2026: src/llama-model.cpp (load_hparams), llama-context.cpp
-(the constructor, for RoPE scaling), llama-graph.cpp (build_qkv, build_attn) and src/models/*.cpp.
-Axis names are those of `attention`. Shapes are numpy order.
+`read_projections` and `read_layer` read the tensors of that one layer; `attention_spec` says what
+its attention does. The order of steps is that of llama.cpp's graphs, of November 2026:
+llama-graph.cpp (build_qkv, build_attn) and src/models/*.cpp. Axis names are those of `attention`.
+Shapes are numpy order.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from gguf_fuse import attention, unfusion
-from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear, Rope
-from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensors, type_name
+from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear
+from gguf_fuse.attention_spec import AttentionSpec, NotModelled, Rows, Temperature, read_spec
+from gguf_fuse.dequantize import read_values
+from gguf_fuse.gguf_file import GGUFError, Header
 from gguf_fuse.kinds import QKV
 
-Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V
-Sinks: TypeAlias = Literal["none", "optional", "required"]
-
-
-class NotModelled(GGUFError):
-    """The file is sound, but this attention is not one that the table describes."""
-
-
 # --- what a layer is ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Which cells a query sees: the last n_swa ("sliding"), or those of its chunk of n_swa."""
-
-    n_swa: int
-    kind: Literal["sliding", "chunked"] = "sliding"
-
-
-@dataclass(frozen=True, slots=True)
-class NormRule:
-    """How Q and K are normed.
-
-    at: the whole row before it is split into heads, each head before RoPE, or each after it.
-    weighted False: no weight. optional: only where the file has the weights.
-    """
-
-    kind: Literal["rms", "layer"] = "rms"
-    at: Literal["row", "head", "rotated head"] = "head"
-    weighted: bool = True
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Temperature:
-    """Q times 1 + scale · ln(⌊(position + offset) / n_tokens⌋ + 1), after RoPE."""
-
-    scale: float
-    n_tokens: int
-    offset: float = 0.0
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class AttentionSpec:
-    """The attention of one layer, as the metadata (and RoPE's factors) say.
-
-    scale: of the scores, before softcap. window None: sees all of the past. rope None: none in
-    this layer. softcap, max_alibi_bias, clamp: 0 is off. gated_q: each head of Q has head_dim
-    query rows, then as many gate rows. v_norm: V is normed too, without a weight. v_is_k: where the
-    file has no V, K's projection serves (before its norm). norm_eps counts for all norms.
-    """
-
-    name: str
-    index: int
-    architecture: str
-    n_embd: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    head_dim_v: int
-    scale: float
-    rope: Rope | None = None
-    window: Window | None = None
-    causal: bool = True
-    softcap: float = 0.0
-    max_alibi_bias: float = 0.0
-    clamp: float = 0.0
-    norm: NormRule | None = None
-    norm_eps: float = 0.0
-    v_norm: bool = False
-    v_is_k: bool = False
-    temperature: Temperature | None = None
-    gated_q: bool = False
-    sinks: Sinks = "none"
-    output_bias: bool = True
-
-    @property
-    def rows(self) -> Rows:
-        """Rows of the weights of Q, K and V."""
-        queries = 2 if self.gated_q else 1
-        k, v = self.n_head_kv * self.head_dim, self.n_head_kv * self.head_dim_v
-        return queries * self.n_head * self.head_dim, k, v
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -132,12 +46,11 @@ class QkNorm:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AttentionLayer:
-    """One layer of one file, float32. params: what `attention.attention` takes."""
+    """One layer of one file up to attn_output, float32. params: for `attention.attention`."""
 
     spec: AttentionSpec
     projections: Projections
     norm: QkNorm | None
-    output: Linear  # [n_embd, n_head * head_dim_v]
     params: AttentionParams
 
 
@@ -211,16 +124,16 @@ def mask(spec: AttentionSpec, q_positions: Ints, k_positions: Ints) -> NDArray[n
     return attention.additive_mask(visible)
 
 
-def output(layer: AttentionLayer, attended: Floats, gate: Floats | None = None) -> Floats:
+def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Floats:
     """Attention's result [n_seqs, n_head, n_tokens, head_dim_v] -> [n_seqs, n_tokens, n_embd].
 
-    Times sigmoid(gate) where there is one, joined, through attn_output with its scale and bias
-    (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
+    Times sigmoid(gate) where there is one, joined, through what `read_output` gives, with its
+    scale and bias (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
     """
     if gate is not None:
         attended = attention.apply_gate(attended, gate)
     joined = attention.join_heads(attended)  # [n_seqs, n_tokens, n_head * head_dim_v]
-    return attention.project(joined, layer.output.weight, layer.output.scale, layer.output.bias)
+    return attention.project(joined, weights.weight, weights.scale, weights.bias)
 
 
 def _normed(layer: AttentionLayer, at: str, q: Floats, k: Floats) -> tuple[Floats, Floats]:
@@ -244,518 +157,7 @@ def _temperatures(rule: Temperature, positions: Ints) -> NDArray[np.float64]:
     return temperatures[:, None, :, None]
 
 
-# --- the table of architectures ----------------------------------------------------------------
-
-
-def _everywhere(index: int, windowed: bool) -> bool:
-    return True
-
-
-def _windowed_only(index: int, windowed: bool) -> bool:
-    return windowed
-
-
-def _not_every_fourth(index: int, windowed: bool) -> bool:
-    return (index + 1) % 4 != 0
-
-
-def _not_first_of_four(index: int, windowed: bool) -> bool:
-    return index % 4 != 0
-
-
-@dataclass(frozen=True, slots=True)
-class _WindowRule:
-    """Which layers have a window, and how RoPE turns in them.
-
-    pattern n: every nth layer sees all (the last of each n, or the first: dense_first), None: the
-    file must say; 0: no layer does. n_swa: what counts if the file says nothing (None: it must,
-    0: no windows at all); forced: what counts whatever the file says.
-    rope, in layers with a window: shared: as in all layers; copied: own base, else the full one,
-    own scaling 1/factor; fresh: own base, else 10000, no scaling; plain: the full base, neither
-    scaling nor YaRN.
-    """
-
-    pattern: int | None
-    n_swa: int | None
-    rope: Literal["shared", "copied", "fresh", "plain"] = "shared"
-    dense_first: bool = False
-    pattern_key: bool = True
-    forced: int | None = None
-    kind: Literal["sliding", "chunked"] = "sliding"
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """One architecture. Where a field is not set: plain causal attention, scale 1/√head_dim."""
-
-    layout: Literal["none", "norm", "neox", "mrope", "imrope"]
-    norm: NormRule | None = None
-    # rope_freqs, or the long or short factors, count.
-    factors: bool = False
-    window: _WindowRule | None = None
-    # Whether a layer has RoPE, by index and whether it has a window.
-    rotates: Callable[[int, bool], bool] = _everywhere
-    scale: Callable[[_Keys], float] = lambda keys: 1 / math.sqrt(keys.head_dim)
-    # 0: none. The number counts where the file says nothing.
-    softcap: float = 0.0
-    max_alibi_bias: float = 0.0
-    # Keys that this architecture reads.
-    alibi_key: bool = False
-    clamp_key: bool = False
-    yarn_keys: bool = False
-    causal: bool = True
-    sinks: Sinks = "none"
-    v_norm: bool = False
-    v_is_k: bool = False
-    gated_q: bool = False
-    # Whose head counts count: each layer's, or layer 0's. The same for lengths: those of layers
-    # with a window, or always the full ones.
-    by_layer: bool = False
-    windowed_lengths: bool = False
-    temperature: Callable[[_Keys], Temperature | None] = lambda keys: None
-    output_bias: bool = True
-    # What hangs on the number of layers or on a key.
-    adapt: Callable[[_Rules, _Keys], _Rules] = lambda rules, keys: rules
-
-
-class _Keys:
-    """The metadata of one architecture, for one layer."""
-
-    def __init__(self, header: Header, index: int) -> None:
-        self.header = header
-        self.index = index
-        self.prefix = f"{header.architecture}."
-
-    def has(self, key: str) -> bool:
-        return self.prefix + key in self.header.metadata
-
-    def raw(self, key: str) -> Any:
-        return self.header.metadata.get(self.prefix + key)
-
-    def number(self, key: str, default: float | None = None, index: int | None = None) -> float:
-        """One number for all layers, or the layer's from an array. Raises GGUFError."""
-        value = self.raw(key)
-        if isinstance(value, list):
-            at = self.index if index is None else index
-            value = value[at] if at < len(value) else "nothing for this layer"
-        if value is None:
-            if default is None:
-                self.fail(f"metadata key {self.prefix + key!r} is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.fail(f"metadata key {self.prefix + key!r}: a number is expected, not {value!r}")
-        return value
-
-    def integer(self, key: str, default: int | None = None, index: int | None = None) -> int:
-        return int(self.number(key, default, index))
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw(key)
-        return default if value is None else bool(value)
-
-    def fail(self, problem: str) -> NoReturn:
-        raise GGUFError(f"{self.header.path}: {problem}")
-
-    @property
-    def n_layer(self) -> int:
-        """Without the layers that only predict further tokens (llama_hparams::n_layer)."""
-        return self.integer("block_count") - self.integer("nextn_predict_layers", 0)
-
-    @property
-    def n_embd(self) -> int:
-        return self.integer("embedding_length")
-
-    @property
-    def n_head(self) -> int:
-        return self.integer("attention.head_count")
-
-    @property
-    def head_dim(self) -> int:
-        return self.length("key")
-
-    def length(self, which: Literal["key", "value"], *, windowed: bool = False) -> int:
-        n_head = self.integer("attention.head_count", index=0)
-        default = self.n_embd // n_head if n_head else 0
-        full = self.integer(f"attention.{which}_length", default)
-        return self.integer(f"attention.{which}_length_swa", full) if windowed else full
-
-    def n_rot(self, *, windowed: bool = False) -> int:
-        full = self.integer("rope.dimension_count", self.length("key"))
-        return self.integer("rope.dimension_count_swa", full) if windowed else full
-
-
-def _gemma_scale(n_layer: int) -> Callable[[_Keys], float]:
-    """The largest model of its kind divides by n_embd / n_head (gemma2.cpp, gemma3.cpp)."""
-
-    def scale(keys: _Keys) -> float:
-        largest = keys.n_layer == n_layer
-        return 1 / math.sqrt(keys.n_embd // keys.n_head if largest else keys.head_dim)
-
-    return scale
-
-
-def _own_scale(keys: _Keys) -> float:
-    return keys.number("attention.scale", 0.0) or 1 / math.sqrt(keys.head_dim)
-
-
-def _scale_by_n_rot(keys: _Keys) -> float:
-    return 1 / math.sqrt(keys.n_rot())
-
-
-def _mistral3_temperature(keys: _Keys) -> Temperature | None:
-    scale = keys.number("attention.temperature_scale", 0.0)
-    return Temperature(scale, _n_ctx_orig(keys)) if scale else None
-
-
-def _llama4_temperature(keys: _Keys) -> Temperature | None:
-    every_fourth = not _not_every_fourth(keys.index, False)
-    return Temperature(0.1, 8192, offset=1.0) if every_fourth else None
-
-
-def _granite(rules: _Rules, keys: _Keys) -> _Rules:
-    return rules if keys.flag("rope.scaling.finetuned", True) else replace(rules, layout="none")
-
-
-def _baichuan(rules: _Rules, keys: _Keys) -> _Rules:
-    if keys.n_layer == 32:
-        return rules
-    return replace(rules, layout="none", max_alibi_bias=8.0 if keys.n_layer == 40 else 0.0)
-
-
-def _exaone4(rules: _Rules, keys: _Keys) -> _Rules:
-    if keys.n_layer != 64:
-        return rules
-    return replace(rules, window=_WindowRule(4, 4096), rotates=_windowed_only)
-
-
-def _smallthinker(rules: _Rules, keys: _Keys) -> _Rules:
-    windows = keys.integer("attention.sliding_window", 0) > 0
-    # The graph takes its "every fourth" for "every" in a model of four layers.
-    if windows and keys.n_layer != 4:
-        return rules
-    return replace(rules, window=rules.window if windows else None, rotates=_everywhere)
-
-
-def _llama4(rules: _Rules, keys: _Keys) -> _Rules:
-    if keys.has("attention.sliding_window") and not keys.integer("attention.sliding_window"):
-        raise NotModelled("llama4 without a window")
-    # Query and key are normed after RoPE, so only where there is one.
-    normed = keys.integer("expert_count", 0) != 128 and _not_every_fourth(keys.index, False)
-    return replace(rules, norm=rules.norm if normed else None)
-
-
-def _mrope_if_sections(rules: _Rules, keys: _Keys) -> _Rules:
-    """llama_hparams::use_mrope; the pairs of mrope are those of neox."""
-    return replace(rules, layout="mrope") if min(_sections(keys)[:2]) > 0 else rules
-
-
-def _gemma4(rules: _Rules, keys: _Keys) -> _Rules:
-    n_own = keys.integer("block_count") - keys.integer("attention.shared_kv_layers", 0)
-    if keys.index >= n_own:
-        raise NotModelled(f"blk.{keys.index} takes K and V from another layer")
-    # rope_freqs only where the layer sees all.
-    return replace(rules, factors=not _is_windowed(rules.window, keys))
-
-
-def _mimo2(rules: _Rules, keys: _Keys) -> _Rules:
-    if keys.number("attention.value_scale", 1.0) != 1.0:
-        raise NotModelled("mimo2 with attention.value_scale")
-    return rules
-
-
-_HEAD_RMS = NormRule()
-_HEAD_LAYER = NormRule("layer", optional=True)
-_ROTATED_RMS = NormRule(at="rotated head")
-_ROW_RMS = NormRule(at="row")
-_NORM = _Rules("norm")
-_NORM_FACTORS = _Rules("norm", factors=True)
-_NEOX = _Rules("neox")
-_NEOX_NORMED = _Rules("neox", _HEAD_RMS)
-
-_TABLE: dict[str, _Rules] = {
-    "llama": _NORM_FACTORS,
-    "mistral3": replace(_NORM_FACTORS, yarn_keys=True, temperature=_mistral3_temperature),
-    **dict.fromkeys(("qwen2", "qwen2moe", "seed_oss", "orion", "starcoder2", "phi2"), _NEOX),
-    **dict.fromkeys(("gemma", "gptneox", "falcon", "nemotron"), _NEOX),
-    **dict.fromkeys(("internlm2", "deepseek", "xverse", "chatglm"), _NORM),
-    **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), _Rules("norm", output_bias=False)),
-    "exaone": _Rules("neox", factors=True),
-    "qwen2vl": _Rules("mrope"),
-    **dict.fromkeys(("qwen3vl", "qwen3vlmoe"), _Rules("imrope", _HEAD_RMS)),
-    "arcee": _NORM_FACTORS,
-    "deci": replace(_NORM_FACTORS, by_layer=True),
-    **dict.fromkeys(("qwen3", "qwen3moe", "dots1"), _NEOX_NORMED),
-    "apertus": replace(_NEOX_NORMED, factors=True),
-    "lfm2": replace(_NEOX_NORMED, by_layer=True, window=_WindowRule(0, 0, pattern_key=False)),
-    "lfm2moe": replace(_NEOX_NORMED, by_layer=True),
-    "exaone4": replace(_NEOX_NORMED, factors=True, adapt=_exaone4),
-    "glm4": replace(_NORM, adapt=_mrope_if_sections),
-    "glm4moe": _Rules("neox", NormRule(optional=True), adapt=_mrope_if_sections),
-    "gemma2": _Rules(
-        "neox", window=_WindowRule(2, 4096, "copied"), scale=_gemma_scale(46), softcap=50.0
-    ),
-    "gemma3": _Rules("neox", _HEAD_RMS, window=_WindowRule(6, 0, "fresh"), scale=_gemma_scale(62)),
-    "gemma4": _Rules(
-        "neox",
-        _HEAD_RMS,
-        window=_WindowRule(None, None, "fresh"),
-        scale=lambda keys: 1.0,
-        by_layer=True,
-        windowed_lengths=True,
-        v_norm=True,
-        v_is_k=True,
-        adapt=_gemma4,
-    ),
-    "phi3": replace(_NEOX, factors=True),
-    "gpt-oss": _Rules(
-        "neox", window=_WindowRule(2, None, "copied"), scale=_scale_by_n_rot, sinks="required"
-    ),
-    "mimo2": _Rules(
-        "neox",
-        window=_WindowRule(None, None, "fresh"),
-        by_layer=True,
-        sinks="optional",
-        adapt=_mimo2,
-    ),
-    "stablelm": _Rules("neox", _HEAD_LAYER),
-    "command-r": _Rules("norm", _HEAD_LAYER),
-    "cohere2": _Rules("norm", factors=True, window=_WindowRule(4, None), rotates=_windowed_only),
-    "olmo": _Rules("norm", clamp_key=True),
-    "olmo2": _Rules("neox", _ROW_RMS, window=_WindowRule(4, 0, "plain")),
-    "olmoe": _Rules("neox", _ROW_RMS),
-    "smollm3": _Rules("norm", rotates=_not_every_fourth),
-    "granite": replace(_NORM_FACTORS, scale=_own_scale, adapt=_granite),
-    "granitemoe": replace(_NORM_FACTORS, scale=_own_scale),
-    "minicpm": _NORM_FACTORS,
-    "baichuan": replace(_NORM, adapt=_baichuan),
-    "bloom": _Rules("none", max_alibi_bias=8.0),
-    "refact": _Rules("none", max_alibi_bias=8.0, output_bias=False),
-    "mpt": _Rules("none", NormRule("layer", "row", optional=True), alibi_key=True, clamp_key=True),
-    "hunyuan-dense": _Rules("neox", _ROTATED_RMS, factors=True),
-    "llama4": _Rules(
-        "norm",
-        replace(_ROTATED_RMS, weighted=False),
-        factors=True,
-        window=_WindowRule(4, 8192, forced=8192, kind="chunked", rope="copied"),
-        rotates=_not_every_fourth,
-        temperature=_llama4_temperature,
-        adapt=_llama4,
-    ),
-    "smallthinker": _Rules(
-        "neox",
-        window=_WindowRule(4, 0, "copied", dense_first=True, forced=4096),
-        rotates=_not_first_of_four,
-        adapt=_smallthinker,
-    ),
-    **dict.fromkeys(("qwen35", "qwen35moe"), _Rules("imrope", _HEAD_RMS, gated_q=True)),
-    "qwen3next": replace(_NEOX_NORMED, gated_q=True),
-    "bert": _Rules("none", causal=False),
-    "nomic-bert": _Rules("neox", causal=False),
-}
-
-MODELLED = tuple(sorted(_TABLE))
-
-
-# --- metadata -> AttentionSpec -----------------------------------------------------------------
-
-
-def read_spec(header: Header, name: str, n_ctx: int | None = None) -> AttentionSpec:
-    """The attention of layer `name` ("blk.3") as llama.cpp sets it up.
-
-    n_ctx: the context that is run, in tokens (None: what the model was trained for); it decides
-    between long and short RoPE factors and nothing else.
-
-    Raises NotModelled where the table has no such attention, GGUFError where a key is missing or
-    of the wrong type.
-    """
-    rules, keys = _rules_of(header, name)
-    try:
-        return _spec(rules, keys, name, n_ctx)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        # Numbers that no model has: no heads, an odd rotation, a negative length.
-        raise GGUFError(f"{header.path}: {name}: the metadata of attention: {error}") from error
-
-
-def _spec(rules: _Rules, keys: _Keys, name: str, n_ctx: int | None) -> AttentionSpec:
-    header = keys.header
-    windowed = _is_windowed(rules.window, keys)
-    _require_uniform(rules, keys)
-    own_length = windowed and rules.windowed_lengths
-    rotates = rules.layout != "none" and rules.rotates(keys.index, windowed)
-    spec = AttentionSpec(
-        name=name,
-        index=keys.index,
-        architecture=str(header.architecture),
-        n_embd=keys.n_embd,
-        n_head=keys.n_head,
-        n_head_kv=keys.integer("attention.head_count_kv", keys.n_head),
-        head_dim=keys.length("key", windowed=own_length),
-        head_dim_v=keys.length("value", windowed=own_length),
-        scale=rules.scale(keys),
-        rope=_rope(rules, keys, windowed, n_ctx) if rotates else None,
-        window=_window(rules.window, keys) if windowed else None,
-        causal=keys.flag("attention.causal", rules.causal),
-        softcap=keys.number("attn_logit_softcapping", rules.softcap) if rules.softcap else 0.0,
-        max_alibi_bias=(
-            keys.number("attention.max_alibi_bias", 0.0)
-            if rules.alibi_key
-            else rules.max_alibi_bias
-        ),
-        clamp=keys.number("attention.clamp_kqv", 0.0) if rules.clamp_key else 0.0,
-        norm=rules.norm,
-        norm_eps=_norm_eps(rules, keys),
-        v_norm=rules.v_norm,
-        v_is_k=rules.v_is_k,
-        temperature=rules.temperature(keys),
-        gated_q=rules.gated_q,
-        sinks=rules.sinks,
-        output_bias=rules.output_bias,
-    )
-    if spec.n_head < 1 or spec.n_head_kv < 1:
-        raise NotModelled(f"{header.path}: {name} has no attention heads")
-    if spec.n_head % spec.n_head_kv:
-        keys.fail(f"{name}: {spec.n_head} heads cannot share {spec.n_head_kv} K and V heads")
-    return spec
-
-
-def _rules_of(header: Header, name: str) -> tuple[_Rules, _Keys]:
-    architecture = header.architecture
-    prefix, _, number = name.rpartition(".")
-    if prefix != "blk" or not number.isdigit() or architecture not in _TABLE:
-        what = f"architecture {architecture!r}" if prefix == "blk" else f"{name!r}: an encoder"
-        raise NotModelled(f"{header.path}: {what}: its attention is not modelled")
-    keys = _Keys(header, int(number))
-    if keys.index >= keys.n_layer:
-        raise NotModelled(f"{header.path}: {name} is no layer of the main model")
-    rules = _TABLE[architecture]
-    try:
-        return rules.adapt(rules, keys), keys
-    except NotModelled as error:
-        raise NotModelled(f"{header.path}: {error}: its attention is not modelled") from error
-
-
-def _require_uniform(rules: _Rules, keys: _Keys) -> None:
-    """Most graphs size every layer as the first: a file that says otherwise does not run so."""
-    counts = ("attention.head_count", "attention.head_count_kv")
-    lengths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    differing = []
-    if not rules.by_layer:
-        values = [(key, keys.raw(key)) for key in counts]
-        differing += [key for key, v in values if isinstance(v, list) and len(set(v)) > 1]
-    if not rules.windowed_lengths:
-        own = [(key, keys.raw(f"{key}_swa")) for key in lengths]
-        full = (keys.length("key"), keys.length("value"), keys.n_rot())
-        differing += [
-            f"{key}_swa" for (key, v), n in zip(own, full, strict=True) if v not in (None, n)
-        ]
-    if differing:
-        raise NotModelled(
-            f"{keys.header.path}: {keys.prefix}{differing[0]}: unequal layers, which llama.cpp's "
-            f"graph of {keys.header.architecture!r} does not heed"
-        )
-
-
-def _is_windowed(rule: _WindowRule | None, keys: _Keys) -> bool:
-    """llama_model_base::load_swa_pattern and llama_hparams::set_swa_pattern."""
-    if rule is None or not _n_swa(rule, keys):
-        return False
-    value = keys.raw("attention.sliding_window_pattern") if rule.pattern_key else None
-    if isinstance(value, list):
-        return keys.index < len(value) and bool(value[keys.index])
-    pattern = rule.pattern if value is None else int(value)
-    if pattern is None:
-        keys.fail(f"metadata key '{keys.prefix}attention.sliding_window_pattern' is missing")
-    if pattern == 0:
-        return True
-    place = keys.index % pattern
-    return place != 0 if rule.dense_first else place < pattern - 1
-
-
-def _n_swa(rule: _WindowRule, keys: _Keys) -> int:
-    return rule.forced or keys.integer("attention.sliding_window", rule.n_swa)
-
-
-def _window(rule: _WindowRule | None, keys: _Keys) -> Window:
-    assert rule is not None
-    return Window(_n_swa(rule, keys), rule.kind)
-
-
-def _norm_eps(rules: _Rules, keys: _Keys) -> float:
-    if rules.norm is None and not rules.v_norm:
-        return 0.0
-    kind = "layer_norm_epsilon" if rules.norm and rules.norm.kind == "layer" else None
-    return keys.number(f"attention.{kind or 'layer_norm_rms_epsilon'}")
-
-
-def _n_ctx_orig(keys: _Keys) -> int:
-    return keys.integer("rope.scaling.original_context_length", keys.integer("context_length", 0))
-
-
-def _sections(keys: _Keys) -> tuple[int, int, int, int]:
-    value = keys.raw("rope.dimension_sections")
-    sections = [*value, 0, 0, 0, 0][:4] if isinstance(value, list) else [0, 0, 0, 0]
-    return sections[0], sections[1], sections[2], sections[3]
-
-
-def _rope(rules: _Rules, keys: _Keys, windowed: bool, n_ctx: int | None) -> Rope:
-    """llama_model_base::load_hparams, then the constructor of llama_context."""
-    assert rules.layout != "none"
-    scaling = str(keys.raw("rope.scaling.type") or "linear")
-    if scaling not in ("none", "linear", "yarn", "longrope"):
-        keys.fail(f"metadata key '{keys.prefix}rope.scaling.type' is {scaling!r}")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
-    trained_scale = 1 / factor if factor else 1.0
-    freq_scale = 1.0 if scaling == "none" else trained_scale
-    ext_factor = 1.0 if scaling == "yarn" else 0.0
-    rope = Rope(
-        layout=rules.layout,
-        n_rot=keys.n_rot(windowed=windowed and rules.windowed_lengths),
-        freq_base=_freq_base(keys),
-        freq_scale=freq_scale,
-        ext_factor=ext_factor,
-        attn_factor=attention.context_attn_factor(
-            freq_scale,
-            ext_factor,
-            keys.number("rope.scaling.attn_factor", 1.0),
-            keys.number("rope.scaling.yarn_log_multiplier", 0.0) if rules.yarn_keys else 0.0,
-        ),
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0) if rules.yarn_keys else 32.0,
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) if rules.yarn_keys else 1.0,
-        n_ctx_orig=_n_ctx_orig(keys),
-        freq_factors=_freq_factors(keys, n_ctx) if rules.factors else None,
-        sections=_sections(keys),
-    )
-    if not windowed or rules.window is None or rules.window.rope == "shared":
-        return rope
-    own_base = keys.number("rope.freq_base_swa", 0.0)
-    if rules.window.rope == "copied":
-        return replace(rope, freq_base=own_base or rope.freq_base, freq_scale=trained_scale)
-    if rules.window.rope == "fresh":
-        return replace(rope, freq_base=own_base or 10000.0, freq_scale=1.0)
-    return replace(rope, freq_scale=1.0, ext_factor=0.0, attn_factor=1.0)
-
-
-def _freq_base(keys: _Keys) -> float:
-    base = keys.number("rope.freq_base", 10000.0)
-    alpha = keys.number("rope.scaling.alpha", 0.0)
-    if keys.header.architecture != "hunyuan-dense" or alpha <= 0:
-        return base
-    head_dim = keys.length("key")
-    return float(base * alpha ** (head_dim / (head_dim - 2)))
-
-
-def _freq_factors(keys: _Keys, n_ctx: int | None) -> Floats | None:
-    """llama_model::get_rope_factors -> [n_rot / 2]."""
-    if n_ctx is None:
-        n_ctx = keys.integer("context_length", 0)
-    length = "long" if n_ctx > _n_ctx_orig(keys) else "short"
-    for name in ("rope_freqs.weight", f"rope_factors_{length}.weight"):
-        if any(tensor.name == name for tensor in keys.header.tensors):
-            return _Tensors(keys.header, [name]).array(name)  # [n_pairs]
-    return None
-
-
-# --- tensors -----------------------------------------------------------------------------------
+# --- reading it --------------------------------------------------------------------------------
 
 
 def read_projections(header: Header, name: str) -> Projections:
@@ -765,63 +167,77 @@ def read_projections(header: Header, name: str) -> Projections:
     NotModelled where the layer does not have all three, GGUFError where they cannot be read, or
     split for certain.
     """
-    names = [f"{name}.attn_{part}.{kind}" for part in _PROJECTED for kind in _KINDS]
-    return _projections(header, _Tensors(header, names), name, v_is_k=False)
+    return _projections(header, name, v_is_k=False)
 
 
 def read_layer(header: Header, name: str, n_ctx: int | None = None) -> AttentionLayer:
-    """Layer `name` of the file, dequantized to float32; reads no other layer's bytes.
+    """Layer `name` of the file, without attn_output, dequantized to float32.
 
-    n_ctx as in `read_spec`. Raises as `read_spec` and `read_projections`, GGUFError if the
-    weights do not have the rows that the metadata asks for.
+    Reads no other layer's bytes. n_ctx as in `read_spec`. Raises as `read_spec` and
+    `read_projections`, GGUFError if the weights do not have the rows that the metadata asks for.
     """
     spec = read_spec(header, name, n_ctx)
-    tensors = _read_parts(header, name)
-    _require_known(header, spec, tensors)
-    projections = _projections(header, tensors, name, v_is_k=spec.v_is_k)
+    _require_known(header, spec)
+    projections = _projections(header, name, v_is_k=spec.v_is_k)
     if projections.rows != spec.rows:
         raise GGUFError(
             f"{header.path}: {name}: Q, K and V have {projections.rows} rows, the metadata asks "
             f"for {spec.rows}"
         )
-    out = _linear(tensors, f"{name}.attn_output")
-    if out is None:
-        raise NotModelled(f"{header.path}: {name} has no attn_output.weight")
-    sinks = tensors.get(f"{name}.attn_sinks.weight")
+    sinks = read_values(header, f"{name}.attn_sinks.weight")
     if sinks is None and spec.sinks == "required":
         raise GGUFError(f"{header.path}: {name} has no attn_sinks.weight")
     layer = AttentionLayer(
         spec=spec,
         projections=projections,
-        norm=_qk_norm(header, spec, tensors),
-        output=out if spec.output_bias else replace(out, bias=None),
+        norm=_qk_norm(header, spec),
         params=AttentionParams(spec.scale, spec.softcap, spec.max_alibi_bias, sinks),
     )
-    _require_shapes(header, layer)
+    _require_shapes(header, name, _shapes(layer))
     return layer
 
 
-def _require_shapes(header: Header, layer: AttentionLayer) -> None:
-    for place, array, shapes in _shapes(layer):
+def read_output(header: Header, spec: AttentionSpec) -> Linear:
+    """attn_output of a layer, dequantized to float32: [n_embd, n_head * head_dim_v].
+
+    Apart from `read_layer`, because it is large and nothing before it needs it. Raises NotModelled
+    where there is none, GGUFError where it cannot be read or is not of the metadata's shape.
+    """
+    weights = _linear(header, f"{spec.name}.attn_output")
+    if weights is None:
+        raise NotModelled(f"{header.path}: {spec.name} has no attn_output.weight")
+    if not spec.output_bias:
+        weights = replace(weights, bias=None)
+    width = spec.n_head * spec.head_dim_v
+    _require_shapes(header, spec.name, _linear_shapes("attn_output", weights, spec.n_embd, width))
+    return weights
+
+
+# What an array is called, the array, and the shapes that it may have.
+_Shapes: TypeAlias = Iterator[tuple[str, Floats | None, list[tuple[int, ...]]]]
+
+
+def _require_shapes(header: Header, name: str, found: _Shapes) -> None:
+    for place, array, shapes in found:
         if array is not None and array.shape not in shapes:
             raise GGUFError(
-                f"{header.path}: {layer.spec.name}.{place} has shape {array.shape}, the metadata "
-                f"asks for {shapes[0]}"
+                f"{header.path}: {name}.{place} has shape {array.shape}, the metadata asks for "
+                f"{shapes[0]}"
             )
 
 
-def _shapes(layer: AttentionLayer) -> Iterator[tuple[str, Floats | None, list[tuple[int, ...]]]]:
-    """What each array is called, the array, and the shapes that it may have."""
+def _linear_shapes(place: str, linear: Linear, rows: int, width: int) -> _Shapes:
+    yield f"{place}.weight", linear.weight, [(rows, width)]
+    yield f"{place}.bias", linear.bias, [(rows,)]
+
+
+def _shapes(layer: AttentionLayer) -> _Shapes:
     spec, projections = layer.spec, layer.projections
-    linears = [("attn_output", layer.output, spec.n_embd, spec.n_head * spec.head_dim_v)]
     if projections.fused is not None:
-        linears.append((QKV.fused, projections.fused, sum(spec.rows), spec.n_embd))
+        yield from _linear_shapes(QKV.fused, projections.fused, sum(spec.rows), spec.n_embd)
     elif projections.separate is not None:
-        widths = (spec.n_embd,) * 3
-        linears += zip(QKV.parts, projections.separate, spec.rows, widths, strict=True)
-    for place, linear, rows, width in linears:
-        yield f"{place}.weight", linear.weight, [(rows, width)]
-        yield f"{place}.bias", linear.bias, [(rows,)]
+        for part, linear, rows in zip(QKV.parts, projections.separate, spec.rows, strict=True):
+            yield from _linear_shapes(part, linear, rows, spec.n_embd)
     yield "attn_sinks.weight", layer.params.sinks, [(spec.n_head,)]
     norm, rule = layer.norm, spec.norm
     if norm is None or rule is None:
@@ -839,13 +255,12 @@ def _shapes(layer: AttentionLayer) -> Iterator[tuple[str, Floats | None, list[tu
 
 # What may stand behind "blk.N.attn_" and is either read here or no part of attention proper: the
 # norms around it. Anything else could change what attention computes.
-_PROJECTED = ("q", "k", "v", "qkv")
-_READ = (*_PROJECTED, "output")
+_READ = ("q", "k", "v", "qkv", "output")
 _KINDS = ("weight", "bias", "scale", "input_scale")
 _AROUND = ("norm", "norm_2", "post_norm")
 
 
-def _require_known(header: Header, spec: AttentionSpec, tensors: _Tensors) -> None:
+def _require_known(header: Header, spec: AttentionSpec) -> None:
     known = {f"{part}.{kind}" for part in (*_READ, *_AROUND) for kind in _KINDS}
     if spec.norm is not None and spec.norm.weighted:
         known |= {f"{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")}
@@ -860,50 +275,24 @@ def _require_known(header: Header, spec: AttentionSpec, tensors: _Tensors) -> No
             )
 
 
-class _Tensors:
-    """Some tensors of a file, dequantized when asked for."""
-
-    def __init__(self, header: Header, names: Iterable[str]) -> None:
-        wanted = set(names)
-        self.infos = {tensor.name: tensor for tensor in header.tensors if tensor.name in wanted}
-        self.header = header
-        self._bytes = read_tensors(header, self.infos)
-
-    def get(self, name: str) -> Floats | None:
-        return self.array(name) if name in self.infos else None
-
-    def array(self, name: str) -> Floats:
-        """float32, in numpy order."""
-        info, data = self.infos[name], self._bytes[name]
-        if len(data) != info.n_bytes:
-            raise GGUFError(f"{self.header.path}: tensor {name!r} ends early: the file has changed")
-        return dequantized(info, data, self.header.byte_order, self.header.path)
-
-
-def _read_parts(header: Header, name: str) -> _Tensors:
-    names = [f"{name}.attn_{part}.{kind}" for part in _READ for kind in _KINDS]
-    names += [f"{name}.attn_{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")]
-    return _Tensors(header, [*names, f"{name}.attn_sinks.weight"])
-
-
-def _linear(tensors: _Tensors, name: str) -> Linear | None:
+def _linear(header: Header, name: str) -> Linear | None:
     """`.input_scale` is loaded by llama.cpp, but no graph uses it."""
-    weight = tensors.get(f"{name}.weight")
-    scale = tensors.get(f"{name}.scale")
+    weight = read_values(header, f"{name}.weight")
+    scale = read_values(header, f"{name}.scale")
     if weight is None:
         return None
     if weight.ndim != 2:
-        raise GGUFError(f"{tensors.header.path}: {name}.weight has {weight.ndim} dimensions, not 2")
+        raise GGUFError(f"{header.path}: {name}.weight has {weight.ndim} dimensions, not 2")
     one = None if scale is None else float(scale.reshape(-1)[0])
-    return Linear(weight, one, tensors.get(f"{name}.bias"))
+    return Linear(weight, one, read_values(header, f"{name}.bias"))
 
 
-def _projections(header: Header, tensors: _Tensors, name: str, *, v_is_k: bool) -> Projections:
-    fused = _linear(tensors, f"{name}.{QKV.fused}")
+def _projections(header: Header, name: str, *, v_is_k: bool) -> Projections:
+    fused = _linear(header, f"{name}.{QKV.fused}")
     if fused is not None:
         rows = _fused_rows(header, name)
-        return Projections(rows, None, _with_separate_biases(fused, tensors, name))
-    found = [_linear(tensors, f"{name}.{part}") for part in QKV.parts]
+        return Projections(rows, None, _with_separate_biases(header, fused, name))
+    found = [_linear(header, f"{name}.{part}") for part in QKV.parts]
     if v_is_k and found[2] is None:
         found[2] = found[1]
     separate = [linear for linear in found if linear is not None]
@@ -914,9 +303,9 @@ def _projections(header: Header, tensors: _Tensors, name: str, *, v_is_k: bool) 
     return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v), None)
 
 
-def _with_separate_biases(fused: Linear, tensors: _Tensors, name: str) -> Linear:
+def _with_separate_biases(header: Header, fused: Linear, name: str) -> Linear:
     """All three biases or none beside a fused weight (llama-graph.cpp, build_qkv)."""
-    biases = [tensors.get(f"{name}.{part}.bias") for part in QKV.parts]
+    biases = [read_values(header, f"{name}.{part}.bias") for part in QKV.parts]
     present = [bias for bias in biases if bias is not None]
     if fused.bias is not None or len(present) < len(biases):
         return fused
@@ -928,14 +317,14 @@ def _fused_rows(header: Header, name: str) -> Rows:
     return q, k, v
 
 
-def _qk_norm(header: Header, spec: AttentionSpec, tensors: _Tensors) -> QkNorm | None:
+def _qk_norm(header: Header, spec: AttentionSpec) -> QkNorm | None:
     rule = spec.norm
     if rule is None:
         return None
     if not rule.weighted:
         return QkNorm(None, None)
     names = [f"{spec.name}.attn_{part}_norm" for part in "qk"]
-    q, k = (tensors.get(f"{name}.weight") for name in names)
+    q, k = (read_values(header, f"{name}.weight") for name in names)
     if q is None and k is None and rule.optional:
         return None
     if q is None or k is None:
@@ -943,64 +332,4 @@ def _qk_norm(header: Header, spec: AttentionSpec, tensors: _Tensors) -> QkNorm |
         raise GGUFError(f"{header.path}: {absent}.weight is missing")
     if rule.kind == "rms":
         return QkNorm(q, k)
-    return QkNorm(q, k, *(tensors.get(f"{name}.bias") for name in names))
-
-
-# --- dequantization ----------------------------------------------------------------------------
-
-# Where a block holds 16-bit floats; all else in it is bytes. Types whose blocks hold other words
-# are not read from big-endian files.
-_HALVES: dict[str, tuple[int, ...]] = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-    "MXFP4": (),
-}
-_PLAIN = {"F32": "f4", "F16": "f2", "BF16": "u2"}
-
-
-def dequantized(info: TensorInfo, data: bytes, byte_order: ByteOrder, path: str = "") -> Floats:
-    """The tensor's values as float32, shape `info.ne` reversed.
-
-    Raises GGUFError for a type that gguf-py cannot dequantize.
-    """
-    name, shape = type_name(info.type), info.ne[::-1]
-    if name in _PLAIN:
-        values = np.frombuffer(data, ("<" if byte_order == "little" else ">") + _PLAIN[name])
-        if name == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32).reshape(shape)
-    if not name.startswith("type "):
-        kind = GGMLQuantizationType(info.type)
-        blocks = _little_endian(kind, data, byte_order, f"{path}: tensor {info.name!r}")
-        try:
-            plain: Floats = quants.dequantize(blocks, kind).reshape(shape)
-            return plain
-        except NotImplementedError:
-            pass
-    raise GGUFError(f"{path}: tensor {info.name!r}: gguf-py cannot dequantize {name}")
-
-
-def _little_endian(
-    kind: GGMLQuantizationType, data: bytes, byte_order: ByteOrder, place: str
-) -> NDArray[np.uint8]:
-    flat = np.frombuffer(data, np.uint8)
-    if byte_order == "little":
-        return flat
-    if kind.name not in _HALVES:
-        raise GGUFError(f"{place}: {kind.name} is not read from big-endian files")
-    _, block_bytes = GGML_QUANT_SIZES[kind]
-    blocks = flat.reshape(-1, block_bytes).copy()  # [n_blocks, block_bytes]
-    for at in _HALVES[kind.name]:
-        blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
-    return blocks.reshape(-1)
+    return QkNorm(q, k, *(read_values(header, f"{name}.bias") for name in names))

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
@@ -28,6 +28,7 @@ from gguf_fuse.gguf_file import (
     read_tensor,
     type_name,
 )
+from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.record import RECORD_VERSIONS
 from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS
 from gguf_fuse.write import open_source, refuse_changed
@@ -46,16 +47,6 @@ _FORMS = (
 MAX_EXPERTS = 1 << 12  # of one tensor: each one's rows are compared on their own
 
 _RECORD = "gguf_fuse."
-OnStart = Callable[[str, int], None]  # what begins, and how many steps it has
-OnProgress = Callable[[int], None]  # steps that were just done
-
-
-def ignore_start(what: str, n_steps: int) -> None:
-    pass
-
-
-def ignore_progress(n_steps: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # as the command does, s
 import numpy as np
 
 from gguf_fuse import attention
-from gguf_fuse.attention import AttentionParams, Floats
-from gguf_fuse.bench import DEFAULT_THREADS, blas_threads, interleaved, stream
+from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, blas_threads
+from gguf_fuse.bench import stream
+from gguf_fuse.timing import interleaved
 
 Way = Callable[[], Any]
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention, layer
 from gguf_fuse.attention import Floats
-from gguf_fuse.gguf_file import Header, read_header, read_tensors
+from gguf_fuse.dequantize import read_values
+from gguf_fuse.gguf_file import Header, read_header
 from gguf_fuse.layer import AttentionLayer
 
 Activation = Callable[[Floats], Floats]
@@ -162,10 +163,10 @@ class Forward:
         self.numbers = _Numbers(self.header)
         self.block = _BLOCKS.get(str(self.header.architecture), Block())
         self.tensors = {
-            info.name: layer.dequantized(info, data, self.header.byte_order)
+            info.name: values
             for info in self.header.tensors
             if ".attn_q" not in info.name and ".attn_k" not in info.name
-            for data in read_tensors(self.header, [info.name]).values()
+            if (values := read_values(self.header, info.name)) is not None
         }
         names = [f"blk.{i}" for i in range(int(self.numbers("block_count")))]
         self.layers = [
@@ -174,6 +175,7 @@ class Forward:
             else None
             for name in names
         ]
+        self.outputs = [one and layer.read_output(self.header, one.spec) for one in self.layers]
         self.caches = [Cache() for _ in names]
         self.convolved: dict[int, Floats] = {}  # lfm2: [1, n_past, n_embd] by layer
 
@@ -234,7 +236,9 @@ class Forward:
         k_positions = np.arange(k.shape[2])[None]  # [1, n_kv]
         mask = layer.mask(one.spec, positions, k_positions)  # [1, n_tokens, n_kv]
         attended = attention.attention(heads.q, k, v, mask, one.params)
-        return layer.output(one, attended, heads.gate)
+        weights = self.outputs[index]
+        assert weights is not None
+        return layer.output(weights, attended, heads.gate)
 
     def _short_convolution(self, index: int, h: Floats) -> Floats:
         """lfm2.cpp: a causal convolution over b · x per channel, times c."""

@@ -71,6 +71,9 @@ def lora(tmp_path: Path) -> Make:
                     data = gguf.quants.quantize(values, chosen)
                     if big_endian and chosen == T.BF16:  # bytes to gguf-py, which leaves them
                         data = data.view(np.uint16).byteswap().view(np.uint8)
+                    if big_endian and chosen == T.Q8_0:  # the float16 before each 32 bytes
+                        blocks = data.reshape(-1, 34)
+                        blocks[:, :2] = blocks[:, 1::-1]
                     writer.add_tensor(f"{weight}.lora_{end}", data, raw_dtype=chosen)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -193,6 +196,28 @@ def test_types_that_become_f32_and_the_way_back(
     assert (types["attn_qkv.weight.lora_a"], types["attn_qkv.weight.lora_b"]) == (a, b)
     assert_same_delta(adapter, fused, 1e-6)
     assert sha256(unfused_copy(fused)) == sha256(adapter)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"kind": T.F16, "kinds": {"q.a": T.Q8_0}},
+        {"kind": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False},
+    ],
+    ids=["A", "B"],
+)
+def test_big_endian_blocks_are_joined(lora: Make, case: dict[str, Any]) -> None:
+    """Q8_0 becomes F32, with the values that a little-endian adapter gets."""
+    little, big = (lora(f"{big}.gguf", big_endian=big, **case) for big in (False, True))
+    fused = fused_copy(big)
+    expected = gguf.GGUFReader(fused_copy(little)).tensors
+    joined = [t for t in expected if "qkv" in t.name and t.tensor_type == T.F32]
+    assert len(joined) == 2  # A or B of two layers
+    found = {t.name: t.data for t in gguf.GGUFReader(fused).tensors}
+    for tensor in joined:
+        np.testing.assert_array_equal(found[tensor.name], tensor.data)
+        assert np.abs(tensor.data).max() > 0.1
+    assert sha256(unfused_copy(fused)) == sha256(big)
 
 
 @pytest.mark.parametrize(

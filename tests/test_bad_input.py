@@ -1581,6 +1581,7 @@ def test_no_model(kind: str, command: str, run: Run, tmp_path: Path) -> None:
 
 
 A, B = ".lora_a", ".lora_b"
+F64 = 28  # no quant: gguf-py knows its size alone
 
 
 def lora(type: int = F32, rank: int = 4) -> File:
@@ -1621,6 +1622,10 @@ BAD_ADAPTERS = {
         "row lengths",
     ),
     "unknown type": (lora(142), "type 142"),
+    "type that cannot be decoded": (
+        lora().tensor(Q + A, type=F64, data=bytes(8 * 32 * 4)),
+        f"{Q + A!r} is of F64, which cannot be joined with others; convert the adapter to F16",
+    ),
     "rows of K unknown": (
         lacking(lora(), *(f"blk.{i}.attn_k.weight{end}" for i in (0, 1) for end in (A, B))),
         "--base",

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gguf_fuse import bench as benchmark
+from gguf_fuse import timing
 from gguf_fuse.bench import (
     Bench,
     DecodeRow,
@@ -21,7 +22,6 @@ from gguf_fuse.bench import (
     Shape,
     bench,
     check_plot,
-    interleaved,
     plot,
     shape_of,
 )
@@ -40,7 +40,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark of a moment."""
     monkeypatch.setattr(benchmark, "N_TOKENS", (1, 3))
     monkeypatch.setattr(benchmark, "N_KV", (64, 100))
-    monkeypatch.setattr(benchmark, "BUDGET_S", 0.0)
+    monkeypatch.setattr(timing, "BUDGET_S", 0.0)
     monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 8, (32, 16, 16)))
 
 
@@ -109,9 +109,10 @@ def test_memory_of_a_decode_counts_the_copies() -> None:
 
 def test_ways_take_turns() -> None:
     calls: list[str] = []
-    ms = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, budget_s=0.0)  # type: ignore[misc]
+    ways = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    ms = timing.interleaved(ways, budget_s=0.0)
     assert set(ms) == {"a", "b"}
-    assert calls == list("aabb") * benchmark.MIN_REPEATS  # each turn: one call to settle, one timed
+    assert calls == list("aabb") * timing.MIN_REPEATS  # each turn: one call to settle, one timed
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -23,9 +23,11 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, layer, random_model, rewrite
+from gguf_fuse import attention, attention_spec, layer, random_model, rewrite
+from gguf_fuse.attention import Linear
+from gguf_fuse.attention_spec import NotModelled, Window
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
-from gguf_fuse.layer import AttentionLayer, NotModelled
+from gguf_fuse.layer import AttentionLayer
 from gguf_fuse.random_model import ARCHITECTURES, Architecture, ModelSpec, Value
 from tests import forward, llama_judge
 
@@ -394,7 +396,7 @@ def test_same_log_probabilities_as_llama_cpp(name: str, judged: Callable[[str], 
 def test_every_modelled_architecture_is_compared() -> None:
     compared = {case.architecture for case in CASES.values()}
     # Encoders give no next token.
-    assert set(layer.MODELLED) - compared == {"bert", "nomic-bert"}
+    assert set(attention_spec._TABLE.keys()) - compared == {"bert", "nomic-bert"}
 
 
 # --- seeded faults -----------------------------------------------------------------------------
@@ -421,13 +423,13 @@ def _window(n_swa: int) -> Callable[[AttentionLayer], AttentionLayer]:
     def change(one: AttentionLayer) -> AttentionLayer:
         if one.spec.window is None:
             return one
-        return replace(one, spec=replace(one.spec, window=layer.Window(n_swa)))
+        return replace(one, spec=replace(one.spec, window=Window(n_swa)))
 
     return change
 
 
 def _other_layers_windowed(one: AttentionLayer) -> AttentionLayer:
-    window = None if one.spec.window else layer.Window(8)
+    window = None if one.spec.window else Window(8)
     return replace(one, spec=replace(one.spec, window=window))
 
 
@@ -447,10 +449,6 @@ def _without_biases(one: AttentionLayer) -> AttentionLayer:
     assert one.projections.separate is not None
     q, k, v = (replace(linear, bias=None) for linear in one.projections.separate)
     return replace(one, projections=replace(one.projections, separate=(q, k, v)))
-
-
-def _without_output_bias(one: AttentionLayer) -> AttentionLayer:
-    return replace(one, output=replace(one.output, bias=None))
 
 
 def _swapped(one: AttentionLayer) -> AttentionLayer:
@@ -497,7 +495,7 @@ FAULTS: dict[str, tuple[str, Callable[[AttentionLayer], AttentionLayer]]] = {
     "normed before RoPE": ("hunyuan-dense", _norm(at="head")),
     "normed after RoPE": ("qwen3", _norm(at="rotated head")),
     "no bias": ("qwen2", _without_biases),
-    "no output bias": ("gpt-oss", _without_output_bias),
+    "no output bias": ("gpt-oss", _spec(output_bias=False)),
     "K and V swapped": ("llama", _swapped),
     "future tokens seen": ("llama", _spec(causal=False)),
 }
@@ -528,8 +526,8 @@ def _one(path: Path, name: str = "blk.1") -> AttentionLayer:
 
 
 def _arrays(one: AttentionLayer) -> dict[str, NDArray[Any]]:
-    """Every weight; the fused ones as the three that they stand for."""
-    linears = {"output": one.output}
+    """Weights and biases; the fused ones as the three that they stand for."""
+    linears = {}
     if one.projections.separate is not None:
         linears.update(zip("qkv", one.projections.separate, strict=True))
     else:
@@ -537,7 +535,7 @@ def _arrays(one: AttentionLayer) -> dict[str, NDArray[Any]]:
         cuts = np.cumsum(one.projections.rows)[:2]
         fused = one.projections.fused
         for part, weight in zip("qkv", np.split(fused.weight, cuts), strict=True):
-            linears[part] = attention.Linear(weight, fused.scale)
+            linears[part] = Linear(weight, fused.scale)
         if fused.bias is not None:
             for part, bias in zip("qkv", np.split(fused.bias, cuts), strict=True):
                 linears[part] = replace(linears[part], bias=bias)
@@ -560,7 +558,7 @@ def test_fused_weights_are_the_separate_ones(
     assert one.projections.fused is None and other.projections.separate is None
     assert one.projections.rows == other.projections.rows == one.spec.rows
     expected, found = _arrays(one), _arrays(other)
-    assert expected.keys() == found.keys() and len(found) == 7
+    assert expected.keys() == found.keys() and len(found) == 6
     for part, array in expected.items():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, found[part])
@@ -621,6 +619,17 @@ def test_a_tensor_that_must_be_there(write: Callable[..., Path]) -> None:
         _one(write("qwen3", qk_norm=False))
 
 
+def test_an_output_that_is_not_as_it_must_be(write: Callable[..., Path]) -> None:
+    header = read_header(write("llama"))
+    spec = attention_spec.read_spec(header, "blk.1")
+    assert layer.read_output(header, spec).weight.shape == (64, 64)
+    with pytest.raises(GGUFError, match=r"attn_output\.weight has shape \(64, 64\), the metadata"):
+        layer.read_output(header, replace(spec, n_embd=32))
+    tensors = tuple(tensor for tensor in header.tensors if "attn_output" not in tensor.name)
+    with pytest.raises(NotModelled, match=r"blk\.1 has no attn_output\.weight"):
+        layer.read_output(replace(header, tensors=tensors), spec)
+
+
 def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     random_model.write_random_model(tmp_path / "m.gguf", ModelSpec("qwen35"))
     header = read_header(tmp_path / "m.gguf")
@@ -645,7 +654,7 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
         ("llama", {"attention.head_count": 0}, NotModelled, "no attention heads"),
         ("llama", {"attention.key_length": -16}, GGUFError, "metadata of attention"),
         ("llama", {"rope.dimension_count": 15}, GGUFError, "n_rot: expected an even number"),
-        ("llama", {"embedding_length": 32}, GGUFError, r"attn_output.weight has shape \(64, 64\)"),
+        ("llama", {"embedding_length": 32}, GGUFError, r"attn_q.weight has shape \(64, 64\)"),
         ("gemma3", {"attention.sliding_window_pattern": "x"}, GGUFError, "metadata of attention"),
         ("qwen35", {"rope.dimension_sections": None}, GGUFError, "sections: expected"),
         ("gemma3", {"attention.key_length_swa": 8}, NotModelled, "key_length_swa: unequal"),
@@ -676,19 +685,23 @@ def test_metadata_that_cannot_be_right(
 )
 def test_sequences_of_different_length_do_not_meet(architecture: str, tmp_path: Path) -> None:
     """A batch with padding gives each sequence what it gets alone."""
-    one = _one(_write(CASES[architecture], tmp_path / "m.gguf"))
+    path = _write(CASES[architecture], tmp_path / "m.gguf")
+    one = _one(path)
+    output = layer.read_output(read_header(path), one.spec)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, 20, one.spec.n_embd), dtype=np.float32)
     lengths = (20, 1, 13)
-    together = _attend(one, x, attention.padded_positions(lengths, 20))
+    together = _attend(one, output, x, attention.padded_positions(lengths, 20))
     for seq, length in enumerate(lengths):
-        alone = _attend(one, x[seq : seq + 1, :length], np.arange(length)[None])
+        alone = _attend(one, output, x[seq : seq + 1, :length], np.arange(length)[None])
         np.testing.assert_allclose(together[seq, :length], alone[0], rtol=0, atol=2e-6)
 
 
-def _attend(one: AttentionLayer, x: NDArray[Any], positions: NDArray[np.int64]) -> NDArray[Any]:
+def _attend(
+    one: AttentionLayer, output: Linear, x: NDArray[Any], positions: NDArray[np.int64]
+) -> NDArray[Any]:
     q, k, v = layer.project(one.projections, x, one.spec.clamp)
     heads = layer.positioned(one, q, k, v, positions)
     mask = layer.mask(one.spec, positions, positions)
     attended = attention.attention(heads.q, heads.k, heads.v, mask, one.params)
-    return layer.output(one, attended, heads.gate)
+    return layer.output(output, attended, heads.gate)

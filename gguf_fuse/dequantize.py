@@ -1,0 +1,110 @@
+"""Tensors of a file -> their values as float32, in either byte order; plain floats also back.
+
+Shapes are numpy order: `ne` reversed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensors, type_name
+
+F32, F16, BF16 = (
+    int(kind)
+    for kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+)
+_WORDS = {F32: "f4", F16: "f2", BF16: "u2"}
+FLOATS = tuple(_WORDS)
+
+# Where a block holds 16-bit floats; all else in it is bytes. Types whose blocks hold other words
+# are not read from big-endian files. Not shared with random_model, whose files test this table.
+_HALVES: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "MXFP4": (),
+}
+
+
+def read_values(header: Header, name: str) -> NDArray[np.float32] | None:
+    """The values of one tensor; None where the file does not have it.
+
+    Raises GGUFError if it cannot be read, and as `dequantized`.
+    """
+    tensor = next((tensor for tensor in header.tensors if tensor.name == name), None)
+    if tensor is None:
+        return None
+    data = read_tensors(header, [name])[name]
+    if len(data) != tensor.n_bytes:
+        raise GGUFError(f"{header.path}: tensor {name!r} ends early: the file has changed")
+    return dequantized(header, tensor, data)
+
+
+def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:
+    """The values of a tensor of this file, from its bytes.
+
+    Raises GGUFError for a type that gguf-py cannot dequantize, or whose blocks are not read from
+    big-endian files.
+    """
+    shape = tensor.ne[::-1]
+    if tensor.type in FLOATS:
+        return decode_floats(data, tensor.type, header.byte_order).reshape(shape)
+    place, name = f"{header.path}: tensor {tensor.name!r}", type_name(tensor.type)
+    try:
+        if not name.startswith("type "):
+            kind = GGMLQuantizationType(tensor.type)
+            blocks = np.frombuffer(data, np.uint8)
+            if header.byte_order == "big":
+                blocks = _swapped(kind, blocks, place)
+            # By rows: gguf-py then takes a few at a time, and needs less memory on the way.
+            values: NDArray[np.float32] = quants.dequantize(blocks.reshape(*shape[:-1], -1), kind)
+            return values
+    except NotImplementedError:
+        pass
+    raise GGUFError(f"{place}: gguf-py cannot dequantize {name}")
+
+
+def _swapped(kind: GGMLQuantizationType, data: NDArray[np.uint8], place: str) -> NDArray[np.uint8]:
+    """Big-endian blocks as little-endian ones, flat."""
+    if kind.name not in _HALVES:
+        raise GGUFError(f"{place}: {kind.name} is not read from big-endian files")
+    _, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = data.reshape(-1, block_bytes).copy()  # [n_blocks, block_bytes]
+    for at in _HALVES[kind.name]:
+        blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
+    return blocks.reshape(-1)
+
+
+def decode_floats(data: bytes, kind: int, order: ByteOrder) -> NDArray[np.float32]:
+    """Values of F32, F16 or BF16 words, flat."""
+    words = np.frombuffer(data, _dtype(kind, order))
+    if kind == BF16:
+        return (words.astype(np.uint32) << 16).view(np.float32)
+    return words.astype(np.float32)
+
+
+def encode_floats(values: NDArray[Any], kind: int, order: ByteOrder) -> bytes:
+    """The other way; rounds to the nearest, BF16 towards zero."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if kind == BF16:
+            values = np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16
+        return values.astype(_dtype(kind, order)).tobytes()
+
+
+def _dtype(kind: int, order: ByteOrder) -> str:
+    return ("<" if order == "little" else ">") + _WORDS[kind]

@@ -1,0 +1,14 @@
+"""Who is told how far a long computation is."""
+
+from collections.abc import Callable
+
+OnStart = Callable[[str, int], None]  # what begins, and how many steps it has
+OnProgress = Callable[[int], None]  # steps that were just done
+
+
+def ignore_start(what: str, n_steps: int) -> None:
+    pass
+
+
+def ignore_progress(n_steps: int) -> None:
+    pass
