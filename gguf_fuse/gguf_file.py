@@ -306,7 +306,7 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, bytes]:
 
 def _read_range(path: str, stamp: Stamp, start: int, n_bytes: int) -> bytes:
     try:
-        with Path(path).open("rb", buffering=0) as file:
+        with Path(path).open("rb") as file:  # buffered: one raw read ends at 2 GiB
             if Stamp.of(os.fstat(file.fileno())) != stamp:
                 raise GGUFError(f"{path}: changed while it was read; run again when it is at rest")
             file.seek(start)
