@@ -29,6 +29,7 @@ from gguf_fuse.layer import AttentionLayer, NotModelled
 from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
 from gguf_fuse.random_model import ModelSpec
 from tests import forward, llama_judge
+from tests.edit import edited, zeros
 
 EXACT = 5e-5
 GELU = 1e-3
@@ -622,6 +623,16 @@ def test_a_tensor_that_must_be_there(write: Callable[..., Path]) -> None:
         _one(write("qwen3", qk_norm=False))
 
 
+def test_a_weight_that_must_be_there(write: Callable[..., Path]) -> None:
+    path = write("llama")
+    with pytest.raises(NotModelled, match=r"\.gguf: blk\.1 has no attn_output\.weight"):
+        _one(edited(path, {"blk.1.attn_output.weight"}))
+    with pytest.raises(NotModelled, match=r"\.gguf: blk\.1 has no attn_v\.weight of its own"):
+        _one(edited(path, {"blk.1.attn_v.weight"}))
+    with pytest.raises(GGUFError, match=r"blk\.1\.attn_q\.weight has 3 dimensions, not 2"):
+        _one(edited(path, put={"blk.1.attn_q.weight": zeros(1, 64, 64)}))
+
+
 def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     random_model.write_random_model(tmp_path / "m.gguf", ModelSpec("qwen35"))
     header = read_header(tmp_path / "m.gguf")
@@ -648,6 +659,12 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
         ("llama", {"rope.dimension_count": 15}, GGUFError, "n_rot: expected an even number"),
         ("llama", {"embedding_length": 32}, GGUFError, r"attn_output.weight has shape \(64, 64\)"),
         ("gemma3", {"attention.sliding_window_pattern": "x"}, GGUFError, "metadata of attention"),
+        (
+            "mimo2",
+            {"attention.sliding_window_pattern": None},
+            GGUFError,
+            r"metadata key 'mimo2\.attention\.sliding_window_pattern' is missing",
+        ),
         ("qwen35", {"rope.dimension_sections": None}, GGUFError, "sections: expected"),
         ("gemma3", {"attention.key_length_swa": 8}, NotModelled, "key_length_swa: unequal"),
         ("llama", {"rope.scaling.type": "ntk"}, GGUFError, "rope.scaling.type' is 'ntk'"),
