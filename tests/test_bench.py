@@ -178,6 +178,13 @@ def test_plots_that_cannot_be_written(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_plot_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(GGUFError, match=r"a\.png: Is a directory"):
+        plot(some_result(), tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
 def test_plot_draws_a_file(tmp_path: Path, name: str, magic: bytes) -> None:
     plot(some_result(), tmp_path / name)
