@@ -172,7 +172,7 @@ def _obey_loader(header: Header, layer: Layer, any_architecture: bool) -> Layer:
     row = loader_of(header, layer.name)
     if any_architecture or row.qkv.loader is Loader.READS_FUSED or layer.status is Status.FUSED:
         return layer
-    reason = f"llama.cpp's loader for {row.name} {row.qkv.loader.value}"
+    reason = f"llama.cpp's loader for {row.name} {row.qkv.loader.phrase()}"
     return replace(layer, status=Status.SEPARATE, reason=reason)
 
 

@@ -12,7 +12,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensors, type_name
+from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensor, type_name
 
 F32, F16, BF16 = (
     int(kind)
@@ -49,10 +49,7 @@ def read_values(header: Header, name: str) -> NDArray[np.float32] | None:
     tensor = next((tensor for tensor in header.tensors if tensor.name == name), None)
     if tensor is None:
         return None
-    data = read_tensors(header, [name])[name]
-    if len(data) != tensor.n_bytes:
-        raise GGUFError(f"{header.path}: tensor {name!r} ends early: the file has changed")
-    return dequantized(header, tensor, data)
+    return dequantized(header, tensor, read_tensor(header, tensor))
 
 
 def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:

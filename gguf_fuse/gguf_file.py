@@ -316,12 +316,14 @@ def _read_range(path: str, stamp: Stamp, start: int, n_bytes: int) -> bytes:
     try:
         # Buffered: a single read() of the system ends at 2 GiB.
         with Path(path).open("rb") as file:
-            if Stamp.of(os.fstat(file.fileno())) != stamp:
-                raise GGUFError(f"{path}: changed while it was read; run again when it is at rest")
             file.seek(start)
-            return file.read(n_bytes)
+            data = file.read(n_bytes)
+            unchanged = Stamp.of(os.fstat(file.fileno())) == stamp
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
+    if not unchanged or len(data) < n_bytes:
+        raise GGUFError(f"{path}: changed while it was read; run again when it is at rest")
+    return data
 
 
 def align(offset: int, alignment: int) -> int:

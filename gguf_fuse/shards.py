@@ -233,9 +233,10 @@ def divide(
     name = ShardName.parse(output)
     if max_bytes is not None or max_tensors is not None:
         prefix = output.removesuffix(".gguf") if name is None else name.prefix
-        parts = _cut(source, plan, max_bytes, max_tensors)
-        if len(parts) > MAX_SHARDS:
-            raise GGUFError(f"{output}: {len(parts)} shards; at most {MAX_SHARDS} are possible")
+        groups = _groups(plan, max_bytes, max_tensors)
+        if len(groups) > MAX_SHARDS:
+            raise GGUFError(f"{output}: {len(groups)} shards; at most {MAX_SHARDS} are possible")
+        parts = _cut(source, plan, groups)
     elif name is None or (name.count == 1 and not source.shards):
         return [(Path(output), plan)]
     else:
@@ -331,8 +332,10 @@ def _first_file(tensor: PlannedTensor) -> int:
     return locate(first.start)[0] if isinstance(first, Segment) else 0
 
 
-def _cut(source: Header, plan: Plan, max_bytes: int | None, max_tensors: int | None) -> list[Plan]:
-    """As llama-gguf-split does: all metadata in the first shard, tensors in order from there on."""
+def _groups(
+    plan: Plan, max_bytes: int | None, max_tensors: int | None
+) -> list[list[PlannedTensor]]:
+    """The tensors of each shard, in order."""
     groups: list[list[PlannedTensor]] = [[]]
     n_bytes = 0
     for tensor in plan.tensors:
@@ -343,6 +346,11 @@ def _cut(source: Header, plan: Plan, max_bytes: int | None, max_tensors: int | N
             n_bytes = 0
         groups[-1].append(tensor)
         n_bytes += size
+    return groups
+
+
+def _cut(source: Header, plan: Plan, groups: Sequence[Sequence[PlannedTensor]]) -> list[Plan]:
+    """As llama-gguf-split does: all metadata in the first shard, tensors from there on."""
     stale = {
         source.metadata.segment(key) for key in SPLIT_KEYS if key in source.metadata
     }  # of a file that was merged before

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import (
-    ARCHITECTURES,
     ModelSpec,
     data_bytes,
     spec_of_size,
@@ -58,7 +58,7 @@ class RopeScaling(str, Enum):
 def main(
     out: Annotated[Path, typer.Argument(help="The file to write.")],
     architecture: Annotated[
-        str, typer.Option("--architecture", "-a", help=f"One of: {', '.join(ARCHITECTURES)}.")
+        str, typer.Option("--architecture", "-a", help=f"One of: {', '.join(LAYOUTS)}.")
     ] = "llama",
     size: Annotated[
         str | None,

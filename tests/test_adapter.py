@@ -19,7 +19,9 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from gguf_fuse.adapter import fused_rank
+from gguf_fuse.fusion import NothingToDo, Refused
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
+from tests.edit import edited, zeros
 from tests.llama_judge import LoadFailed, available, log_probabilities
 from tests.test_fusion import sha256
 
@@ -288,6 +290,40 @@ def test_json(lora: Make, tmp_path: Path) -> None:
     assert [layer["status"] for layer in inspected["layers"]] == ["fusable"] * 2
     inspected = json.loads(gguf_fuse("inspect", tmp_path / "out.gguf", "--json").stdout)
     assert [layer["status"] for layer in inspected["layers"]] == ["fused"] * 2
+
+
+def test_inspect_says_why_a_loader_keeps_it_separate(lora: Make) -> None:
+    adapter = lora(architecture="bitnet")
+    layers = json.loads(gguf_fuse("inspect", adapter, "--json").stdout)["layers"]
+    reason = "llama.cpp's loader for bitnet needs separate Q, K and V"
+    assert [(layer["status"], layer["reason"]) for layer in layers] == [("separate", reason)] * 2
+
+
+def test_a_fused_pair_beside_separate_ones_stays(lora: Make) -> None:
+    adapter = edited(
+        lora(),
+        put={
+            "blk.0.attn_qkv.weight.lora_a": zeros(4, N_EMBD),
+            "blk.0.attn_qkv.weight.lora_b": zeros(128, 4),
+        },
+    )
+    with pytest.raises(Refused, match=r"edited\.gguf: blk\.0: attn_qkv is there already"):
+        fused_copy(adapter, on_mismatch="error")
+    fused = fused_copy(adapter)
+    assert {"blk.0.attn_q.weight.lora_a", "blk.1.attn_qkv.weight.lora_a"} < set(values(fused))
+    assert sha256(unfused_copy(fused)) == sha256(adapter)
+
+
+def test_nothing_to_unfuse(lora: Make) -> None:
+    words = r"lora\.gguf: nothing to unfuse: the adapter changes no attn_qkv"
+    with pytest.raises(NothingToDo, match=words):
+        unfused_copy(lora())
+
+
+def test_values_that_would_overflow_are_refused(lora: Make) -> None:
+    words = r"lora\.gguf: 'blk\.0\.attn_q\.weight\.lora_b': times 16/4 overflows float32"
+    with pytest.raises(Refused, match=words):
+        fused_copy(lora(size=5e37))
 
 
 def test_pipe(lora: Make, tmp_path: Path) -> None:

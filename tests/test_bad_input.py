@@ -1549,6 +1549,19 @@ def test_nothing_to_fuse(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_no_room_for_the_record(run: Run, tmp_path: Path) -> None:
+    """No file is written that could not be read again: that takes 65,536 pairs at most."""
+    file, path, out = valid(), tmp_path / "in.gguf", tmp_path / "out"
+    file.pairs += [Pair(f"k{i}", UINT8, 0) for i in range(65_528 - len(file.pairs))]
+    save(file, path)
+    assert run("fuse", path, out).code == 0
+    assert run("inspect", out).code == 0
+    save(file.key("one.more", UINT8, 0), path)
+    outcome = run("fuse", path, tmp_path / "no")
+    assert_one_line(outcome, f"{path}: 65529 metadata pairs leave no room for ours")
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("command", ["fuse", "unfuse"])
 @pytest.mark.parametrize("kind", [UINT8, UINT16, UINT32, INT32, UINT64])
 def test_shard(kind: int, command: str, run: Run, tmp_path: Path) -> None:
@@ -1674,6 +1687,14 @@ def test_verify_compares_models_only(kind: str, run: Run, tmp_path: Path) -> Non
     assert_one_line(run("verify", path, out), str(path), kind, "unfuse")
 
 
+@pytest.mark.parametrize("kind", ["adapter", "imatrix"])
+def test_experts_are_fused_in_models_only(kind: str, run: Run, tmp_path: Path) -> None:
+    path = save(lora() if kind == "adapter" else matrix(Q, K, V), tmp_path / "in.gguf")
+    outcome = run("fuse", path, tmp_path / "out", "--fuse-gate-up-exps")
+    assert_one_line(outcome, f"{path}: of general.type '{kind}' only Q, K and V can be fused")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 NAMES = ["blk.0.attn_qkv.weight", "blk.1.attn_qkv.weight"]
 
 
@@ -1745,6 +1766,18 @@ def test_damaged_record_of_an_adapter(case: str, run: Run, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_recorded_type_whose_blocks_no_row_fills(run: Run, tmp_path: Path) -> None:
+    """Said to be kept whole, in Q4_0, though B has rows of 4."""
+    file = fused_lora().key(
+        "gguf_fuse.types", ARRAY, Array(INT64, [F32, F32, F32, Q4_0, Q4_0, Q4_0] * 2)
+    )
+    file.key("gguf_fuse.stored", ARRAY, Array(INT64, [-1, -1, -1, 0, 0, 0] * 2))
+    path = save(file, tmp_path / "in.gguf")
+    words = ("gguf_fuse.types has 2 for rows of 4", "record of the fusion")
+    assert_one_line(run("unfuse", path, tmp_path / "out"), str(path), *words)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_adapter_fused_elsewhere(run: Run, tmp_path: Path) -> None:
     file = fused_lora()
     path = save(File(file.pairs[:4], file.tensors), tmp_path / "in.gguf")
@@ -1780,18 +1813,23 @@ def test_bad_importance_matrix(case: str, run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "problem"),
     [
-        ("version", Pair("", UINT32, 7)),
-        ("tensors", Pair("", ARRAY, Array(STRING, ["blk.0.attn_qkv.weight"]))),
-        ("positions", Pair("", ARRAY, Array(UINT64, [0, 2, 4]))),
-        ("positions", Pair("", ARRAY, Array(UINT64, [0, 2, 4, 1, 3, 99]))),
-        ("positions", Pair("", ARRAY, Array(UINT64, [0, 2, 4, 0, 3, 5]))),
-        ("positions", Pair("", STRING, "0")),
+        ("version", Pair("", UINT32, 7), "is 7, this release knows 1"),
+        ("tensors", Pair("", ARRAY, Array(STRING, [f"{QKV}.counts"])), "6 numbers, not 3"),
+        (
+            "tensors",
+            Pair("", ARRAY, Array(STRING, [f"{QKV}.in_sum2", "blk.7.attn_qkv.weight.counts"])),
+            "'blk.7.attn_qkv.weight.counts' is recorded, which the file does not have",
+        ),
+        ("positions", Pair("", ARRAY, Array(UINT64, [0, 2, 4])), "3 numbers, not 6"),
+        ("positions", Pair("", ARRAY, Array(UINT64, [0, 2, 4, 1, 3, 99])), "among 6 tensors"),
+        ("positions", Pair("", ARRAY, Array(UINT64, [0, 2, 4, 0, 3, 5])), "a number twice"),
+        ("positions", Pair("", STRING, "0"), "missing or of the wrong type"),
     ],
 )
 def test_damaged_record_of_an_importance_matrix(
-    key: str, value: Pair, run: Run, tmp_path: Path
+    key: str, value: Pair, problem: str, run: Run, tmp_path: Path
 ) -> None:
     path, fused_path = save(matrix(Q, K, V), tmp_path / "in.gguf"), tmp_path / "fused"
     assert run("fuse", path, fused_path).code == 0
@@ -1802,7 +1840,7 @@ def test_damaged_record_of_an_importance_matrix(
     assert fused_path.read_bytes() == file.pack()
     save(file.key(f"gguf_fuse.{key}", value.kind, value.value), fused_path)
     outcome = run("unfuse", fused_path, tmp_path / "out")
-    assert_one_line(outcome, str(fused_path), "record of the fusion")
+    assert_one_line(outcome, str(fused_path), problem, "record of the fusion")
     assert not (tmp_path / "out").exists()
 
 

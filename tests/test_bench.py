@@ -186,6 +186,13 @@ def test_a_plot_with_too_long_a_name_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_plot_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(GGUFError, match=r"a\.png: Is a directory"):
+        plot(some_result(), tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
 def test_plot_draws_a_file(tmp_path: Path, name: str, magic: bytes) -> None:
     plot(some_result(), tmp_path / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -188,6 +189,19 @@ def test_a_type_that_nobody_knows_is_compared_to_its_end(model: Model, n_lost: i
     assert problem == f"last.weight: {3008 - n_lost} bytes, but 3008 in the original"
 
 
+def test_a_type_that_nobody_knows_is_not_computed(model: Model) -> None:
+    contents = Contents.of(model())
+    ne, _, data = contents.tensors["blk.1.attn_q.weight"]
+    contents.tensors["blk.1.attn_q.weight"] = (ne, 142, data)
+    original = contents.write()
+    report = check(original, fused_copy(original))
+    assert report.ok
+    known, unknown = report.layers
+    assert (set(known.checks), known.note, unknown.checks) == (CHECKS, None, {})
+    reason = "tensor 'blk.1.attn_q.weight': gguf-py cannot dequantize type 142"
+    assert unknown.note == f"numbers not computed: {reason}"
+
+
 def test_attention_that_is_not_modelled_is_marked(model: Model) -> None:
     original = model(architecture="bitnet")
     fused = fused_copy(original, any_architecture=True)
@@ -312,6 +326,10 @@ def change_a_value(c: Contents) -> None:
     c.pair(key, GGUFValueType.FLOAT32, 500000)
 
 
+def change_a_long_value(c: Contents) -> None:
+    c.pair("general.name", GGUFValueType.STRING, "x" * 61)
+
+
 def change_a_value_type(c: Contents) -> None:
     key = f"{read_header(c.path).architecture}.block_count"
     c.pair(key, GGUFValueType.UINT64, 2)
@@ -364,6 +382,23 @@ def record_without_rows(c: Contents) -> None:
     del c.pairs["gguf_fuse.rows"]
 
 
+def record_rows_as_text(c: Contents) -> None:
+    c.pair("gguf_fuse.rows", GGUFValueType.STRING, "64, 32, 32")
+
+
+def record_fewer_rows(c: Contents) -> None:
+    rows = read_header(c.path).metadata["gguf_fuse.rows"]
+    c.pair("gguf_fuse.rows", GGUFValueType.UINT64, rows[:-3])
+
+
+def record_the_first_layer_alone(c: Contents) -> None:
+    metadata = read_header(c.path).metadata
+    names = [name for name in metadata["gguf_fuse.tensors"] if name.startswith("blk.0.")]
+    c.pair("gguf_fuse.tensors", GGUFValueType.STRING, names)
+    for key in ("gguf_fuse.rows", "gguf_fuse.positions"):
+        c.pair(key, GGUFValueType.UINT64, metadata[key][: 3 * len(names)])
+
+
 STRUCTURE_FAULTS: list[tuple[Fault, str]] = [
     (swap_k_and_v, "blk.1.attn_qkv.weight: attn_k differs in row 0 "),
     (swap_two_heads, "blk.1.attn_qkv.weight: attn_q differs in row 0 "),
@@ -376,6 +411,7 @@ STRUCTURE_FAULTS: list[tuple[Fault, str]] = [
     (add_a_tensor, "blk.1.attn_k.weight: only in the fused file"),
     (reorder_tensors, "tensor output.weight: stands where output_norm.weight should stand"),
     (change_a_value, "metadata qwen2.rope.freq_base: 10000.0, but 500000.0 in the fused file"),
+    (change_a_long_value, "metadata general.name: the value differs in the fused file"),
     (change_a_value_type, "metadata qwen2.block_count: of type UINT32, but of type UINT64"),
     (change_a_token, "metadata tokenizer.ggml.tokens differs in byte "),
     (lose_a_token, " bytes, but "),
@@ -387,6 +423,8 @@ STRUCTURE_FAULTS: list[tuple[Fault, str]] = [
     (record_too_little, "metadata gguf_fuse.tensors: blk.1.attn_qkv.scale is fused but not named"),
     (record_another_version, "metadata gguf_fuse.version: 99"),
     (record_without_rows, "metadata gguf_fuse.rows: missing"),
+    (record_rows_as_text, "metadata gguf_fuse.*: the record has values of a wrong type"),
+    (record_fewer_rows, "metadata gguf_fuse.*: the lengths of the record's arrays do not fit"),
 ]
 
 
@@ -451,6 +489,15 @@ def test_a_file_that_changes_meanwhile(model: Model) -> None:
         compare_structure(*headers)
 
 
+def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
+    original = model()
+    fused = fused_copy(original)
+    headers = read_header(original), read_header(fused)
+    words = f"{re.escape(str(fused))}: ended at byte .*: it was cut while it was read"
+    with pytest.raises(GGUFError, match=words):
+        compare_structure(*headers, threads=1, on_progress=lambda n: os.truncate(fused, 100))
+
+
 # -- faults in the numbers, without a look at the bytes -----------------------------------------
 
 
@@ -504,13 +551,24 @@ def test_numbers_alone_catch_other_metadata(
     assert not found.checks["prefill"].ok
 
 
-@pytest.mark.parametrize("fault", [lose_a_row, record_another_version])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lose_a_row, "'blk.1.attn_qkv.weight' has 127 rows, not 64, 32, 32"),
+        (record_another_version, "gguf_fuse.version is 99, this release knows 1 and 2"),
+        (
+            record_the_first_layer_alone,
+            "gguf_fuse.tensors does not name 'blk.1.attn_qkv.weight'",
+        ),
+    ],
+)
 def test_a_layer_that_cannot_be_computed_fails(
-    tampered: Callable[..., tuple[Path, Path]], fault: Fault
+    tampered: Callable[..., tuple[Path, Path]], fault: Fault, reason: str
 ) -> None:
     report = check(*tampered(fault))
     assert not report.ok
-    assert any(layer.problem for layer in report.layers)
+    words = f"the fused file's layer cannot be computed: {reason}: the record of the fusion"
+    assert (report.layers[1].problem or "").startswith(words)
 
 
 def ignore_the_mask(
@@ -657,6 +715,18 @@ def test_a_fault_ends_with_exit_4(
         assert ", limit " in run.stdout
     if arguments == ["-q"]:
         assert run.stdout == ""
+
+
+def test_of_many_problems_twenty_are_shown(model: Model) -> None:
+    original, other = model(n_layer=4), fused_copy(model("other.gguf", n_layer=4, seed=2))
+    n_more = len(problems(original, other)) - 20
+    assert n_more > 1
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = gguf_fuse("verify", original, other, "--structure-only", env=wide)
+    shown = done.stdout.splitlines()
+    assert shown[0].startswith("FAILED structure: ")
+    assert len(shown) == 22
+    assert shown[-1] == f"  and {n_more} more (--json has all)"
 
 
 def test_files_that_cannot_be_read_end_with_exit_1(pair: tuple[Path, Path], tmp_path: Path) -> None:

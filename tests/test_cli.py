@@ -132,6 +132,13 @@ def test_demo_replaces_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "model.gguf").read_bytes() == b"precious"
 
 
+def test_demo_in_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"precious")
+    done = gguf_fuse("demo", "--keep", tmp_path / "file" / "folder")
+    assert done.returncode == 1
+    assert done.stderr == f"gguf-fuse: {tmp_path}/file/folder: Not a directory\n"
+
+
 def test_an_encoding_without_the_letters(model: Model) -> None:
     original = model("\u6a21\u578b.gguf")
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
@@ -259,6 +266,11 @@ def on_a_terminal(*arguments: Any, **environment: str) -> str:
     os.close(master)
     assert process.wait() == 0
     return shown.decode()
+
+
+def test_dry_run_for_a_pipe_may_stand_on_a_terminal(model: Model) -> None:
+    shown = on_a_terminal("fuse", model(), "-", "--dry-run")
+    assert "2 of 2 attention layers" in shown and "GGUF" not in shown
 
 
 def test_progress_and_colours_on_a_terminal_only(model: Model, tmp_path: Path) -> None:

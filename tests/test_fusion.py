@@ -20,7 +20,7 @@ from gguf_fuse.gguf_file import read_header, read_tensors
 from gguf_fuse.plan import NothingToDo, Refused, Status
 from gguf_fuse.random_model import ModelSpec, write_random_model
 from gguf_fuse.rewrite import fuse
-from tests import llama_judge
+from tests import llama_judge, pack
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, finish, zeros
 
@@ -261,6 +261,14 @@ def test_layer_is_left_with_the_reason(
     fused = fused_copy(original)
     assert_fused(original, fused)
     assert sha256(unfused_copy(fused)) == sha256(original)
+
+
+def test_biases_in_blocks_are_left(tmp_path: Path) -> None:
+    file, path = pack.valid(n_embd=64), tmp_path / "in.gguf"
+    for part, rows in (("q", 64), ("k", 32), ("v", 32)):
+        file.tensors.append(pack.tensor(f"blk.0.attn_{part}.bias", (rows,), pack.Q4_0))
+    path.write_bytes(file.pack())
+    assert reasons(path) == ["biases of Q4_0 come in blocks", None]
 
 
 @pytest.mark.parametrize("kind", ["scales", "input_scales"])

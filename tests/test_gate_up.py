@@ -157,6 +157,17 @@ def test_odd_rows_are_not_halved(model: Model) -> None:
         unfused_copy(converted)
 
 
+def test_too_many_experts_are_not_split(model: Model) -> None:
+    fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), kinds=(GATE_UP,))
+    many = {"blk.0.ffn_gate_up_exps.weight": zeros(4097, 2, 1)}
+    converted = edited(fused, put=many, record=False)
+    words = (
+        r"edited\.gguf: tensor 'blk\.0\.ffn_gate_up_exps\.weight' has 4097 experts; at most 4096"
+    )
+    with pytest.raises(Refused, match=words):
+        unfused_copy(converted)
+
+
 def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
     fused = fused_copy(model(**experts("granite_swa")), kinds=(GATE_UP,))
     converted = edited(fused, architecture="qwen3moe", record=False)
@@ -398,6 +409,22 @@ def test_verify_names_swapped_experts(model: Model) -> None:
         "expert 1",
         "expert 2",
     }
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ((128, 64), "is fused, but the original's parts have no experts"),
+        ((4097, 1, 1), "4097 experts; at most 4096 can be compared"),
+    ],
+)
+def test_verify_names_experts_that_cannot_be_compared(
+    model: Model, shape: tuple[int, ...], problem: str
+) -> None:
+    original = model(**experts("granite_swa"))
+    fused = fused_copy(original, kinds=(GATE_UP,))
+    other = edited(original, put={f"{name}.weight": zeros(*shape) for name in (GATE, UP)})
+    assert f"blk.0.ffn_gate_up_exps.weight: {problem}" in problems(other, fused)
 
 
 @pytest.mark.parametrize(("old", "new"), [(128, 127), (2, 3)], ids=["rows", "version"])

@@ -174,6 +174,15 @@ def test_a_value_too_large_to_decode(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert b"x" * 200 in fused_copy(path).read_bytes()
 
 
+def test_a_file_that_is_gone_when_its_values_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "in.gguf"
+    path.write_bytes(valid().pack())
+    header = read_header(path)
+    path.unlink()
+    with pytest.raises(GGUFError, match=r"in\.gguf: No such file or directory"):
+        header.metadata["general.name"]
+
+
 def test_golden_bytes_of_the_encoder() -> None:
     start = encode_start(3, "little", 1, 2)
     assert start == bytes.fromhex("47475546 03000000 0100000000000000 0200000000000000")

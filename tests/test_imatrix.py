@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.plan import NothingToDo, Refused
+from gguf_fuse.plan import NothingToDo, Refused, Status
 from tests import pack
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
 from tests.llama_judge import available, rewrite_with_llama_cpp
@@ -101,6 +101,16 @@ def test_an_imatrix_of_a_fused_model_gets_three_equal_entries(tmp_path: Path) ->
             name = f"blk.1.attn_{part}.weight.{kind}"
             assert after[name] == before[f"blk.1.attn_qkv.weight.{kind}"]
     assert len(after) == len(before) + 8
+
+
+def test_an_imatrix_of_a_fused_model_is_fused_already(tmp_path: Path) -> None:
+    original = save(imatrix(("attn_output", "attn_qkv", "ffn_up")), tmp_path)
+    with pytest.raises(NothingToDo, match=r"imatrix\.gguf: nothing to fuse: .*already fused") as no:
+        fused_copy(original)
+    assert [(layer.name, layer.status) for layer in no.value.layers] == [
+        ("blk.0", Status.FUSED),
+        ("blk.1", Status.FUSED),
+    ]
 
 
 def test_a_recurrent_attn_qkv_stays(tmp_path: Path) -> None:

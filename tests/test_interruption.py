@@ -515,6 +515,17 @@ def test_input_changes_while_it_is_copied(
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_input_is_cut_while_it_goes_into_a_pipe(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    source = tmp_path / "in.gguf"
+    source.write_bytes(valid(F16, n_layers=4, n_embd=512).pack())
+    options = Options(on_progress=lambda n_bytes: cut(source))
+    with pytest.raises(GGUFError, match=r"in\.gguf: ended at byte \d+: it was cut while it was"):
+        fuse(source, "-", options=options)
+    assert capfdbinary.readouterr().out.startswith(b"GGUF")
+
+
 @pytest.mark.parametrize("change", [touch, append, cut, empty, replace, Path.unlink])
 def test_input_changes_before_it_is_copied(change: Callable[[Path], None], tmp_path: Path) -> None:
     """Between the reading of the header and the copying."""

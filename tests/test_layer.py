@@ -28,8 +28,10 @@ from gguf_fuse.attention import Linear
 from gguf_fuse.attention_spec import NotModelled, Window
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
 from gguf_fuse.layer import AttentionLayer
-from gguf_fuse.random_model import ARCHITECTURES, Architecture, ModelSpec, Value
+from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
+from gguf_fuse.random_model import ModelSpec
 from tests import forward, llama_judge
+from tests.edit import edited, zeros
 
 EXACT = 5e-5
 GELU = 1e-3
@@ -43,10 +45,10 @@ needs_llama_cpp = pytest.mark.skipif(
 
 # --- models ------------------------------------------------------------------------------------
 
-_LLAMA = ARCHITECTURES["llama"]
+_LLAMA = LAYOUTS["llama"]
 _NORMED = replace(_LLAMA, qk_norm=True)
 _FACTORS = replace(
-    ARCHITECTURES["phi3"],
+    LAYOUTS["phi3"],
     outer="rope_factors_long.weight rope_factors_short.weight "
     "token_embd.weight output_norm.weight output.weight",
     ne={
@@ -55,10 +57,10 @@ _FACTORS = replace(
         "rope_factors_short": "n_rot/2",
     },
 )
-_BLOOM = replace(ARCHITECTURES["starcoder2"], free_head_dim=False, fused=True)
+_BLOOM = replace(LAYOUTS["starcoder2"], free_head_dim=False, fused=True)
 _ROW_NORMS = {"attn_q_norm": "q", "attn_k_norm": "k"}
 _SEPARATE_BIASES = replace(
-    ARCHITECTURES["qwen2"],
+    LAYOUTS["qwen2"],
     layer=_LLAMA.layer.replace("@qkv", "attn_qkv.weight attn_q.bias attn_k.bias attn_v.bias"),
     ne={"attn_qkv": "n_embd 128"},
 )
@@ -69,8 +71,8 @@ _DENSE: dict[str, Value] = {
 }
 
 
-def _with_shared_expert(name: str, ne: Mapping[str, str] | None = None) -> Architecture:
-    one = ARCHITECTURES[name]
+def _with_shared_expert(name: str, ne: Mapping[str, str] | None = None) -> Layout:
+    one = LAYOUTS[name]
     tensors = ("ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
     shared = " ".join(["@ffn", *(f"{tensor}.weight" for tensor in tensors)])
     sizes = ("n_embd", "n_embd n_ff", "n_embd n_ff", "n_ff n_embd")
@@ -82,9 +84,9 @@ def _with_shared_expert(name: str, ne: Mapping[str, str] | None = None) -> Archi
     )
 
 
-# Architectures and kinds of layers that `random_model` does not have; MoE ones with dense layers
+# Architectures and kinds of layers that `LAYOUTS` does not have; MoE ones with dense layers
 # only, since it is the attention that counts here.
-EXTRA: dict[str, Architecture] = {
+EXTRA: dict[str, Layout] = {
     "bloom": replace(
         _BLOOM,
         outer="token_embd.weight token_embd_norm.weight token_embd_norm.bias "
@@ -127,11 +129,11 @@ EXTRA: dict[str, Architecture] = {
             "expert_used_count": 1,
         },
     ),
-    "granitemoe": replace(ARCHITECTURES["granite"], n_expert=4),
+    "granitemoe": replace(LAYOUTS["granite"], n_expert=4),
     "lfm2moe": replace(
-        ARCHITECTURES["lfm2"],
+        LAYOUTS["lfm2"],
         keys={
-            **ARCHITECTURES["lfm2"].keys,
+            **LAYOUTS["lfm2"].keys,
             **_DENSE,
             "leading_dense_block_count": 2,
             "expert_used_count": 1,
@@ -140,7 +142,7 @@ EXTRA: dict[str, Architecture] = {
     ),
     # llama.cpp does not read qwen2vl's epsilon and takes 0.
     "qwen2vl": replace(
-        ARCHITECTURES["qwen2"],
+        LAYOUTS["qwen2"],
         keys={
             "rope.dimension_sections": [2, 2, 2, 2],
             "attention.layer_norm_rms_epsilon": 0.0,
@@ -174,8 +176,8 @@ class Case:
     architecture: str
     spec: Mapping[str, Any]
     limit: float = EXACT
-    # What to write it as, if not as `random_model` does.
-    layout: Architecture | None = None
+    # What to write it as, if not as `LAYOUTS` has it.
+    layout: Layout | None = None
     n_prompt: int = N_PROMPT
     n_ctx: int = 512
     silent: tuple[str, ...] = (".ssm_out.weight",)
@@ -185,7 +187,7 @@ def _case(
     architecture: str,
     *,
     limit: float = EXACT,
-    layout: Architecture | None = None,
+    layout: Layout | None = None,
     n_prompt: int = N_PROMPT,
     n_ctx: int = 512,
     feed_forward: bool = True,
@@ -347,7 +349,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 def _write(case: Case, path: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if case.layout is not None:
-            patch.setitem(ARCHITECTURES, case.architecture, case.layout)
+            patch.setitem(LAYOUTS, case.architecture, case.layout)
         random_model.write_random_model(path, ModelSpec(case.architecture, **case.spec))
     header = read_header(path)
     with path.open("r+b") as file:
@@ -630,6 +632,14 @@ def test_an_output_that_is_not_as_it_must_be(write: Callable[..., Path]) -> None
         layer.read_output(replace(header, tensors=tensors), spec)
 
 
+def test_a_weight_that_must_be_there(write: Callable[..., Path]) -> None:
+    path = write("llama")
+    with pytest.raises(NotModelled, match=r"\.gguf: blk\.1 has no attn_v\.weight of its own"):
+        _one(edited(path, {"blk.1.attn_v.weight"}))
+    with pytest.raises(GGUFError, match=r"blk\.1\.attn_q\.weight has 3 dimensions, not 2"):
+        _one(edited(path, put={"blk.1.attn_q.weight": zeros(1, 64, 64)}))
+
+
 def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     random_model.write_random_model(tmp_path / "m.gguf", ModelSpec("qwen35"))
     header = read_header(tmp_path / "m.gguf")
@@ -656,6 +666,12 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
         ("llama", {"rope.dimension_count": 15}, GGUFError, "n_rot: expected an even number"),
         ("llama", {"embedding_length": 32}, GGUFError, r"attn_q.weight has shape \(64, 64\)"),
         ("gemma3", {"attention.sliding_window_pattern": "x"}, GGUFError, "metadata of attention"),
+        (
+            "mimo2",
+            {"attention.sliding_window_pattern": None},
+            GGUFError,
+            r"metadata key 'mimo2\.attention\.sliding_window_pattern' is missing",
+        ),
         ("qwen35", {"rope.dimension_sections": None}, GGUFError, "sections: expected"),
         ("gemma3", {"attention.key_length_swa": 8}, NotModelled, "key_length_swa: unequal"),
         ("llama", {"rope.scaling.type": "ntk"}, GGUFError, "rope.scaling.type' is 'ntk'"),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import (
-    ARCHITECTURES,
     ModelSpec,
     data_bytes,
     spec_of_size,
@@ -57,7 +57,7 @@ def digest(path: Path) -> str:
 # --- shapes, types, data -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - NO_QKV))
+@pytest.mark.parametrize("architecture", sorted(set(LAYOUTS) - NO_QKV))
 def test_projections_have_the_shapes_that_the_metadata_says(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -292,7 +292,7 @@ def test_metadata_can_be_added_replaced_and_left_out(tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - ONLY_FUSED - {"t5"}))
+@pytest.mark.parametrize("architecture", sorted(set(LAYOUTS) - ONLY_FUSED - {"t5"}))
 def test_llama_cpp_loads_it(architecture: str, tmp_path: Path) -> None:
     path = write(tmp_path / "separate.gguf", architecture)
     rows = log_probabilities(path, PROMPT, n_predict=2)

@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType as T
 from gguf_fuse import checker, shards, write
 from gguf_fuse.gguf_file import GGUFError
 from gguf_fuse.rewrite import Options, Result, fuse, unfuse
-from tests import llama_judge
+from tests import llama_judge, pack
 from tests.conftest import FAST, fused_copy, gguf_fuse
 from tests.pack import INT32, STRING, UINT16, UINT32, File, valid
 
@@ -340,6 +340,19 @@ def test_wrong_usage(model: Model, tmp_path: Path, arguments: list[str]) -> None
     assert list(tmp_path.iterdir()) == [original]
 
 
+def test_a_pipe_is_one_file(model: Model) -> None:
+    with pytest.raises(GGUFError, match=r"^-: standard output is one file; shards need a name"):
+        fuse(model(), "-", options=Options(split_max_tensors=1))
+
+
+def test_more_shards_than_can_be_numbered(tmp_path: Path) -> None:
+    file = valid()  # 6 tensors when it is fused
+    small = pack.tensor("", (1,))
+    file.tensors += [replace(small, name=f"t{i}") for i in range(65_530)]
+    text = failure(save(file, tmp_path / "in.gguf"), tmp_path / "out", split_max_tensors=1)
+    assert text == f"{tmp_path}/out: 65536 shards; at most 65535 are possible"
+
+
 # -- bad sets ------------------------------------------------------------------------------------
 
 
@@ -559,6 +572,16 @@ def test_existing_shard(three: list[Path], tmp_path: Path, number: int, dry_run:
     assert contents(tmp_path) == before
     fuse(three[0], str(out[0]), options=replace(FAST, force=True))
     assert read(out) == read([fused_copy(tmp_path / "whole.gguf")])
+
+
+def test_two_shards_that_would_be_one_file(three: list[Path], tmp_path: Path) -> None:
+    out = shard_paths(tmp_path / "out", 3)
+    for path in out[1:]:
+        path.symlink_to("target")
+    before = sorted(tmp_path.iterdir())
+    text = failure(three[0], out[0])
+    assert text == f"{out[1]}: two shards would be the same file, {tmp_path}/target"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_space_for_all_shards_together(
