@@ -15,7 +15,6 @@ from gguf.constants import GGUFValueType
 from gguf_fuse import record
 from gguf_fuse.architectures import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.gguf_file import (
-    MAX_PAIRS,
     Header,
     Segment,
     TensorInfo,
@@ -37,7 +36,7 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
-from gguf_fuse.record import MAX_RECORD_PAIRS, POSITIONS_KEY, ROWS_KEY
+from gguf_fuse.record import POSITIONS_KEY, ROWS_KEY
 
 # -- what a file holds --------------------------------------------------------------------------
 
@@ -299,10 +298,6 @@ def fuse(
             "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
             f"and give {' and '.join(kind.flag for kind in KINDS)} at once",
             layers,
-        )
-    if len(header.metadata) > MAX_PAIRS - MAX_RECORD_PAIRS:
-        raise Refused(
-            f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours"
         )
     fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
     if not fusable:

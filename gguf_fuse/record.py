@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.gguf_file import GGUFError, Header, encode_pair
+from gguf_fuse.gguf_file import MAX_PAIRS, GGUFError, Header, encode_pair
 from gguf_fuse.kinds import GATE_UP, kind_of
-from gguf_fuse.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor
+from gguf_fuse.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor, Refused
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
 RECORD_VERSIONS = (1, 2)
@@ -23,7 +23,8 @@ VERSION_KEY = KEY_PREFIX + "version"
 TENSORS_KEY = KEY_PREFIX + "tensors"
 ROWS_KEY = KEY_PREFIX + "rows"
 POSITIONS_KEY = KEY_PREFIX + "positions"
-MAX_RECORD_PAIRS = 8
+# Pairs that the record, the padding and the keys of shards take, and some to spare.
+ROOM = 16
 
 
 def exists(header: Header) -> bool:
@@ -109,7 +110,15 @@ def fused_plan(
     layers: Sequence[Layer],
     changed: Sequence[Layer],
 ) -> Plan:
-    """The plan of the fused file. pairs: the record. changed: those of `layers` it fuses."""
+    """The plan of the fused file. pairs: the record. changed: those of `layers` it fuses.
+
+    Raises Refused where the file would have more pairs than can be read again.
+    """
+    if len(header.metadata) > MAX_PAIRS - ROOM:
+        raise Refused(
+            f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
+            f"{MAX_PAIRS - ROOM} would"
+        )
     taken = {layer.label for layer in changed}
     return Plan(
         header.version,

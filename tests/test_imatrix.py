@@ -93,6 +93,13 @@ def test_llama_cpp_reads_and_rewrites_it(tmp_path: Path) -> None:
     assert sha256(tmp_path / "again.gguf") == sha256(fused)
 
 
+def test_no_room_for_the_record(tmp_path: Path) -> None:
+    file = imatrix(n_layers=1)
+    file.pairs += [Pair(f"k{i}", UINT32, 0) for i in range(65_521 - len(file.pairs))]
+    with pytest.raises(Refused, match="65521 metadata pairs leave no room for ours; 65520 would"):
+        fused_copy(save(file, tmp_path))
+
+
 def test_an_imatrix_of_a_fused_model_gets_three_equal_entries(tmp_path: Path) -> None:
     original = save(imatrix(("attn_output", "attn_qkv", "ffn_up")), tmp_path)
     before, after = entries(original), entries(unfused_copy(original))
