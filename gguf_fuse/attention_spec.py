@@ -481,8 +481,8 @@ def _rules_of(header: Header, name: str) -> tuple[_Rules, _Keys]:
     architecture = header.architecture
     prefix, _, number = name.rpartition(".")
     if prefix != "blk" or not number.isdigit() or architecture not in _TABLE:
-        what = f"architecture {architecture!r}" if prefix == "blk" else f"{name!r}: an encoder"
-        raise NotModelled(f"{header.path}: {what}: its attention is not modelled")
+        what = f"architecture {architecture!r}" if prefix == "blk" else f"layers {prefix!r}"
+        raise NotModelled(f"{header.path}: the attention of {what} is not modelled")
     keys = _Keys(header, int(number))
     if keys.index >= keys.n_layer:
         raise NotModelled(f"{header.path}: {name} is no layer of the main model")
