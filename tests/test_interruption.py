@@ -288,7 +288,10 @@ def test_ctrl_c_at_the_start(delay: float, model: Model, folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     code = finish(process)[0]
     assert temporaries(folder) == []
-    assert (folder / "out.gguf").exists() == (code == 0)
+    if (folder / "out.gguf").exists():  # it came too late, perhaps while the table was printed
+        assert sha256(folder / "out.gguf") == model.wanted
+    else:
+        assert code != 0
     model.assert_untouched()
 
 
