@@ -30,7 +30,7 @@ def test_types_that_gguf_py_cannot_dequantize(kind: int, name: str, model: Model
 
 
 def test_data_that_ends_early(model: Model) -> None:
-    """As if the file had been cut and its time set back: it has fewer bytes than its header says."""
+    """As if the file had been cut and its time set back: the header says more than there is."""
     header = read_header(model())
     tensor = replace(_tensor(header), n_bytes=header.file_bytes)
     with pytest.raises(GGUFError, match="changed while it was read"):
