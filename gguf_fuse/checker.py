@@ -79,9 +79,12 @@ class Check:
     """The largest error of one way to compute, relative to the largest value of the reference.
 
     limit: FACTOR times the error of the plain way (separate projections, expanded K and V, both
-    float32) against the same float64 reference, plus 4 EPS, because the plain way may happen to be
-    exact. In attention EPS times the largest score is added: rounding moves a score s by EPS |s|,
-    and exp turns that into an error relative to its weight, by luck more in one way than another.
+    float32) against the same float64 reference, plus what rounding may cost another order of
+    summing, for the plain way may be exact by luck. A sum's rounding grows with the sum of its
+    terms' sizes (Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2), by EPS
+    each: in projections Σ|x w|, relative to the largest value; in attention Σ|q k| of a score,
+    which exp turns into an error relative to its weight, twice: once in its weight, once in their
+    sum; to which the rounding of Q, K and V adds. 4 EPS are for the rest.
     """
 
     error: float
@@ -331,13 +334,13 @@ class _Path:
         return attended if heads.gate is None else attention.apply_gate(attended, heads.gate)
 
     def largest_score(self, heads: Heads, k: Floats) -> float:
-        """Largest |scale · Q·K| of any query and any cell of k, masked or not."""
+        """Largest scale · Σ|q k| of any query and any cell of k, masked or not."""
         rows = attention.group_heads(heads.q, k.shape[1])  # [n_seqs, n_head_kv, group, n_tokens, d]
         largest = 0.0
         for seq, head in itertools.product(range(k.shape[0]), range(k.shape[1])):
             queries = rows[seq, head].reshape(-1, k.shape[3])  # [group * n_tokens, head_dim]
-            scores = queries @ k[seq, head].T  # [group * n_tokens, n_kv]
-            largest = max(largest, float(np.max(np.abs(scores))))
+            sums = np.abs(queries) @ np.abs(k[seq, head]).T  # [group * n_tokens, n_kv]
+            largest = max(largest, float(np.max(sums)))
         return self.layer.params.scale * largest
 
 
@@ -353,6 +356,18 @@ def _project_exactly(
     ]
     joined = np.concatenate(outputs, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
     return attention.split_rows(joined, projections.rows)
+
+
+def _largest_sums(projections: Projections, x: Floats) -> list[float]:
+    """Of Q, K and V: the largest scale · Σ|x w| of any token and row."""
+    sizes = np.abs(x)  # [n_seqs, n_tokens, n_embd]
+    sums = [
+        sizes @ np.abs(part.weight).T * abs(1.0 if part.scale is None else part.scale)
+        for linear in _linears(projections)
+        for part in _row_blocks(linear)
+    ]
+    joined = np.concatenate(sums, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
+    return [float(np.max(part)) for part in attention.split_rows(joined, projections.rows)]
 
 
 def _linears(projections: Projections) -> tuple[Linear, ...]:
@@ -374,20 +389,20 @@ class _Gauge:
 
     def __init__(self) -> None:
         self.top = 0.0
-        self.largest_score = 0.0
+        self.rounding = 0.0  # in EPS
         self.errors: dict[str, float] = {}
 
-    def add(self, exact: Floats, ways: Mapping[str, Floats], largest_score: float = 0.0) -> None:
+    def add(self, exact: Floats, ways: Mapping[str, Floats], rounding: float) -> None:
         # numpy's maximum keeps a nan, Python's may drop it.
         self.top = float(np.maximum(self.top, np.max(np.abs(exact), initial=0.0)))
-        self.largest_score = max(self.largest_score, largest_score)
+        self.rounding = max(self.rounding, rounding)
         for name, result in ways.items():
             error = np.max(np.abs(result - exact), initial=0.0)
             self.errors[name] = float(np.maximum(self.errors.get(name, 0.0), error))
 
     def checks(self) -> dict[str, Check]:
         unit = self.top or 1.0
-        floor = EPS * (4 + self.largest_score)
+        floor = EPS * (4 + self.rounding)
         limit = FACTOR * self.errors[_PLAIN] / unit + floor
         return {
             name: Check(error / unit, limit)
@@ -412,6 +427,7 @@ class _Trial:
         self.prompts = _lengths(options.n_prompt, options.n_seqs)
         self.contexts = _lengths(max(options.n_kv, options.n_prompt), options.n_seqs)
         self.n_embd = _linears(original.projections)[0].weight.shape[1]
+        self.projected = 0.0  # rounding of Q, K and V, in EPS; set by `check_projection`
 
     @property
     def paths(self) -> tuple[_Path, _Path, _Path]:
@@ -432,9 +448,13 @@ class _Trial:
     def check_projection(self, x: Floats) -> Check:
         """The worst of Q, K and V, each relative to its own size."""
         checks: list[Check] = []
-        for plain, fused, exact in zip(*(path.project(x) for path in self.paths), strict=True):
+        sums = _largest_sums(self.plain.weights.projections, x)
+        projected = zip(*(path.project(x) for path in self.paths), sums, strict=True)
+        for plain, fused, exact, largest in projected:
             gauge = _Gauge()
-            gauge.add(exact, {_PLAIN: plain, "projection": fused})
+            rounding = largest / (float(np.max(np.abs(exact))) or 1.0)
+            self.projected = max(self.projected, rounding)
+            gauge.add(exact, {_PLAIN: plain, "projection": fused}, rounding)
             checks += gauge.checks().values()
         return max(checks, key=lambda check: (not check.ok, check.error / check.limit))
 
@@ -448,8 +468,8 @@ class _Trial:
             for path, own, way in zip(self.paths, heads, ways, strict=True)
         )
         gauge = _Gauge()
-        size = self.exact.largest_score(heads[2], heads[2].k)
-        gauge.add(exact, {_PLAIN: plain, "prefill": fused}, size)
+        rounding = self.projected + 2 * self.exact.largest_score(heads[2], heads[2].k)
+        gauge.add(exact, {_PLAIN: plain, "prefill": fused}, rounding)
         return gauge.checks()
 
     def fill_caches(self, heads: Sequence[Heads]) -> None:
@@ -476,8 +496,8 @@ class _Trial:
             ways = {_PLAIN: self.plain.decode(attention.expanded_attention, plain, cells)}
             for name, way in self.decodes().items():
                 ways[f"decode_{name}"] = self.fused.decode(way, fused, cells)
-            size = self.exact.largest_score(exact, self.exact.k)
-            gauge.add(self.exact.decode(_reference, exact, cells), ways, size)
+            rounding = self.projected + 2 * self.exact.largest_score(exact, self.exact.k)
+            gauge.add(self.exact.decode(_reference, exact, cells), ways, rounding)
         return gauge.checks()
 
     def decode_heads(self, cells: Sequence[int]) -> list[Heads]:
