@@ -257,7 +257,7 @@ def _shapes(layer: AttentionLayer) -> _Shapes:
 # norms around it. Anything else could change what attention computes.
 _READ = ("q", "k", "v", "qkv", "output")
 _KINDS = ("weight", "bias", "scale", "input_scale")
-_AROUND = ("norm", "norm_2", "post_norm")
+_AROUND = ("norm", "norm_2", "post_norm", "output_norm")
 
 
 def _require_known(header: Header, spec: AttentionSpec) -> None:

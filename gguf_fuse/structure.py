@@ -28,8 +28,10 @@ from gguf_fuse.gguf_file import (
     read_tensor,
     type_name,
 )
+from gguf_fuse.placement import PADDING_KEY
+from gguf_fuse.plan import KEY_PREFIX
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
-from gguf_fuse.record import RECORD_VERSIONS
+from gguf_fuse.record import POSITIONS_KEY, RECORD_VERSIONS, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS
 from gguf_fuse.write import open_source, refuse_changed
 
@@ -46,7 +48,8 @@ _FORMS = (
 )
 MAX_EXPERTS = 1 << 12  # of one tensor: each one's rows are compared on their own
 
-_RECORD = "gguf_fuse."
+_RECORD_KEYS = (VERSION_KEY, TENSORS_KEY, ROWS_KEY, POSITIONS_KEY)
+_OWN_KEYS = frozenset({*_RECORD_KEYS, SHARDS_KEY, PADDING_KEY})  # FUSED alone may have them
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,7 @@ def _is_weight(made: _Fusion) -> bool:
 
 
 def _swap_problems(original: Header, fused: Header) -> list[str]:
-    key = f"{_RECORD}version"
-    if key not in original.metadata or key in fused.metadata:
+    if VERSION_KEY not in original.metadata or VERSION_KEY in fused.metadata:
         return []
     return ["the first file is the fused one, the second is not: ORIGINAL comes first"]
 
@@ -205,7 +207,7 @@ def _compare_metadata(original: Header, fused: Header) -> tuple[list[_Range], li
     problems = [f"metadata {key}: missing in the fused file" for key in before if key not in after]
     for key in after:
         if key not in before:
-            if not key.startswith(_RECORD):
+            if key not in _OWN_KEYS:
                 problems.append(f"metadata {key}: only in the fused file")
             continue
         a, b = before.segment(key), after.segment(key)
@@ -241,41 +243,42 @@ def _order_problems(what: str, before: Sequence[str], after: Sequence[str]) -> l
 def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]) -> list[str]:
     """Is what gguf-fuse wrote for the way back true? A file without a record is fine."""
     metadata = fused.metadata
-    keys = [_RECORD + name for name in ("version", "tensors", "rows", "positions")]
-    written = [key for key in keys if key in metadata]
+    written = [key for key in _RECORD_KEYS if key in metadata]
     if not written or written[0] in original.metadata:
         return []
-    if len(written) < len(keys):
+    if len(written) < len(_RECORD_KEYS):
         return [
             f"metadata {key}: missing, the record is incomplete"
-            for key in keys
+            for key in _RECORD_KEYS
             if key not in written
         ]
-    version, names, rows, positions = (metadata[key] for key in keys)
+    version, names, rows, positions = (metadata[key] for key in _RECORD_KEYS)
     if version not in RECORD_VERSIONS:
         known = " and ".join(map(str, RECORD_VERSIONS))
-        return [f"metadata {keys[0]}: {version}, this release knows {known}"]
+        return [f"metadata {VERSION_KEY}: {version}, this release knows {known}"]
     if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
-        return [f"metadata {_RECORD}*: the record has values of a wrong type"]
+        return [f"metadata {KEY_PREFIX}*: the record has values of a wrong type"]
     counts = [_n_parts(name) for name in names]
     if version != (1 if set(counts) <= {3} else 2):
-        return [f"metadata {keys[0]}: {version}, its tensors are of another version"]
+        return [f"metadata {VERSION_KEY}: {version}, its tensors are of another version"]
     if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
-        return [f"metadata {_RECORD}*: the lengths of the record's arrays do not fit"]
+        return [f"metadata {KEY_PREFIX}*: the lengths of the record's arrays do not fit"]
     place = {tensor.name: at for at, tensor in enumerate(original.tensors)}
     truth = {
         fusion.name: (fusion.rows, tuple(place[part.name] for part in fusion.parts))
         for fusion in fusions
     }
     problems = [
-        f"metadata {keys[1]}: {name} is fused but not named" for name in truth if name not in names
+        f"metadata {TENSORS_KEY}: {name} is fused but not named"
+        for name in truth
+        if name not in names
     ]
     for name, end, count in zip(names, itertools.accumulate(counts), counts, strict=True):
         if name not in truth:
-            problems.append(f"metadata {keys[1]}: {name} is named but not fused")
+            problems.append(f"metadata {TENSORS_KEY}: {name} is named but not fused")
             continue
         told = tuple(rows[end - count : end]), tuple(positions[end - count : end])
-        for key, said, true in zip(keys[2:], told, truth[name], strict=True):
+        for key, said, true in zip((ROWS_KEY, POSITIONS_KEY), told, truth[name], strict=True):
             if said != true:
                 problems.append(f"metadata {key}: {said} for {name}, the original says {true}")
     return problems

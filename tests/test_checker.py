@@ -352,6 +352,10 @@ def add_a_key(c: Contents) -> None:
     c.pair("general.author", GGUFValueType.STRING, "nobody")
 
 
+def add_an_unknown_key_of_our_own(c: Contents) -> None:
+    c.pair("gguf_fuse.future", GGUFValueType.UINT32, 1)
+
+
 def reorder_keys(c: Contents) -> None:
     c.pairs = {"general.name": c.pairs["general.name"], **c.pairs}
 
@@ -417,6 +421,7 @@ STRUCTURE_FAULTS: list[tuple[Fault, str]] = [
     (lose_a_token, " bytes, but "),
     (remove_a_key, "metadata general.name: missing in the fused file"),
     (add_a_key, "metadata general.author: only in the fused file"),
+    (add_an_unknown_key_of_our_own, "metadata gguf_fuse.future: only in the fused file"),
     (reorder_keys, "the order differs"),
     (record_other_rows, "metadata gguf_fuse.rows: (48, 48, 32) for blk.0.attn_qkv.weight"),
     (record_other_positions, "metadata gguf_fuse.positions: "),
