@@ -149,7 +149,7 @@ def verify(original: Path, fused: Path, options: Options | None = None) -> Repor
         on_progress=options.on_progress,
     )
     layers, timing = compare_numbers(before, after, names, options)
-    return Report(structure, layers, timing)
+    return Report(structure, layers + _not_computed(before, options), timing)
 
 
 def _refuse_other_kinds(header: Header) -> None:
@@ -191,6 +191,14 @@ def choose_layers(header: Header, choice: Choice) -> list[str]:
     if choice.all or (choice.spread is None and _n_elements(header, names) <= SMALL_MODEL):
         return names
     return _evenly(names, choice.spread or N_SPREAD)
+
+
+def _not_computed(header: Header, options: Options) -> tuple[LayerReport, ...]:
+    """Layers that nobody chose because they have no attention that is known here."""
+    if options.structure_only or options.layers.numbers is not None:
+        return ()
+    note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
+    return tuple(LayerReport(name, {}, note) for name in fusion.other_layers(header.tensors))
 
 
 def _n_elements(header: Header, names: Sequence[str]) -> int:

@@ -116,6 +116,7 @@ SplitMaxTensors = Annotated[
 
 _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 _DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
+_MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
 _STOPPING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
@@ -330,10 +331,14 @@ def verify(
             "small model, 4x of a large one. Bytes are compared in all layers."
         ),
     ] = "auto",
-    n_prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 48,
-    n_decode: Annotated[int, typer.Option(min=1, help="Decode steps.")] = 4,
-    n_seqs: Annotated[int, typer.Option(min=1, help="Sequences, of different lengths.")] = 3,
-    n_kv: Annotated[int, typer.Option(min=1, help="Cells in the cache before decoding.")] = 1000,
+    n_prompt: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens of the prompt.")] = 48,
+    n_decode: Annotated[int, typer.Option(min=1, max=_MOST, help="Decode steps.")] = 4,
+    n_seqs: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Sequences, of different lengths.")
+    ] = 3,
+    n_kv: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Cells in the cache before decoding.")
+    ] = 1000,
     threads: Workers = _DEFAULT_WORKERS,
     seed: Annotated[int, typer.Option(min=0, help="Of the random activations.")] = 0,
     structure_only: Annotated[

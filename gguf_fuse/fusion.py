@@ -6,6 +6,7 @@ first one's gate, its up, the next one's gate, and so on (`kinds` has the table)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
@@ -22,7 +23,7 @@ from gguf_fuse.gguf_file import (
     row_bytes,
     type_name,
 )
-from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind
+from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, LAYER, MAX_SLICES, QKV, SHARED, Kind
 from gguf_fuse.plan import (
     Join,
     Layer,
@@ -102,9 +103,20 @@ def layer_names(tensors: Iterable[TensorInfo], kind: Kind = QKV) -> list[str]:
     names = {tensor.name for tensor in tensors}
     pattern = kind.layer_pattern
     found = [match[1] for name in names if (match := pattern.fullmatch(name))]
+    return _in_order(layer for layer in found if kind is not QKV or _is_attention(layer, names))
+
+
+def other_layers(tensors: Iterable[TensorInfo]) -> list[str]:
+    """Layers without Q, K or V of their own: other attention (MLA, linear), or none."""
+    tensors = list(tensors)
+    found = [re.match(rf"{LAYER}(?=\.)", tensor.name) for tensor in tensors]
+    return _in_order({match[0] for match in found if match}.difference(layer_names(tensors)))
+
+
+def _in_order(layers: Iterable[str]) -> list[str]:
+    """Each once, by number."""
     return sorted(
-        {layer for layer in found if kind is not QKV or _is_attention(layer, names)},
-        key=lambda layer: (layer.split("blk")[0], int(layer.rsplit(".", 1)[1])),
+        set(layers), key=lambda layer: (layer.split("blk")[0], int(layer.rsplit(".", 1)[1]))
     )
 
 

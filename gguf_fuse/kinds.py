@@ -16,7 +16,7 @@ SHARED = ("scale", "input_scale")  # the same values, so the fused tensor has th
 # llama.cpp has 512 at most; it bounds what a damaged file can cost.
 MAX_SLICES = 1 << 12
 
-_LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"
+LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Kind:
     @property
     def layer_pattern(self) -> re.Pattern[str]:
         """Matches the weights of a layer; group 1 is the layer."""
-        return re.compile(rf"({_LAYER})\.(?:{'|'.join((*self.parts, self.fused))})\.weight")
+        return re.compile(rf"({LAYER})\.(?:{'|'.join((*self.parts, self.fused))})\.weight")
 
     def dims_of(self, kind: str) -> int:
         """Dimensions that a weight or a bias must have."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from gguf_fuse.bench import Bench, ProjectionRow
-    from gguf_fuse.checker import Check, Report, Timing
+    from gguf_fuse.checker import Check, LayerReport, Report, Timing
     from gguf_fuse.structure import Structure
 
 _INSPECT_STATUS = {
@@ -388,17 +388,15 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
         )
     if not report.layers:
         return
-    n_partly = sum(layer.note is not None for layer in report.layers)
     mark = _mark(all(layer.ok for layer in report.layers))
-    if n_partly and mark.plain == "ok":
+    if mark.plain == "ok" and any(layer.note for layer in report.layers):
         mark = _text("PARTLY", "yellow")
-    partly = f", {n_partly} of them without attention" if n_partly else ""
-    yield mark.append(
-        f" numbers: {len(report.layers)} layers computed{partly}; largest errors against float64"
-    )
-    yield _text()
-    yield _Fitting(_checks_table(report), _worst_table(report))
-    yield _text()
+    computed = [layer for layer in report.layers if layer.checks]
+    yield mark.append(_numbers_line(computed, len(report.layers) - len(computed)))
+    if computed:
+        yield _text()
+        yield _Fitting(_checks_table(computed), _worst_table(computed))
+        yield _text()
     yield from (_text(line, "red") for line in _number_problems(report))
     notes: dict[str, list[str]] = {}
     for layer in report.layers:
@@ -409,9 +407,22 @@ def verify_parts(report: Report) -> Iterator[RenderableType]:
         yield from _timing_lines(report.timing)
 
 
+def _numbers_line(computed: Sequence[LayerReport], n_left: int) -> str:
+    """How many layers the table below is about, and how many it is not about."""
+    n_partly = sum(layer.note is not None for layer in computed)
+    line = f" numbers: {_n_layers(len(computed))} computed"
+    line += f", {n_partly} of them without attention" if n_partly else ""
+    line += f", {n_left} not" if n_left else ""
+    return f"{line}; largest errors against float64" if computed else line
+
+
+def _n_layers(n: int, words: str = "layer") -> str:
+    return f"{n} {words}{'' if n == 1 else 's'}"
+
+
 def _fused_layers(structure: Structure) -> str:
     n_experts = structure.n_fused_experts
-    line = f"{structure.n_fused} fused layer{'' if structure.n_fused == 1 else 's'}"
+    line = _n_layers(structure.n_fused, "fused layer")
     return f"{line} of attention, {n_experts} of experts" if n_experts else line
 
 
@@ -419,33 +430,30 @@ def _mark(ok: bool) -> Text:
     return _text("ok", "green") if ok else _text("FAILED", "bold red")
 
 
-def _checks_table(report: Report) -> Table:
-    names = list(dict.fromkeys(name for layer in report.layers for name in layer.checks))
+def _checks_table(layers: Sequence[LayerReport]) -> Table:
+    names = list(dict.fromkeys(name for layer in layers for name in layer.checks))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True)
     for name in names:
         table.add_column(_CHECK_TITLES.get(name, name), justify="right", min_width=7)
     table.add_column("of\nlimit", justify="right", min_width=5)
-    for layer in report.layers:
+    for layer in layers:
         cells = [_error(layer.checks.get(name)) for name in names]
-        shares = [_of_limit(check) for check in layer.checks.values()]
-        table.add_row(layer.layer, *cells, _share(max(shares)) if shares else "-")
+        worst = max(map(_of_limit, layer.checks.values()))
+        table.add_row(layer.layer, *cells, _share(worst))
     return table
 
 
-def _worst_table(report: Report) -> Table:
+def _worst_table(layers: Sequence[LayerReport]) -> Table:
     """Of each layer the check that is nearest to its limit."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in ("layer", "worst check"):
         table.add_column(title, overflow="fold")
     for title in ("error", "of limit"):
         table.add_column(title, justify="right", overflow="fold")
-    for layer in report.layers:
-        if layer.checks:
-            name, check = max(layer.checks.items(), key=lambda item: _of_limit(item[1]))
-            table.add_row(layer.layer, name, _error(check), _share(_of_limit(check)))
-        else:
-            table.add_row(layer.layer, "-", "-", "-")
+    for layer in layers:
+        name, check = max(layer.checks.items(), key=lambda item: _of_limit(item[1]))
+        table.add_row(layer.layer, name, _error(check), _share(_of_limit(check)))
     return table
 
 

@@ -215,6 +215,38 @@ def test_attention_that_is_not_modelled_is_marked(model: Model) -> None:
     assert "attention not modelled" in printed
 
 
+@pytest.mark.parametrize(
+    ("architecture", "checks", "others"),
+    [
+        ("qwen35", CHECKS, ["blk.0", "blk.2"]),  # linear attention
+        ("jamba", {"projection"}, ["blk.0", "blk.2"]),  # state spaces
+        ("deepseek2", set(), ["blk.0", "blk.1", "blk.2", "blk.3"]),  # MLA
+    ],
+)
+def test_layers_of_another_kind_are_named(
+    model: Model, architecture: str, checks: set[str], others: list[str]
+) -> None:
+    original = model(architecture=architecture, n_layer=4)
+    report = check(original, original)
+    assert report.ok
+    assert [layer.layer for layer in report.layers if not layer.checks] == others
+    for layer in report.layers:
+        assert set(layer.checks) == (set() if layer.layer in others else checks)
+        assert layer.checks or "no Q, K and V of its own" in (layer.note or "")
+    printed = gguf_fuse("verify", original, original).stdout
+    n_computed = 4 - len(others)
+    assert f"PARTLY numbers: {n_computed} layers computed" in printed
+    assert f"{len(others)} not" in printed
+
+
+def test_layers_of_another_kind_are_no_matter_where_layers_are_chosen(model: Model) -> None:
+    original = model(architecture="qwen35", n_layer=4)
+    (report,) = check(original, original, layers=parse_layers("1")).layers
+    assert (report.layer, report.note, set(report.checks)) == ("blk.1", None, CHECKS)
+    printed = gguf_fuse("verify", original, original, "--layers", "1").stdout
+    assert "ok numbers: 1 layer computed; " in printed
+
+
 # -- faults in the bytes ------------------------------------------------------------------------
 
 

@@ -244,10 +244,18 @@ def test_the_next_command_can_be_pasted(model: Model, tmp_path: Path) -> None:
 
 def test_too_little_memory_is_one_line(model: Model) -> None:
     original = model()
-    done = gguf_fuse("verify", original, fused_copy(original), "--n-kv", 10**12)
+    done = gguf_fuse("verify", original, fused_copy(original), "--n-kv", 1 << 24, "--n-seqs", 5000)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("gguf-fuse: not enough memory: Unable to allocate")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--n-prompt", "--n-decode", "--n-seqs", "--n-kv"])
+@pytest.mark.parametrize("value", [0, (1 << 24) + 1, 10**30])
+def test_counts_have_limits(option: str, value: int) -> None:
+    done = gguf_fuse("verify", "a.gguf", "b.gguf", option, value)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert option in done.stderr
 
 
 def on_a_terminal(*arguments: Any, **environment: str) -> str:
