@@ -21,7 +21,7 @@ from gguf_fuse.rewrite import Inspection, Result
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from gguf_fuse.bench import Bench, ProjectionRow
+    from gguf_fuse.bench import Bench, DecodeRow, ProjectionRow
     from gguf_fuse.checker import Check, LayerReport, Report, Timing
     from gguf_fuse.structure import Structure
 
@@ -522,22 +522,37 @@ def bench_parts(result: Bench) -> Iterator[RenderableType]:
     )
     yield _text(projection_verdict(result.projection))
     yield _text()
-    yield _bench_table(
+    yield _Fitting(_decode_table(result.decode), _narrow_decode_table(result.decode))
+    yield _text("of reading: the speed of split, where 100% is K and V merely read once")
+    if result.left_out:
+        left_out = ", ".join(map(str, result.left_out))
+        yield _text(f"left out, not enough free memory: n_kv {left_out}", "yellow")
+
+
+def _decode_table(rows: Iterable[DecodeRow]) -> Table:
+    return _bench_table(
         ("n_kv", "expand", "broadcast", "split", "K, V\nread", "expand\n/ split", "of\nreading"),
         (
             (
                 str(row.n_kv),
                 *map(_ms, (row.expand_ms, row.broadcast_ms, row.split_ms, row.stream_ms)),
                 f"{row.expand_ms / row.split_ms:.1f} x",
-                f"{row.stream_ms / row.split_ms:.0%}",
+                _of_reading(row),
             )
-            for row in result.decode
+            for row in rows
         ),
     )
-    yield _text("of reading: the speed of split, where 100% is K and V merely read once")
-    if result.left_out:
-        left_out = ", ".join(map(str, result.left_out))
-        yield _text(f"left out, not enough free memory: n_kv {left_out}", "yellow")
+
+
+def _narrow_decode_table(rows: Iterable[DecodeRow]) -> Table:
+    return _bench_table(
+        ("n_kv", "expand", "split", "of\nreading"),
+        ((str(row.n_kv), _ms(row.expand_ms), _ms(row.split_ms), _of_reading(row)) for row in rows),
+    )
+
+
+def _of_reading(row: DecodeRow) -> str:
+    return f"{row.stream_ms / row.split_ms:.0%}"
 
 
 def _bench_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,21 @@ def test_rows_are_what_was_asked_for(short: None) -> None:
     assert [row.n_kv for row in result.decode] == [64, 100]
     for row in (*map(asdict, result.projection), *map(asdict, result.decode)):
         assert min(row.values()) > 0
+
+
+@pytest.mark.parametrize("columns", [34, 40, 60, 100])
+def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    row = DecodeRow(65536, 1234.0, 123.0, 12.3, 9.1)
+    result = replace(some_result(), decode=(row,))
+    monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: result)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = run().stdout.splitlines()
+    assert max(map(len, shown)) <= columns
+    (line,) = (line.split() for line in shown if line.startswith("65536"))
+    assert line in (
+        ["65536", "1234", "12.3", "74%"],
+        ["65536", "1234", "123", "12.3", "9.1", "100.3", "x", "74%"],
+    )
 
 
 def test_default_shape_adds_up() -> None:
