@@ -412,7 +412,10 @@ _TABLE: dict[str, _Rules] = {
     **dict.fromkeys(("qwen35", "qwen35moe"), _Rules("imrope", _HEAD_RMS, gated_q=True)),
     "qwen3next": replace(_NEOX_NORMED, gated_q=True),
     "bert": _Rules("none", causal=False),
-    "nomic-bert": _Rules("neox", causal=False),
+    **dict.fromkeys(("nomic-bert", "nomic-bert-moe", "jina-bert-v3"), _Rules("neox", causal=False)),
+    "jina-bert-v2": _Rules(
+        "none", NormRule("layer", "row", optional=True), max_alibi_bias=8.0, causal=False
+    ),
 }
 
 

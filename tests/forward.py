@@ -117,7 +117,8 @@ _BLOCKS: dict[str, Block] = {
     **dict.fromkeys(("bloom", "mpt"), Block(gelu)),
     **dict.fromkeys(("olmoe", "qwen2moe"), Block(norm_weights=False)),
     "smallthinker": Block(relu, early_router=True),
-    "bert": Block(gelu),
+    **dict.fromkeys(("bert", "jina-bert-v2", "jina-bert-v3"), Block(gelu)),
+    "nomic-bert-moe": Block(gelu, norm_weights=False),
 }
 
 
@@ -315,7 +316,10 @@ class Forward:
             bias = self.tensors.get(f"{name}.ffn_{part}_exps.bias")
             return y if bias is None else y + bias[expert]
 
-        gate, up = through("gate", x), through("up", x)
+        up = through("up", x)
+        if f"{name}.ffn_gate_exps.weight" not in self.tensors:
+            return through("down", self.block.activation(up))
+        gate = through("gate", x)
         if not self.block.clipped:
             return through("down", self.block.activation(gate) * up)
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
@@ -353,6 +357,8 @@ class Encoder(Forward):
         assert one is not None
         name = f"blk.{index}"
         h = self._norm(f"{name}.attn_output_norm", x + self._attention(index, one, x, positions))
+        if f"{name}.attn_norm_2.weight" in self.tensors:
+            h = self._norm(f"{name}.attn_norm_2", x + h)
         return self._norm(f"{name}.layer_output_norm", h + self._feed_forward(index, h, h))
 
 

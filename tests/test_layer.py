@@ -95,7 +95,9 @@ _BERT = Layout(
         "token_types": "n_embd 2",
         "position_embd": "n_embd 512",
         "attn_output_norm": "n_embd",
+        "attn_norm_2": "n_embd",
         "layer_output_norm": "n_embd",
+        **_ROW_NORMS,
     },
     keys={"attention.causal": False},
     global_keys={"tokenizer.ggml.token_type_count": 2},
@@ -103,11 +105,26 @@ _BERT = Layout(
     free_head_dim=False,
     n_head_kv=(4,),
 )
+_EXPERTS = "ffn_gate_inp.weight ffn_up_exps.weight ffn_down_exps.weight"
 # Without next tokens: what counts is what they make of the given ones.
 ENCODERS: dict[str, Layout] = {
     "bert": replace(_BERT, outer=f"{_BERT.outer} position_embd.weight"),
     "nomic-bert": replace(_BERT, layer=_BERT.layer.replace(_BERT_FFN, "@ffn"), bias=False),
+    # A layer with experts follows one without.
+    "nomic-bert-moe": replace(
+        _BERT,
+        layer=f"{_BERT.layer} | {_BERT.layer.replace(_BERT_FFN, _EXPERTS)}",
+        keys={**_BERT.keys, "moe_every_n_layers": 2},
+        n_expert=4,
+    ),
+    "jina-bert-v2": replace(_BERT, layer=_BERT.layer.replace(_BERT_FFN, "@ffn ffn_down.bias")),
+    "jina-bert-v3": _BERT,
 }
+_JINA_NORMED = replace(
+    ENCODERS["jina-bert-v2"],
+    layer=f"{ENCODERS['jina-bert-v2'].layer} attn_norm_2.weight attn_norm_2.bias "
+    "attn_q_norm.weight attn_q_norm.bias attn_k_norm.weight attn_k_norm.bias",
+)
 
 # Architectures and kinds of layers that `LAYOUTS` does not have; MoE ones with dense layers
 # only, since it is the attention that counts here.
@@ -231,7 +248,9 @@ def _case(
     spec["metadata"] = {f"{architecture}.{key}": value for key, value in (keys or {}).items()}
     spec["n_ctx"] = n_ctx
     layout = layout or EXTRA.get(architecture)
-    silent = (".ssm_out.weight",) if feed_forward else (".ssm_out.weight", ".ffn_down.weight")
+    silent: tuple[str, ...] = (".ssm_out.weight",)
+    if not feed_forward:
+        silent += (".ffn_down.weight", ".ffn_down_exps.weight")
     return Case(architecture, spec, limit, layout, n_prompt, n_ctx, silent)
 
 
@@ -246,14 +265,14 @@ _PLAIN = """
     nomic-bert""".split()
 _WITH_GELU = """
     gemma gemma2 gemma3 gemma4 phi2 starcoder2 gptneox falcon bloom mpt
-    bert""".split()
+    bert nomic-bert-moe jina-bert-v2 jina-bert-v3""".split()
 
 CASES: dict[str, Case] = {
     # As `random_model` has them; then those that are only here.
     **{name: _case(name) for name in _PLAIN},
     # One layer, so that the table blurs as little as it can; two where both kinds must be there.
     **{name: _case(name, limit=GELU, n_layer=1) for name in _WITH_GELU},
-    **{name: _case(name, limit=GELU) for name in ("gemma2", "gemma4")},
+    **{name: _case(name, limit=GELU) for name in ("gemma2", "gemma4", "nomic-bert-moe")},
     **{f"{name}, attention": _case(name, feed_forward=False) for name in _WITH_GELU},
     "bert, its key not heeded": _case("bert", feed_forward=False, keys={"attention.causal": True}),
     # Head counts and lengths.
@@ -453,6 +472,20 @@ def test_identical_embeddings_of_a_fused_file(name: str, judged: Callable[[str],
     np.testing.assert_array_equal(files.rows[files.original], files.rows[files.fused])
 
 
+@needs_llama_cpp
+def test_whole_rows_normed_in_an_encoder(tmp_path: Path) -> None:
+    """llama.cpp does that beside separate Q, K and V, and aborts beside fused ones."""
+    case = _case("jina-bert-v2", layout=_JINA_NORMED, feed_forward=False)
+    path, tokens = _write(case, tmp_path / "original.gguf"), list(range(3, 3 + N_PROMPT))
+    files = Judged(case, path, None, tokens, [], {path: _judge(case, path, tokens, [])})
+    assert _error(files, path) <= case.limit
+    assert _error(files, path, _without_norms) > SEEN
+    fused = _write(replace(case, spec={**case.spec, "fused": True}), tmp_path / "fused.gguf")
+    with pytest.raises(llama_judge.LoadFailed) as caught:
+        _judge(case, fused, tokens, [])
+    assert caught.value.signal == "SIGABRT"
+
+
 def test_every_modelled_architecture_is_compared() -> None:
     assert {case.architecture for case in CASES.values()} == attention_spec._TABLE.keys()
 
@@ -558,6 +591,7 @@ FAULTS: dict[str, tuple[str, Callable[[AttentionLayer], AttentionLayer]]] = {
     "future tokens seen": ("llama", _spec(causal=False)),
     "future tokens hidden": ("bert", _spec(causal=True)),
     "no RoPE in an encoder": ("nomic-bert", _spec(rope=None)),
+    "no ALiBi in an encoder": ("jina-bert-v2", _spec(max_alibi_bias=0.0)),
 }
 
 
