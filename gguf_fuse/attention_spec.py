@@ -164,6 +164,7 @@ class _Rules:
     alibi_key: bool = False
     clamp_key: bool = False
     yarn_keys: bool = False
+    # False: an encoder, whose key llama.cpp does not heed (llama_context::encode).
     causal: bool = True
     sinks: Sinks = "none"
     v_norm: bool = False
@@ -411,7 +412,10 @@ _TABLE: dict[str, _Rules] = {
     **dict.fromkeys(("qwen35", "qwen35moe"), _Rules("imrope", _HEAD_RMS, gated_q=True)),
     "qwen3next": replace(_NEOX_NORMED, gated_q=True),
     "bert": _Rules("none", causal=False),
-    "nomic-bert": _Rules("neox", causal=False),
+    **dict.fromkeys(("nomic-bert", "nomic-bert-moe", "jina-bert-v3"), _Rules("neox", causal=False)),
+    "jina-bert-v2": _Rules(
+        "none", NormRule("layer", "row", optional=True), max_alibi_bias=8.0, causal=False
+    ),
 }
 
 
@@ -453,7 +457,7 @@ def _spec(rules: _Rules, keys: _Keys, name: str, n_ctx: int | None) -> Attention
         scale=rules.scale(keys),
         rope=_rope(rules, keys, windowed, n_ctx) if rotates else None,
         window=_window(rules.window, keys) if windowed else None,
-        causal=keys.flag("attention.causal", rules.causal),
+        causal=rules.causal and keys.flag("attention.causal", True),
         softcap=keys.number("attn_logit_softcapping", rules.softcap) if rules.softcap else 0.0,
         max_alibi_bias=(
             keys.number("attention.max_alibi_bias", 0.0)

@@ -2,8 +2,8 @@
 
 Embedding, then per layer attention (all of it from `gguf_fuse.attention` and `gguf_fuse.layer`) and
 feed-forward, then the output: enough of llama.cpp's graphs (src/models/*.cpp) to compare
-log-probabilities with it, prompt first, then single tokens over a KV cache. Everything but
-attention is kept as plain as it can be.
+log-probabilities with it, prompt first, then single tokens over a KV cache; or, of an encoder, the
+embeddings of all tokens. Everything but attention is kept as plain as it can be.
 
 Axis names are those of `gguf_fuse.attention`; n_seqs is 1 here.
 """
@@ -117,6 +117,8 @@ _BLOCKS: dict[str, Block] = {
     **dict.fromkeys(("bloom", "mpt"), Block(gelu)),
     **dict.fromkeys(("olmoe", "qwen2moe"), Block(norm_weights=False)),
     "smallthinker": Block(relu, early_router=True),
+    **dict.fromkeys(("bert", "jina-bert-v2", "jina-bert-v3"), Block(gelu)),
+    "nomic-bert-moe": Block(gelu, norm_weights=False),
 }
 
 
@@ -314,7 +316,10 @@ class Forward:
             bias = self.tensors.get(f"{name}.ffn_{part}_exps.bias")
             return y if bias is None else y + bias[expert]
 
-        gate, up = through("gate", x), through("up", x)
+        up = through("up", x)
+        if f"{name}.ffn_gate_exps.weight" not in self.tensors:
+            return through("down", self.block.activation(up))
+        gate = through("gate", x)
         if not self.block.clipped:
             return through("down", self.block.activation(gate) * up)
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
@@ -327,6 +332,34 @@ class Forward:
         logits = self._linear(name, x) * self.dtype(self.block.logit_scale(self.numbers))
         cap = self.numbers("final_logit_softcapping", 0.0)
         return cap * np.tanh(logits / cap) if cap else logits
+
+
+class Encoder(Forward):
+    """BERT and its kin (bert.cpp): each norm comes after what it norms, all tokens at once."""
+
+    def embeddings(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """What the last layer gives: [n_tokens, n_embd]."""
+        x = self.tensors["token_embd.weight"][list(tokens)]  # [n_tokens, n_embd]
+        x = x + self.tensors["token_types.weight"][0]  # llama.cpp knows no other
+        if self.header.architecture == "bert":
+            x = x + self.tensors["position_embd.weight"][: len(tokens)]
+        x = self._norm("token_embd_norm", x[None].astype(self.dtype))  # [1, n_tokens, n_embd]
+        positions = np.arange(len(tokens))[None]  # [1, n_tokens]
+        for index, one in enumerate(self.layers):
+            x = self._layer(index, one, x, positions)
+        result: NDArray[np.float32] = x[0].astype(np.float32)
+        return result
+
+    def _layer(
+        self, index: int, one: AttentionLayer | None, x: Floats, positions: NDArray[np.int64]
+    ) -> Floats:
+        """x [1, n_tokens, n_embd] -> the same shape."""
+        assert one is not None
+        name = f"blk.{index}"
+        h = self._norm(f"{name}.attn_output_norm", x + self._attention(index, one, x, positions))
+        if f"{name}.attn_norm_2.weight" in self.tensors:
+            h = self._norm(f"{name}.attn_norm_2", x + h)
+        return self._norm(f"{name}.layer_output_norm", h + self._feed_forward(index, h, h))
 
 
 def log_probabilities(
@@ -343,3 +376,14 @@ def log_probabilities(
     rows = [model.log_probabilities(tokens)]
     rows += [model.log_probabilities([token]) for token in continuation]
     return np.stack(rows)
+
+
+def embeddings(
+    path: Path,
+    tokens: Sequence[int],
+    *,
+    n_ctx: int = 512,
+    change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
+) -> NDArray[np.float32]:
+    """Of an encoder, a row for each token: [n_tokens, n_embd]."""
+    return Encoder(path, n_ctx, change=change).embeddings(tokens)

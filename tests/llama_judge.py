@@ -11,6 +11,7 @@ import array
 import base64
 import contextlib
 import ctypes
+import http.client
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -126,6 +128,40 @@ def image_log_probabilities(
         return np.fromfile(answer, np.float32)
 
 
+def embeddings(
+    path: Path | str,
+    tokens: Sequence[int],
+    *,
+    n_threads: int = 1,
+    flash_attention: FlashAttention = "auto",
+    n_ctx: int = 512,
+    timeout: float = 60.0,
+) -> NDArray[np.float32]:
+    """What an encoder makes of each token, as its last layer gives it: [n_tokens, n_embd].
+
+    Neither pooled nor normalised. `tokens` are ids and get no BOS; llama.cpp takes at most 512 of
+    them in one batch. With flash attention it rounds K and V to F16.
+
+    Raises LoadFailed where llama.cpp refuses the file, crashes, or takes over `timeout` seconds.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "rows.f32"
+        request = {
+            "task": "embeddings",
+            "path": str(path),
+            "tokens": list(tokens),
+            "n_threads": n_threads,
+            "cache_type": "f16",
+            "flash_attention": flash_attention,
+            "lora": None,
+            "n_ctx": n_ctx,
+        }
+        _run({**request, "answer": str(answer)}, timeout)
+        return np.fromfile(answer, np.float32).reshape(len(tokens), -1)
+
+
 def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float = 60.0) -> None:
     """Read a GGUF file with its data and write it again, both with llama.cpp's own code.
 
@@ -189,6 +225,8 @@ def _main() -> None:
         return
     if request["task"] == "image_log_probabilities":
         rows = [_image_row(_server(request), request["image"])]
+    elif request["task"] == "embeddings":
+        rows = _embeddings(_server(request), request["tokens"])
     else:
         rows = _rows(_server(request), request)
     Path(request["answer"]).write_bytes(b"".join(row.tobytes() for row in rows))
@@ -218,6 +256,9 @@ def _server(request: dict[str, Any]) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type(
         {"auto": -1, "off": 0, "on": 1}[request["flash_attention"]]
     )
+    if request["task"] == "embeddings":
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
     if "mmproj" in request:
         params.mmproj.path = request["mmproj"]
         params.mmproj_use_gpu = False
@@ -296,6 +337,27 @@ def _image_row(server: Any, image: str) -> array.array[float]:
     ranked = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     by_token = sorted((entry["id"], entry["logprob"]) for entry in ranked)
     return array.array("f", (logprob for _, logprob in by_token))
+
+
+def _embeddings(server: Any, tokens: list[int]) -> list[array.array[float]]:
+    """One row of [n_embd] for each token.
+
+    `handle_embeddings` follows OpenAI's interface, which knows pooled ones only; the server's own
+    is reached over HTTP alone.
+    """
+    address = urllib.parse.urlsplit(server.listening_address)
+    assert address.hostname is not None
+    connection = http.client.HTTPConnection(address.hostname, address.port)
+    body = json.dumps({"content": tokens})
+    connection.request("POST", "/embeddings", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    if response.status != http.client.OK:
+        _refuse(answer.decode("utf-8", "replace")[:500])
+    (result,) = json.loads(answer)
+    if len(result["embedding"]) != len(tokens):
+        _refuse(f"{len(result['embedding'])} of {len(tokens)} tokens were evaluated")
+    return [array.array("f", row) for row in result["embedding"]]
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,9 +45,11 @@ from gguf_fuse.gguf_file import (
     read_header,
     read_tensors,
 )
+from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.structure import compare_structure
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
+from tests.test_layer import ENCODERS
 
 Model = Callable[..., Path]
 
@@ -146,6 +149,19 @@ def test_architectures_pass(model: Model, architecture: str, spec: dict[str, Any
     computed = [layer for layer in report.layers if layer.note is None]
     assert computed
     assert all(set(layer.checks) == CHECKS for layer in computed)
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_encoders_pass(model: Model, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    """As they are, with norms behind attention and feed-forward; and fused."""
+    monkeypatch.setitem(LAYOUTS, architecture, ENCODERS[architecture])
+    original = model(architecture=architecture)
+    copy = original.with_name("copy.gguf")
+    shutil.copy(original, copy)
+    for other in (copy, fused_copy(original)):
+        report = check(original, other)
+        assert report.ok
+        assert all(set(layer.checks) == CHECKS for layer in report.layers)
 
 
 def test_layers_that_were_skipped_are_computed_as_well(model: Model) -> None:

@@ -3,7 +3,8 @@
 A whole forward pass on top of it (`forward`) gives the log-probabilities that llama.cpp gives, with
 its KV cache in float32: a prompt longer than every window, then single tokens, from the file as it
 is and from the fused one. How near that really is: 6e-6, and 1e-5 over 64 layers, which is
-float32's rounding. `EXACT` leaves room for other processors. Where the feed-forward is a GELU it is
+float32's rounding. Of an encoder it is the embeddings of all tokens, from one batch and relative to
+their size. `EXACT` leaves room for other processors. Where the feed-forward is a GELU it is
 6e-4: llama.cpp looks that up in a float16 table, where a last bit can become a whole step. There
 `GELU` counts, and once more `EXACT` without the feed-forward. The smallest of the seeded faults
 moves the probabilities by 2e-2.
@@ -84,9 +85,51 @@ def _with_shared_expert(name: str, ne: Mapping[str, str] | None = None) -> Layou
     )
 
 
+_BERT_FFN = "ffn_up.weight ffn_up.bias ffn_down.weight ffn_down.bias"
+_BERT = Layout(
+    layer="@qkv attn_output.weight attn_output.bias attn_output_norm.weight attn_output_norm.bias "
+    f"{_BERT_FFN} layer_output_norm.weight layer_output_norm.bias",
+    norm="layer",
+    outer="token_embd.weight token_types.weight token_embd_norm.weight token_embd_norm.bias",
+    ne={
+        "token_types": "n_embd 2",
+        "position_embd": "n_embd 512",
+        "attn_output_norm": "n_embd",
+        "attn_norm_2": "n_embd",
+        "layer_output_norm": "n_embd",
+        **_ROW_NORMS,
+    },
+    keys={"attention.causal": False},
+    global_keys={"tokenizer.ggml.token_type_count": 2},
+    bias=True,
+    free_head_dim=False,
+    n_head_kv=(4,),
+)
+_EXPERTS = "ffn_gate_inp.weight ffn_up_exps.weight ffn_down_exps.weight"
+# Without next tokens: what counts is what they make of the given ones.
+ENCODERS: dict[str, Layout] = {
+    "bert": replace(_BERT, outer=f"{_BERT.outer} position_embd.weight"),
+    "nomic-bert": replace(_BERT, layer=_BERT.layer.replace(_BERT_FFN, "@ffn"), bias=False),
+    # A layer with experts follows one without.
+    "nomic-bert-moe": replace(
+        _BERT,
+        layer=f"{_BERT.layer} | {_BERT.layer.replace(_BERT_FFN, _EXPERTS)}",
+        keys={**_BERT.keys, "moe_every_n_layers": 2},
+        n_expert=4,
+    ),
+    "jina-bert-v2": replace(_BERT, layer=_BERT.layer.replace(_BERT_FFN, "@ffn ffn_down.bias")),
+    "jina-bert-v3": _BERT,
+}
+_JINA_NORMED = replace(
+    ENCODERS["jina-bert-v2"],
+    layer=f"{ENCODERS['jina-bert-v2'].layer} attn_norm_2.weight attn_norm_2.bias "
+    "attn_q_norm.weight attn_q_norm.bias attn_k_norm.weight attn_k_norm.bias",
+)
+
 # Architectures and kinds of layers that `LAYOUTS` does not have; MoE ones with dense layers
 # only, since it is the attention that counts here.
 EXTRA: dict[str, Layout] = {
+    **ENCODERS,
     "bloom": replace(
         _BLOOM,
         outer="token_embd.weight token_embd_norm.weight token_embd_norm.bias "
@@ -182,6 +225,10 @@ class Case:
     n_ctx: int = 512
     silent: tuple[str, ...] = (".ssm_out.weight",)
 
+    @property
+    def encodes(self) -> bool:
+        return self.architecture in ENCODERS
+
 
 def _case(
     architecture: str,
@@ -201,7 +248,9 @@ def _case(
     spec["metadata"] = {f"{architecture}.{key}": value for key, value in (keys or {}).items()}
     spec["n_ctx"] = n_ctx
     layout = layout or EXTRA.get(architecture)
-    silent = (".ssm_out.weight",) if feed_forward else (".ssm_out.weight", ".ffn_down.weight")
+    silent: tuple[str, ...] = (".ssm_out.weight",)
+    if not feed_forward:
+        silent += (".ffn_down.weight", ".ffn_down_exps.weight")
     return Case(architecture, spec, limit, layout, n_prompt, n_ctx, silent)
 
 
@@ -212,16 +261,20 @@ _PLAIN = """
     baichuan refact internlm2 smollm3 glm4 seed_oss olmo minicpm hunyuan-dense exaone4 nemotron
     arcee apertus chatglm xverse ernie4_5 orion deci mimo2 lfm2
     olmoe smallthinker llama4 glm4moe dots1 deepseek exaone ernie4_5-moe granitemoe lfm2moe
-    qwen2moe qwen2vl qwen3vl qwen3vlmoe qwen35 qwen35moe qwen3next""".split()
-_WITH_GELU = "gemma gemma2 gemma3 gemma4 phi2 starcoder2 gptneox falcon bloom mpt".split()
+    qwen2moe qwen2vl qwen3vl qwen3vlmoe qwen35 qwen35moe qwen3next
+    nomic-bert""".split()
+_WITH_GELU = """
+    gemma gemma2 gemma3 gemma4 phi2 starcoder2 gptneox falcon bloom mpt
+    bert nomic-bert-moe jina-bert-v2 jina-bert-v3""".split()
 
 CASES: dict[str, Case] = {
     # As `random_model` has them; then those that are only here.
     **{name: _case(name) for name in _PLAIN},
     # One layer, so that the table blurs as little as it can; two where both kinds must be there.
     **{name: _case(name, limit=GELU, n_layer=1) for name in _WITH_GELU},
-    **{name: _case(name, limit=GELU) for name in ("gemma2", "gemma4")},
+    **{name: _case(name, limit=GELU) for name in ("gemma2", "gemma4", "nomic-bert-moe")},
     **{f"{name}, attention": _case(name, feed_forward=False) for name in _WITH_GELU},
+    "bert, its key not heeded": _case("bert", feed_forward=False, keys={"attention.causal": True}),
     # Head counts and lengths.
     "multi-query": _case("llama", n_head_kv=1),
     "all heads": _case("llama", n_head_kv=4),
@@ -306,8 +359,13 @@ CASES: dict[str, Case] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """Files of one case, and llama.cpp's log-probabilities of each; fused None: it cannot be."""
+    """Files of one case, and what llama.cpp computes of each; fused None: it cannot be.
 
+    rows: log-probabilities after the prompt and after each token; or an encoder's embeddings of
+    the prompt.
+    """
+
+    case: Case
     original: Path
     fused: Path | None
     tokens: list[int]
@@ -329,21 +387,27 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         tokens = [int(token) for token in rng.integers(3, 259, case.n_prompt + N_DECODE)]
         prompt, continuation = tokens[: case.n_prompt], tokens[case.n_prompt :]
         paths = [path for path in (original, fused) if path is not None]
-        rows = judges.map(
-            lambda path: llama_judge.log_probabilities(
-                path,
-                prompt,
-                continuation=continuation,
-                cache_type="f32",
-                flash_attention="off",
-                n_ctx=case.n_ctx,
-            ),
-            paths,
-        )
-        return Judged(original, fused, prompt, continuation, dict(zip(paths, rows, strict=True)))
+        rows = judges.map(lambda path: _judge(case, path, prompt, continuation), paths)
+        by_path = dict(zip(paths, rows, strict=True))
+        return Judged(case, original, fused, prompt, continuation, by_path)
 
     with ThreadPoolExecutor(2) as judges:
         yield judge
+
+
+def _judge(
+    case: Case, path: Path, prompt: list[int], continuation: list[int]
+) -> NDArray[np.float32]:
+    if case.encodes:
+        return llama_judge.embeddings(path, prompt, flash_attention="off", n_ctx=case.n_ctx)
+    return llama_judge.log_probabilities(
+        path,
+        prompt,
+        continuation=continuation,
+        cache_type="f32",
+        flash_attention="off",
+        n_ctx=case.n_ctx,
+    )
 
 
 def _write(case: Case, path: Path) -> Path:
@@ -372,15 +436,20 @@ def _fuse(source: Path, target: Path) -> Path | None:
 def _error(
     judged: Judged,
     path: Path,
-    n_ctx: int,
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
 ) -> float:
-    """Largest difference of any log-probability after the prompt and after each token."""
-    ours = forward.log_probabilities(
-        path, judged.tokens, judged.continuation, n_ctx=n_ctx, change=change
-    )
-    assert ours.shape == judged.rows[path].shape
-    return float(np.abs(ours - judged.rows[path]).max())
+    """Largest difference of any log-probability, or of any embedding relative to its size."""
+    n_ctx, theirs = judged.case.n_ctx, judged.rows[path]
+    if judged.case.encodes:
+        ours = forward.embeddings(path, judged.tokens, n_ctx=n_ctx, change=change)
+        size = np.sqrt(np.mean(np.square(theirs), axis=1, keepdims=True))  # [n_tokens, 1]
+    else:
+        ours = forward.log_probabilities(
+            path, judged.tokens, judged.continuation, n_ctx=n_ctx, change=change
+        )
+        size = np.ones((1, 1), np.float32)
+    assert ours.shape == theirs.shape
+    return float((np.abs(ours - theirs) / size).max())
 
 
 # --- agreement with llama.cpp ------------------------------------------------------------------
@@ -388,17 +457,37 @@ def _error(
 
 @needs_llama_cpp
 @pytest.mark.parametrize("name", CASES)
-def test_same_log_probabilities_as_llama_cpp(name: str, judged: Callable[[str], Judged]) -> None:
+def test_same_numbers_as_llama_cpp(name: str, judged: Callable[[str], Judged]) -> None:
     case, files = CASES[name], judged(name)
-    assert _error(files, files.original, case.n_ctx) <= case.limit
+    assert _error(files, files.original) <= case.limit
     if files.fused is not None:
-        assert _error(files, files.fused, case.n_ctx) <= case.limit
+        assert _error(files, files.fused) <= case.limit
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.encodes])
+def test_identical_embeddings_of_a_fused_file(name: str, judged: Callable[[str], Judged]) -> None:
+    files = judged(name)
+    assert files.fused is not None
+    np.testing.assert_array_equal(files.rows[files.original], files.rows[files.fused])
+
+
+@needs_llama_cpp
+def test_whole_rows_normed_in_an_encoder(tmp_path: Path) -> None:
+    """llama.cpp does that beside separate Q, K and V, and aborts beside fused ones."""
+    case = _case("jina-bert-v2", layout=_JINA_NORMED, feed_forward=False)
+    path, tokens = _write(case, tmp_path / "original.gguf"), list(range(3, 3 + N_PROMPT))
+    files = Judged(case, path, None, tokens, [], {path: _judge(case, path, tokens, [])})
+    assert _error(files, path) <= case.limit
+    assert _error(files, path, _without_norms) > SEEN
+    fused = _write(replace(case, spec={**case.spec, "fused": True}), tmp_path / "fused.gguf")
+    with pytest.raises(llama_judge.LoadFailed) as caught:
+        _judge(case, fused, tokens, [])
+    assert caught.value.signal == "SIGABRT"
 
 
 def test_every_modelled_architecture_is_compared() -> None:
-    compared = {case.architecture for case in CASES.values()}
-    # Encoders give no next token.
-    assert set(attention_spec._TABLE.keys()) - compared == {"bert", "nomic-bert"}
+    assert {case.architecture for case in CASES.values()} == attention_spec._TABLE.keys()
 
 
 # --- seeded faults -----------------------------------------------------------------------------
@@ -500,6 +589,9 @@ FAULTS: dict[str, tuple[str, Callable[[AttentionLayer], AttentionLayer]]] = {
     "no output bias": ("gpt-oss", _spec(output_bias=False)),
     "K and V swapped": ("llama", _swapped),
     "future tokens seen": ("llama", _spec(causal=False)),
+    "future tokens hidden": ("bert", _spec(causal=True)),
+    "no RoPE in an encoder": ("nomic-bert", _spec(rope=None)),
+    "no ALiBi in an encoder": ("jina-bert-v2", _spec(max_alibi_bias=0.0)),
 }
 
 
@@ -508,7 +600,7 @@ FAULTS: dict[str, tuple[str, Callable[[AttentionLayer], AttentionLayer]]] = {
 def test_a_fault_shows(fault: str, judged: Callable[[str], Judged]) -> None:
     name, change = FAULTS[fault]
     files = judged(name)
-    assert _error(files, files.original, CASES[name].n_ctx, change) > SEEN
+    assert _error(files, files.original, change) > SEEN
 
 
 # --- reading -----------------------------------------------------------------------------------
