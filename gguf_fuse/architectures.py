@@ -66,6 +66,8 @@ class Architecture:
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
     gated_q: bool = False
+    # Norms of whole rows of Q and K, where the file has them, abort beside a fused tensor.
+    row_norms_abort: bool = False
 
     def reads(self, kind: Kind) -> Reads:
         """What its loader does with a fused tensor of this kind."""
@@ -74,19 +76,19 @@ class Architecture:
 
 _ROWS: dict[tuple[Loader, Source], str] = {
     (Loader.READS_FUSED, "measured"): """
-        afmoe apertus arcee arctic baichuan bailingmoe chatglm codeshell cohere2 cohere2moe
+        afmoe apertus arcee arctic baichuan bailingmoe bert chatglm codeshell cohere2 cohere2moe
         command-r deci deepseek deepseek2-ocr dots1 dream ernie4_5 ernie4_5-moe exaone exaone-moe
         exaone4 falcon-h1 gemma gemma2 gemma3 gemma3n gemma4 glm4 glm4moe gpt-oss granite
         granite_swa granitehybrid granitemoe grok grovemoe hrm_text hunyuan-dense hunyuan-moe
-        hunyuan_vl hy_v3 internlm2 jais2 jamba kimi-linear laguna lfm2 lfm2moe llada llada-moe llama
-        llama4 maincoder maple mellum mimo2 minicpm minimax-01 minimax-m2 minimax-m3 mistral3
-        muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe olmo olmo2 olmoe orion paddleocr
-        pangu-embedded phi2 phi3 phimoe plamo pockettts qwen2 qwen2moe qwen2vl qwen3 qwen35
-        qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe refact rnd1 seed_oss smallthinker
-        smollm3 spark2_5 stablelm starcoder2 talkie xverse""",
+        hunyuan_vl hy_v3 internlm2 jais2 jamba jina-bert-v2 jina-bert-v3 kimi-linear laguna lfm2
+        lfm2moe llada llada-moe llama llama4 maincoder maple mellum mimo2 minicpm minimax-01
+        minimax-m2 minimax-m3 mistral3 muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe
+        nomic-bert nomic-bert-moe olmo olmo2 olmoe orion paddleocr pangu-embedded phi2 phi3 phimoe
+        plamo pockettts qwen2 qwen2moe qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts
+        qwen3vl qwen3vlmoe refact rnd1 seed_oss smallthinker smollm3 spark2_5 stablelm starcoder2
+        talkie xverse""",
     (Loader.READS_FUSED, "source"): """
-        bert chameleon eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed nomic-bert
-        nomic-bert-moe step35""",
+        chameleon eurobert gemma-embedding llama-embed step35""",
     (Loader.CRASHES, "measured"): "bailingmoe3 glm5-next kimi-k3 qwen4exp",
     (Loader.NEEDS_SEPARATE, "source"): """
         bitnet deepseek2 deepseek32 deepseek4 dflash dots3note eagle3 gemma4-assistant glm-dsa
@@ -101,6 +103,7 @@ _ROWS: dict[tuple[Loader, Source], str] = {
 # (nor do their separate paths today, but a loader that began with those would break such files).
 _NO_BIASES = {"gemma4"}
 _NO_SCALES = {"gemma3n", "kimi-linear", "mimo2"}
+_ROW_NORMS_ABORT = {"jina-bert-v2"}  # bert.cpp reshapes a view of the fused result
 _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
 
 # Loaders that look for ffn_gate_up_exps.weight first (create_tensor_gate_up_exps, or gemma4's own
@@ -154,6 +157,7 @@ ARCHITECTURES = {
         Reads(loader, source, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
         _gate_up(name),
         gated_q=name in _GATED_Q,
+        row_norms_abort=name in _ROW_NORMS_ABORT,
     )
     for (loader, source), names in _ROWS.items()
     for name in names.split()

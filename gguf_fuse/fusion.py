@@ -176,6 +176,7 @@ def _decide(
         return Layer(layer, Status.INCOMPLETE, types, rows, reason, kind=kind)
     joins, why_not = _joins(layer, tensors, scalars, row, kind)
     why_not = why_not or _unequal_rows(rows, row, kind) or _in_the_way(siblings, kind)
+    why_not = why_not or _normed_rows(layer, tensors, row, kind)
     if why_not:
         return Layer(layer, Status.MISMATCH, types, rows, why_not, kind=kind)
     return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins), kind=kind)
@@ -271,6 +272,15 @@ def _unequal_rows(rows: Sequence[int], row: Architecture, kind: Kind) -> str | N
     if kind is not QKV or not row.equal_rows or len(set(rows)) == 1:
         return None
     return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
+
+
+def _normed_rows(
+    layer: str, tensors: Mapping[str, TensorInfo], row: Architecture, kind: Kind
+) -> str | None:
+    for name in ("attn_q_norm", "attn_k_norm"):
+        if kind is QKV and row.row_norms_abort and f"{layer}.{name}.weight" in tensors:
+            return f"llama.cpp aborts on {name} beside {QKV.fused} for {row.name}"
+    return None
 
 
 def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:

@@ -29,9 +29,11 @@ from gguf_fuse.attention import Linear
 from gguf_fuse.attention_spec import NotModelled, Window
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
 from gguf_fuse.layer import AttentionLayer
+from gguf_fuse.plan import NothingToDo
 from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
 from gguf_fuse.random_model import ModelSpec
 from tests import forward, llama_judge
+from tests.conftest import fused_copy
 from tests.edit import edited, zeros
 
 EXACT = 5e-5
@@ -474,12 +476,14 @@ def test_identical_embeddings_of_a_fused_file(name: str, judged: Callable[[str],
 
 @needs_llama_cpp
 def test_whole_rows_normed_in_an_encoder(tmp_path: Path) -> None:
-    """llama.cpp does that beside separate Q, K and V, and aborts beside fused ones."""
+    """llama.cpp does that beside separate Q, K and V, and aborts beside fused ones: left alone."""
     case = _case("jina-bert-v2", layout=_JINA_NORMED, feed_forward=False)
     path, tokens = _write(case, tmp_path / "original.gguf"), list(range(3, 3 + N_PROMPT))
     files = Judged(case, path, None, tokens, [], {path: _judge(case, path, tokens, [])})
     assert _error(files, path) <= case.limit
     assert _error(files, path, _without_norms) > SEEN
+    with pytest.raises(NothingToDo, match="aborts on attn_q_norm beside attn_qkv"):
+        fused_copy(path)
     fused = _write(replace(case, spec={**case.spec, "fused": True}), tmp_path / "fused.gguf")
     with pytest.raises(llama_judge.LoadFailed) as caught:
         _judge(case, fused, tokens, [])
