@@ -107,7 +107,7 @@ def test_every_column_is_what_it_says(
 
     monkeypatch.setattr(benchmark, "interleaved", time_nothing)
     with threadpoolctl.threadpool_limits(3, user_api="blas"):
-        outcome = run("--json", "--threads", threads)
+        outcome = run("--json", "--threads", str(threads))
     assert outcome.exit_code == 0, outcome.exception
     value = json.loads(outcome.stdout)
     assert value["projection"][1] == asdict(ProjectionRow(3, 1.0, 2.0))
@@ -175,7 +175,7 @@ def test_ways_take_turns() -> None:
 
 
 def test_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only the calls move; the first call of each turn, the longest, is left out."""
+    """By a clock that only the calls move; the first call of each turn, the longest, is no time."""
     now = 0.0
     costs = iter([100.0, 1.0, 100.0, 9.0, 100.0, 2.0, 100.0, 30.0, 100.0, 5.0])
 

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from gguf_fuse import attention, checker, layer
+from gguf_fuse import attention, checker
 from gguf_fuse.attention import AttentionParams, Floats
 from gguf_fuse.checker import (
     Choice,
@@ -46,6 +46,7 @@ from gguf_fuse.gguf_file import (
     read_header,
     read_tensors,
 )
+from gguf_fuse.layer import Projections, project
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.structure import compare_structure
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
@@ -691,8 +692,8 @@ def test_every_decode_step_counts(
     steps = iter(range(3))
     split = attention.split_attention
 
-    def faulty(*arguments: Any, n_threads: int) -> Floats:
-        out = split(*arguments, n_threads=n_threads)
+    def faulty(*arguments: Any, **named: Any) -> Floats:
+        out = split(*arguments, **named)
         return out * np.float32(1.1) if next(steps) == wrong else out
 
     monkeypatch.setattr(attention, "split_attention", faulty)
@@ -705,17 +706,16 @@ def test_each_way_is_timed_under_its_own_name(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    project = layer.project
 
-    def spy_project(projections: layer.Projections, *arguments: Any) -> Any:
+    def spy_project(projections: Projections, *arguments: Any) -> Any:
         calls.append("fused" if projections.separate is None else "separate")
         return project(projections, *arguments)
 
-    monkeypatch.setattr(layer, "project", spy_project)
+    monkeypatch.setattr("gguf_fuse.layer.project", spy_project)
     for word in ("expanded", "broadcast", "split"):
         way = getattr(attention, f"{word}_attention")
 
-        def spy(*arguments: Any, _way: Any = way, _word: str = word, **named: Any) -> Floats:
+        def spy(*arguments: Any, _way: Any = way, _word: str = word, **named: Any) -> Any:
             calls.append(_word)
             return _way(*arguments, **named)
 
@@ -813,8 +813,8 @@ def test_options_reach_the_checker(
     monkeypatch.setattr(checker, "verify", stop)
     CliRunner().invoke(app, ["verify", "-q", "a.gguf", "b.gguf", *arguments])
     (options,) = got
-    own = {"on_start": options.on_start, "on_progress": options.on_progress}
-    assert options == replace(Options(**own), **changes)
+    own = Options(on_start=options.on_start, on_progress=options.on_progress)
+    assert options == replace(own, **changes)
 
 
 def test_structure_only_computes_nothing(pair: tuple[Path, Path]) -> None:
