@@ -12,7 +12,9 @@ import math
 import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -474,9 +476,12 @@ def test_blas_has_one_thread_inside_and_its_own_number_after(
     assert inside and all(set(threads) == {1} for threads in inside)
 
 
-def meet_in_chunks(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> set[str]:
-    """Each thread waits in its first chunk for all others -> their names, once they have run."""
-    meeting, names = threading.Barrier(n_threads, timeout=10), set[str]()
+THREE_CHUNKS = cut(1025, [0.3, 0.6])
+
+
+def test_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits in its chunk for the others."""
+    meeting, names = threading.Barrier(3, timeout=10), set[str]()
     attend_chunk = at._attend_chunk
 
     def spy(*args: Any) -> None:
@@ -485,15 +490,7 @@ def meet_in_chunks(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> set[str]:
         attend_chunk(*args)
 
     monkeypatch.setattr(at, "_attend_chunk", spy)
-    return names
-
-
-THREE_CHUNKS = cut(1025, [0.3, 0.6])
-
-
-def test_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(18, n_seqs=1, n_kv=1025)
-    names = meet_in_chunks(monkeypatch, 3)
     got = at.split_attention(*case.args, chunks=THREE_CHUNKS, n_threads=3)
     assert len(names) == 3
     assert error(got, case.reference) <= case.floor
@@ -503,15 +500,17 @@ def test_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_in_one_helper_alone_reaches_the_caller(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meet_in_chunks(monkeypatch, 3)
-    attend_chunk = at._attend_chunk
+    """Helpers that do nothing but end, one of them badly; the caller does all the work."""
 
-    def fail_in_one(*args: Any) -> None:
-        attend_chunk(*args)
-        if threading.current_thread().name == f"split-kv_{number}":
-            raise RuntimeError("broken helper")
+    submitted = itertools.count()
 
-    monkeypatch.setattr(at, "_attend_chunk", fail_in_one)
+    def submit(work: Callable[[], None]) -> Future[None]:
+        future = Future[None]()
+        broken = next(submitted) == number
+        future.set_exception(RuntimeError("broken helper") if broken else None)
+        return future
+
+    monkeypatch.setattr(at, "_pool", lambda n_workers: SimpleNamespace(submit=submit))
     case = make_case(18, n_seqs=1, n_kv=1025)
     with pytest.raises(RuntimeError, match="broken helper"):
         at.split_attention(*case.args, chunks=THREE_CHUNKS, n_threads=3)

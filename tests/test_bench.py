@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +86,7 @@ def test_every_column_is_what_it_says(
     short: None, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 6, (32, 16, 12)))
+    monkeypatch.setattr(benchmark, "N_KV", (64, 600))  # `attention.attention` would split the 600
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     for name, _ in WAYS.values():
         place = benchmark if name == "stream" else attention
@@ -111,11 +114,11 @@ def test_every_column_is_what_it_says(
     assert outcome.exit_code == 0, outcome.exception
     value = json.loads(outcome.stdout)
     assert value["projection"][1] == asdict(ProjectionRow(3, 1.0, 2.0))
-    assert value["decode"][1] == asdict(DecodeRow(100, 3.0, 4.0, 5.0, 6.0))
+    assert value["decode"][1] == asdict(DecodeRow(600, 3.0, 4.0, 5.0, 6.0))
 
     (_, expand, _), (_, broadcast, _), (_, split, named), (_, streamed, _) = calls[-4:]
     assert named == {"n_threads": threads}
-    assert [array.shape for array in split[:3]] == [(1, 4, 1, 8), (1, 2, 100, 8), (1, 2, 100, 6)]
+    assert [array.shape for array in split[:3]] == [(1, 4, 1, 8), (1, 2, 600, 8), (1, 2, 600, 6)]
     assert all(a is b is c for a, b, c in zip(expand, broadcast, split, strict=True))
     (k, v), n_streams, _ = streamed
     assert (k is split[1], v is split[2], n_streams) == (True, True, threads)
@@ -189,8 +192,6 @@ def test_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     seen: list[int] = []
     monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
     monkeypatch.setattr(np, "dot", lambda a, b: seen.append(len(a)))
@@ -199,6 +200,15 @@ def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.Monke
         benchmark.stream(arrays, threads, pool)
     assert sum(seen) == 8 * 41
     assert max(seen) == 100
+
+
+def test_streaming_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits in its part for the others: 3 parts of 100 elements for 3 threads."""
+    meeting = threading.Barrier(3, timeout=10)
+    monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
+    monkeypatch.setattr(np, "dot", lambda a, b: meeting.wait())
+    with ThreadPoolExecutor(3) as pool:
+        benchmark.stream([np.zeros((3, 100), np.float32)], 3, pool)
 
 
 def test_json_is_as_documented(short: None) -> None:

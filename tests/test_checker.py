@@ -693,12 +693,13 @@ def test_every_decode_step_counts(
     split = attention.split_attention
 
     def faulty(*arguments: Any, **named: Any) -> Floats:
+        assert named == {"n_threads": 3}
         out = split(*arguments, **named)
         return out * np.float32(1.1) if next(steps) == wrong else out
 
     monkeypatch.setattr(attention, "split_attention", faulty)
     monkeypatch.setattr(checker, "interleaved", lambda ways, budget: {})
-    (report,) = check(original, fused_copy(original), n_decode=3).layers
+    (report,) = check(original, fused_copy(original), n_decode=3, threads=3).layers
     assert [name for name, found in report.checks.items() if not found.ok] == ["decode_split"]
 
 
@@ -894,8 +895,9 @@ def test_a_large_model_is_sampled(model: Model, monkeypatch: pytest.MonkeyPatch)
 def test_large_begins_at_16_million(model: Model, n_layer: int, n_chosen: int) -> None:
     """Each layer's Q, K and V have 3 Mi elements: 5 layers are below 2^24, 6 are above."""
     sizes = {"n_embd": 1024, "n_head": 16, "n_head_kv": 16, "n_ff": 32, "types": {"*": T.Q4_0}}
-    header = read_header(model(n_layer=n_layer, **sizes))
-    assert len(choose_layers(header, Choice())) == n_chosen
+    path = model(n_layer=n_layer, **sizes)
+    for same in (path, fused_copy(path)):
+        assert len(choose_layers(read_header(same), Choice())) == n_chosen
 
 
 # -- memory -------------------------------------------------------------------------------------
