@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention as at
 from gguf_fuse.attention import AttentionParams, Floats, Linear, Rope
+from tests.conftest import blas_threads
 
 EPS = float(np.finfo(np.float32).eps)
 ODD_LENGTHS = (97, 257, 1025)
@@ -451,11 +452,6 @@ def test_split_is_for_one_token_and_many_cells(
         monkeypatch.setattr(at, name, lambda *a, _name=name, **k: taken.append(_name))
     at.attention(*make_case(18, n_tokens=n_tokens, n_kv=n_kv).args)
     assert taken == [path]
-
-
-def blas_threads() -> list[int]:
-    infos = threadpoolctl.threadpool_info()
-    return [info["num_threads"] for info in infos if info["user_api"] == "blas"]
 
 
 def test_blas_has_one_thread_inside_and_its_own_number_after(

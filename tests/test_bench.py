@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -32,7 +33,7 @@ from gguf_fuse.bench import (
 from gguf_fuse.cli import app
 from gguf_fuse.gguf_file import GGUFError, read_header
 from gguf_fuse.report import projection_verdict
-from tests.conftest import fused_copy
+from tests.conftest import blas_threads, fused_copy
 
 Model = Callable[..., Path]
 
@@ -97,12 +98,7 @@ def test_every_column_is_what_it_says(
         monkeypatch.setattr(place, name, spy)
 
     def time_nothing(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-        blas = {
-            info["num_threads"]
-            for info in threadpoolctl.threadpool_info()
-            if info["user_api"] == "blas"
-        }
-        assert blas == {threads}
+        assert set(blas_threads()) == {threads}
         for name, way in ways.items():
             way()
             assert calls[-1][0] == WAYS[name][0]
@@ -202,13 +198,21 @@ def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.Monke
     assert max(seen) == 100
 
 
-def test_streaming_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_ends_with_its_last_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits in its part for the others: 3 parts of 100 elements for 3 threads."""
-    meeting = threading.Barrier(3, timeout=10)
+    meeting, seen = threading.Barrier(3, timeout=10), list[int]()
+
+    def dot(a: Any, b: Any) -> None:
+        meeting.wait()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.1)
+        seen.append(len(a))
+
     monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
-    monkeypatch.setattr(np, "dot", lambda a, b: meeting.wait())
+    monkeypatch.setattr(np, "dot", dot)
     with ThreadPoolExecutor(3) as pool:
         benchmark.stream([np.zeros((3, 100), np.float32)], 3, pool)
+        assert seen == [100, 100, 100]
 
 
 def test_json_is_as_documented(short: None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 from gguf import GGMLQuantizationType as T
 from gguf.constants import GGUFValueType
 from hypothesis import given, settings
@@ -49,7 +50,7 @@ from gguf_fuse.gguf_file import (
 from gguf_fuse.layer import Projections, project
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.structure import compare_structure
-from tests.conftest import fused_copy, gguf_fuse, unfused_copy
+from tests.conftest import blas_threads, fused_copy, gguf_fuse, unfused_copy
 
 Model = Callable[..., Path]
 
@@ -725,6 +726,7 @@ def test_each_way_is_timed_under_its_own_name(
     taken: dict[str, str] = {}
 
     def time_nothing(ways: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
+        assert set(blas_threads()) == {QUICK.threads}
         for name, way in ways.items():
             calls.clear()
             way()
@@ -732,7 +734,8 @@ def test_each_way_is_timed_under_its_own_name(
         return dict.fromkeys(ways, 1.0)
 
     monkeypatch.setattr(checker, "interleaved", time_nothing)
-    timing = check(*pair).timing
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        timing = check(*pair).timing
     assert taken == {
         "separate": "separate",
         "fused": "fused",
