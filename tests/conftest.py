@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.random_model import ModelSpec, write_random_model
 from gguf_fuse.rewrite import Options, Result, fuse, unfuse
@@ -52,3 +53,9 @@ def gguf_fuse(*arguments: str | Path, **kwargs: Any) -> Run:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "gguf_fuse", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def blas_threads() -> list[int]:
+    """Of each BLAS that is loaded: how many threads it may use now."""
+    infos = threadpoolctl.threadpool_info()
+    return [info["num_threads"] for info in infos if info["user_api"] == "blas"]

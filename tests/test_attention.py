@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention as at
 from gguf_fuse.attention import AttentionParams, Floats, Linear, Rope
+from tests.conftest import blas_threads
 
 EPS = float(np.finfo(np.float32).eps)
 ODD_LENGTHS = (97, 257, 1025)
@@ -435,9 +439,9 @@ def test_fault_one_chunk_not_reduced() -> None:
 @pytest.mark.parametrize(
     ("n_tokens", "n_kv", "path"),
     [
-        (1, at.SPLIT_MIN_KV, "split_attention"),
-        (1, at.SPLIT_MIN_KV - 1, "broadcast_attention"),
-        (2, at.SPLIT_MIN_KV, "broadcast_attention"),
+        (1, 512, "split_attention"),  # llama.cpp's number
+        (1, 511, "broadcast_attention"),
+        (2, 512, "broadcast_attention"),
     ],
 )
 def test_split_is_for_one_token_and_many_cells(
@@ -448,11 +452,6 @@ def test_split_is_for_one_token_and_many_cells(
         monkeypatch.setattr(at, name, lambda *a, _name=name, **k: taken.append(_name))
     at.attention(*make_case(18, n_tokens=n_tokens, n_kv=n_kv).args)
     assert taken == [path]
-
-
-def blas_threads() -> list[int]:
-    infos = threadpoolctl.threadpool_info()
-    return [info["num_threads"] for info in infos if info["user_api"] == "blas"]
 
 
 def test_blas_has_one_thread_inside_and_its_own_number_after(
@@ -471,6 +470,46 @@ def test_blas_has_one_thread_inside_and_its_own_number_after(
         at.split_attention(*make_case(19, n_kv=1025).args, n_threads=2)
         assert blas_threads() == before
     assert inside and all(set(threads) == {1} for threads in inside)
+
+
+THREE_CHUNKS = cut(1025, [0.3, 0.6])
+
+
+def test_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits in its chunk for the others."""
+    meeting, names = threading.Barrier(3, timeout=10), set[str]()
+    attend_chunk = at._attend_chunk
+
+    def spy(*args: Any) -> None:
+        meeting.wait()
+        names.add(threading.current_thread().name)
+        attend_chunk(*args)
+
+    monkeypatch.setattr(at, "_attend_chunk", spy)
+    case = make_case(18, n_seqs=1, n_kv=1025)
+    got = at.split_attention(*case.args, chunks=THREE_CHUNKS, n_threads=3)
+    assert len(names) == 3
+    assert error(got, case.reference) <= case.floor
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_error_in_one_helper_alone_reaches_the_caller(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Helpers that do nothing but end, one of them badly; the caller does all the work."""
+
+    submitted = itertools.count()
+
+    def submit(work: Callable[[], None]) -> Future[None]:
+        future = Future[None]()
+        broken = next(submitted) == number
+        future.set_exception(RuntimeError("broken helper") if broken else None)
+        return future
+
+    monkeypatch.setattr(at, "_pool", lambda n_workers: SimpleNamespace(submit=submit))
+    case = make_case(18, n_seqs=1, n_kv=1025)
+    with pytest.raises(RuntimeError, match="broken helper"):
+        at.split_attention(*case.args, chunks=THREE_CHUNKS, n_threads=3)
 
 
 def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,6 +859,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "expects n_tokens 1, got 2",
     ),
     "threads": (lambda: at.split_attention(*make_case(0).args, n_threads=0), "at least 1, got 0"),
+    "threads of a runtime": (
+        lambda: at.attention(*make_case(0, n_kv=512).args, n_threads=0),
+        "at least 1, got 0",
+    ),
     "chunk gap": (
         lambda: at.split_attention(*make_case(0).args, chunks=[(0, 9), (10, 257)]),
         "range from 9 on",

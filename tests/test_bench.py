@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 from typer.testing import CliRunner
 
+from gguf_fuse import attention, timing
 from gguf_fuse import bench as benchmark
-from gguf_fuse import timing
 from gguf_fuse.bench import (
     Bench,
     DecodeRow,
@@ -28,7 +33,7 @@ from gguf_fuse.bench import (
 from gguf_fuse.cli import app
 from gguf_fuse.gguf_file import GGUFError, read_header
 from gguf_fuse.report import projection_verdict
-from tests.conftest import fused_copy
+from tests.conftest import blas_threads, fused_copy
 
 Model = Callable[..., Path]
 
@@ -75,6 +80,59 @@ def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> N
         ["65536", "1234", "12.3", "74%"],
         ["65536", "1234", "123", "12.3", "9.1", "100.3", "x", "74%"],
     )
+
+
+def test_rows_that_nobody_asked_for() -> None:
+    assert benchmark.N_TOKENS == (1, 8, 64, 512)
+    assert benchmark.N_KV == (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+WAYS = {  # by what is timed: who is called, and a time to tell them apart
+    "separate": ("project_separate", 1.0),
+    "fused": ("project_fused", 2.0),
+    "expand": ("expanded_attention", 3.0),
+    "broadcast": ("broadcast_attention", 4.0),
+    "split": ("split_attention", 5.0),
+    "stream": ("stream", 6.0),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_column_is_what_it_says(
+    short: None, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 6, (32, 16, 12)))
+    monkeypatch.setattr(benchmark, "N_KV", (64, 600))  # `attention.attention` would split the 600
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    for name, _ in WAYS.values():
+        place = benchmark if name == "stream" else attention
+
+        def spy(*arguments: Any, _name: str = name, **named: Any) -> None:
+            calls.append((_name, arguments, named))
+
+        monkeypatch.setattr(place, name, spy)
+
+    def time_nothing(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        assert set(blas_threads()) == {threads}
+        for name, way in ways.items():
+            way()
+            assert calls[-1][0] == WAYS[name][0]
+        return {name: WAYS[name][1] for name in ways}
+
+    monkeypatch.setattr(benchmark, "interleaved", time_nothing)
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        outcome = run("--json", "--threads", str(threads))
+    assert outcome.exit_code == 0, outcome.exception
+    value = json.loads(outcome.stdout)
+    assert value["projection"][1] == asdict(ProjectionRow(3, 1.0, 2.0))
+    assert value["decode"][1] == asdict(DecodeRow(600, 3.0, 4.0, 5.0, 6.0))
+
+    (_, expand, _), (_, broadcast, _), (_, split, named), (_, streamed, _) = calls[-4:]
+    assert named == {"n_threads": threads}
+    assert [array.shape for array in split[:3]] == [(1, 4, 1, 8), (1, 2, 600, 8), (1, 2, 600, 6)]
+    assert all(a is b is c for a, b, c in zip(expand, broadcast, split, strict=True))
+    (k, v), n_streams, _ = streamed
+    assert (k is split[1], v is split[2], n_streams) == (True, True, threads)
 
 
 def test_default_shape_adds_up() -> None:
@@ -130,10 +188,21 @@ def test_ways_take_turns() -> None:
     assert calls == list("aabb") * timing.MIN_REPEATS  # each turn: one call to settle, one timed
 
 
+def test_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the calls move; the first call of each turn, the longest, is no time."""
+    now = 0.0
+    costs = iter([100.0, 1.0, 100.0, 9.0, 100.0, 2.0, 100.0, 30.0, 100.0, 5.0])
+
+    def way() -> None:
+        nonlocal now
+        now += next(costs)
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert timing.interleaved({"a": way}, budget_s=0.0) == {"a": 5000.0}
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     seen: list[int] = []
     monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
     monkeypatch.setattr(np, "dot", lambda a, b: seen.append(len(a)))
@@ -142,6 +211,23 @@ def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.Monke
         benchmark.stream(arrays, threads, pool)
     assert sum(seen) == 8 * 41
     assert max(seen) == 100
+
+
+def test_streaming_ends_with_its_last_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits in its part for the others: 3 parts of 100 elements for 3 threads."""
+    meeting, seen = threading.Barrier(3, timeout=10), list[int]()
+
+    def dot(a: Any, b: Any) -> None:
+        meeting.wait()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.1)
+        seen.append(len(a))
+
+    monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
+    monkeypatch.setattr(np, "dot", dot)
+    with ThreadPoolExecutor(3) as pool:
+        benchmark.stream([np.zeros((3, 100), np.float32)], 3, pool)
+        assert seen == [100, 100, 100]
 
 
 def test_json_is_as_documented(short: None) -> None:
@@ -212,3 +298,32 @@ def test_plot_in_place_of_a_folder(tmp_path: Path) -> None:
 def test_plot_draws_a_file(tmp_path: Path, name: str, magic: bytes) -> None:
     plot(some_result(), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_the_command_draws_all_curves(
+    short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from matplotlib.axes import Axes
+
+    result, curves = some_result(), list[tuple[list[float], list[float]]]()
+    draw = Axes.plot
+
+    def spy(axes: Axes, x: Any, y: Any, *arguments: Any, **named: Any) -> Any:
+        curves.append((x, y))
+        return draw(axes, x, y, *arguments, **named)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: result)
+    assert run("-q", "--plot", tmp_path / "a.svg").exit_code == 0
+    columns = zip(*(asdict(row).values() for row in result.decode), strict=True)
+    n_kv, *times = map(list, columns)
+    assert curves == [(n_kv, column) for column in times]
+    drawn = (tmp_path / "a.svg").read_text()
+    for label in (
+        "K and V expanded to all heads",
+        "broadcast",
+        "split over KV",
+        "merely read once",
+    ):
+        assert f"{label} -->" in drawn  # a text is drawn as curves, with itself as a comment

@@ -12,19 +12,21 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 from gguf import GGMLQuantizationType as T
 from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from gguf_fuse import attention
+from gguf_fuse import attention, checker
 from gguf_fuse.attention import AttentionParams, Floats
 from gguf_fuse.checker import (
     Choice,
@@ -35,6 +37,7 @@ from gguf_fuse.checker import (
     parse_layers,
     verify,
 )
+from gguf_fuse.cli import app
 from gguf_fuse.gguf_file import (
     GGUFError,
     TensorInfo,
@@ -45,10 +48,11 @@ from gguf_fuse.gguf_file import (
     read_header,
     read_tensors,
 )
+from gguf_fuse.layer import Projections, project
 from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.structure import compare_structure
-from tests.conftest import fused_copy, gguf_fuse, unfused_copy
+from tests.conftest import blas_threads, fused_copy, gguf_fuse, unfused_copy
 from tests.test_layer import ENCODERS
 
 Model = Callable[..., Path]
@@ -315,6 +319,20 @@ def test_a_flipped_bit_names_part_and_row(model: Model) -> None:
         assert problem.startswith(f"blk.1.attn_qkv.weight: {name} differs in row {row} ")
 
 
+@pytest.mark.parametrize("at", [0, 262_143, 262_144, 524_288, 599_999])
+def test_a_tensor_of_several_blocks_is_compared_to_its_end(model: Model, at: int) -> None:
+    contents = Contents.of(model(n_layer=1))
+    contents.tensors["big.weight"] = ((1000, 150), T.F32, bytes(600_000))
+    original = contents.write()
+    fused = fused_copy(original)
+    (big,) = (tensor for tensor in read_header(fused).tensors if tensor.name == "big.weight")
+    data = bytearray(fused.read_bytes())
+    data[read_header(fused).data_start + big.offset + at] ^= 1
+    fused.write_bytes(data)
+    (problem,) = problems(original, fused)
+    assert problem.startswith(f"big.weight differs in row {at // 4000} ")
+
+
 def swap_k_and_v(c: Contents) -> None:
     rows = c.rows("blk.1.attn_qkv.weight")
     c.set_rows("blk.1.attn_qkv.weight", rows[:64] + rows[96:] + rows[64:96])
@@ -544,6 +562,21 @@ def test_a_file_that_changes_meanwhile(model: Model) -> None:
         compare_structure(*headers)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_grows_while_it_is_compared(model: Model, which: int) -> None:
+    """Nothing that was compared has changed, and still nobody knows what the file is now."""
+    original = model()
+    files = original, fused_copy(original)
+
+    def grow(n_bytes: int) -> None:
+        with files[which].open("ab") as file:
+            file.write(b"\0")
+
+    headers = [read_header(path) for path in files]
+    with pytest.raises(GGUFError, match=f"{re.escape(str(files[which]))}: changed while it was"):
+        compare_structure(*headers, on_progress=grow)
+
+
 def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
     original = model()
     fused = fused_copy(original)
@@ -707,6 +740,68 @@ def test_faults_in_the_mathematics_are_caught(
         assert [name for name, found in layer.checks.items() if not found.ok] == ["decode_split"]
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_every_decode_step_counts(
+    model: Model, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    original = model(n_layer=1)
+    steps = iter(range(3))
+    split = attention.split_attention
+
+    def faulty(*arguments: Any, **named: Any) -> Floats:
+        assert named == {"n_threads": 3}
+        out = split(*arguments, **named)
+        return out * np.float32(1.1) if next(steps) == wrong else out
+
+    monkeypatch.setattr(attention, "split_attention", faulty)
+    monkeypatch.setattr(checker, "interleaved", lambda ways, budget: {})
+    (report,) = check(original, fused_copy(original), n_decode=3, threads=3).layers
+    assert [name for name, found in report.checks.items() if not found.ok] == ["decode_split"]
+
+
+def test_each_way_is_timed_under_its_own_name(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def spy_project(projections: Projections, *arguments: Any) -> Any:
+        calls.append("fused" if projections.separate is None else "separate")
+        return project(projections, *arguments)
+
+    monkeypatch.setattr("gguf_fuse.layer.project", spy_project)
+    for word in ("expanded", "broadcast", "split"):
+        way = getattr(attention, f"{word}_attention")
+
+        def spy(*arguments: Any, _way: Any = way, _word: str = word, **named: Any) -> Any:
+            calls.append(_word)
+            return _way(*arguments, **named)
+
+        monkeypatch.setattr(attention, f"{word}_attention", spy)
+
+    taken: dict[str, str] = {}
+
+    def time_nothing(ways: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
+        assert set(blas_threads()) == {QUICK.threads}
+        for name, way in ways.items():
+            calls.clear()
+            way()
+            taken[name] = calls[0]
+        return dict.fromkeys(ways, 1.0)
+
+    monkeypatch.setattr(checker, "interleaved", time_nothing)
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        timing = check(*pair).timing
+    assert taken == {
+        "separate": "separate",
+        "fused": "fused",
+        "expand": "expanded",
+        "broadcast": "broadcast",
+        "split": "split",
+    }
+    assert timing is not None
+    assert (timing.n_tokens, timing.n_kv) == (QUICK.n_seqs, QUICK.n_kv)
+
+
 def test_weights_that_are_not_finite_do_not_pass(model: Model) -> None:
     contents = Contents.of(model())
     ne, kind, data = contents.tensors["blk.1.attn_k.weight"]
@@ -749,6 +844,36 @@ def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
     assert {"separate_ms", "fused_ms", "expand_ms", "broadcast_ms", "split_ms"} <= set(
         value["timing"]
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        ([], {}),
+        (["--n-prompt", "7"], {"n_prompt": 7}),
+        (["--n-decode", "7"], {"n_decode": 7}),
+        (["--n-seqs", "7"], {"n_seqs": 7}),
+        (["--n-kv", "7"], {"n_kv": 7}),
+        (["--threads", "7"], {"threads": 7}),
+        (["--seed", "7"], {"seed": 7}),
+        (["--layers", "1"], {"layers": Choice(frozenset({1}))}),
+        (["--structure-only"], {"structure_only": True}),
+    ],
+)
+def test_options_reach_the_checker(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], changes: dict[str, Any]
+) -> None:
+    got: list[Options] = []
+
+    def stop(original: Path, fused: Path, options: Options) -> Report:
+        got.append(options)
+        raise GGUFError("seen enough")
+
+    monkeypatch.setattr(checker, "verify", stop)
+    CliRunner().invoke(app, ["verify", "-q", "a.gguf", "b.gguf", *arguments])
+    (options,) = got
+    own = Options(on_start=options.on_start, on_progress=options.on_progress)
+    assert options == replace(own, **changes)
 
 
 def test_structure_only_computes_nothing(pair: tuple[Path, Path]) -> None:
@@ -822,6 +947,15 @@ def test_layers_are_chosen(model: Model) -> None:
 def test_a_large_model_is_sampled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gguf_fuse.checker.SMALL_MODEL", 1000)
     assert len(choose_layers(read_header(model(n_layer=12)), Choice())) == 4
+
+
+@pytest.mark.parametrize(("n_layer", "n_chosen"), [(5, 5), (6, 4)])
+def test_large_begins_at_16_million(model: Model, n_layer: int, n_chosen: int) -> None:
+    """Each layer's Q, K and V have 3 Mi elements: 5 layers are below 2^24, 6 are above."""
+    sizes = {"n_embd": 1024, "n_head": 16, "n_head_kv": 16, "n_ff": 32, "types": {"*": T.Q4_0}}
+    path = model(n_layer=n_layer, **sizes)
+    for same in (path, fused_copy(path)):
+        assert len(choose_layers(read_header(same), Choice())) == n_chosen
 
 
 # -- memory -------------------------------------------------------------------------------------

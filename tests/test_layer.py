@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from gguf_fuse import attention, attention_spec, layer, random_model, rewrite
 from gguf_fuse.attention import Linear
 from gguf_fuse.attention_spec import NotModelled, Window
+from gguf_fuse.dequantize import read_values
 from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
 from gguf_fuse.layer import AttentionLayer
 from gguf_fuse.plan import NothingToDo
@@ -61,6 +62,7 @@ _FACTORS = replace(
     },
 )
 _BLOOM = replace(LAYOUTS["starcoder2"], free_head_dim=False, fused=True)
+_OUTPUT_BIAS = replace(_LLAMA, layer=_LLAMA.layer.replace("@qkv", "@qkv attn_output.bias"))
 _ROW_NORMS = {"attn_q_norm": "q", "attn_k_norm": "k"}
 _SEPARATE_BIASES = replace(
     LAYOUTS["qwen2"],
@@ -257,6 +259,20 @@ def _case(
 
 
 _YARN: dict[str, Any] = {"rope_scaling": "yarn"}
+_YARN_KEYS: dict[str, Value] = {
+    "rope.scaling.yarn_log_multiplier": 0.7,
+    "rope.scaling.yarn_beta_fast": 1.5,
+    "rope.scaling.yarn_beta_slow": 0.5,
+}
+_NORM_BIASES = replace(
+    EXTRA["mpt"],
+    layer=EXTRA["mpt"].layer.replace(
+        "@qkv",
+        "@qkv attn_q_norm.weight attn_q_norm.bias attn_k_norm.weight attn_k_norm.bias",
+    ),
+    ne=_ROW_NORMS,
+    n_head_kv=(4,),
+)
 
 _PLAIN = """
     llama mistral3 qwen2 qwen3 qwen3moe gpt-oss phi3 stablelm granite olmo2 command-r cohere2
@@ -295,15 +311,8 @@ CASES: dict[str, Case] = {
     "yarn": _case("llama", **_YARN),
     "yarn, neox": _case("qwen2", **_YARN, keys={"rope.scaling.attn_factor": 1.3}),
     "yarn, factor < 1": _case("qwen2", **_YARN, rope_factor=0.5),
-    "yarn, all keys": _case(
-        "mistral3",
-        **_YARN,
-        keys={
-            "rope.scaling.yarn_log_multiplier": 0.7,
-            "rope.scaling.yarn_beta_fast": 8.0,
-            "rope.scaling.yarn_beta_slow": 4.0,
-        },
-    ),
+    "yarn, all keys": _case("mistral3", **_YARN, keys=_YARN_KEYS),
+    "yarn, keys that llama does not read": _case("llama", **_YARN, keys=_YARN_KEYS),
     "yarn, partial": _case("nemotron", **_YARN),
     "yarn, windows": _case("gpt-oss", **_YARN),
     "temperature": _case(
@@ -320,7 +329,36 @@ CASES: dict[str, Case] = {
     # Norms.
     "stablelm, norms": _case("stablelm", qk_norm=True),
     "command-r 64": _case("command-r", n_layer=64, qk_norm=True),
+    "glm4moe without norms": _case("glm4moe", qk_norm=False),
+    "llama4, 128 experts": _case("llama4", keys={"expert_count": 128}),
+    # Scores.
+    "mpt without ALiBi": _case("mpt", feed_forward=False, keys={"attention.max_alibi_bias": None}),
+    "future": _case("llama", keys={"attention.causal": False}),
     # Windows.
+    "llama4, window's base": _case(
+        "llama4", rope_scaling="none", keys={"rope.freq_base_swa": 500.0}
+    ),
+    # Its chunks and its temperature change at 8192 tokens, whatever the file says.
+    # So far out, ggml's float32 powers of RoPE's base cost more than elsewhere: 2e-5.
+    "llama4, second chunk": _case(
+        "llama4",
+        limit=2e-4,
+        fused=True,
+        n_embd=32,
+        n_head=2,
+        n_head_kv=1,
+        sliding_window=8,
+        n_prompt=8190,
+        n_ctx=8448,
+    ),
+    "gemma2, window of 4096": _case(
+        "gemma2",
+        feed_forward=False,
+        fused=True,
+        keys={"attention.sliding_window": None},
+        n_prompt=4096,
+        n_ctx=4352,
+    ),
     "gemma2 46": _case("gemma2", feed_forward=False, n_layer=46, key_length=32),
     "gemma2, window's base": _case(
         "gemma2", feed_forward=False, rope_scaling="linear", keys={"rope.freq_base_swa": 500.0}
@@ -334,6 +372,7 @@ CASES: dict[str, Case] = {
     "gemma3, pattern of 6": _case(
         "gemma3", feed_forward=False, n_layer=7, keys={"attention.sliding_window_pattern": None}
     ),
+    "gemma3 without windows": _case("gemma3", feed_forward=False, sliding_window=0),
     "gemma3, flags": _case(
         "gemma3",
         feed_forward=False,
@@ -341,6 +380,7 @@ CASES: dict[str, Case] = {
         keys={"attention.sliding_window_pattern": [True, False, True]},
     ),
     "olmo2, windows": _case("olmo2", **_YARN, n_layer=4, sliding_window=8),
+    "olmo2, yarn without windows": _case("olmo2", **_YARN, n_layer=4),
     "exaone4 64": _case("exaone4", n_layer=64, sliding_window=8),
     "lfm2, windows": _case("lfm2", sliding_window=8),
     "gemma3 62": _case("gemma3", feed_forward=False, n_layer=62, key_length=32),
@@ -350,6 +390,8 @@ CASES: dict[str, Case] = {
     "smallthinker 4": _case("smallthinker", n_layer=4, sliding_window=8),
     # Projections.
     "bias": _case("llama", bias=True),
+    "ernie4_5, output bias": _case("ernie4_5", layout=_OUTPUT_BIAS),
+    "refact, output bias": _case("refact", layout=_OUTPUT_BIAS),
     "separate biases of fused weights": _case("qwen2", layout=_SEPARATE_BIASES),
     "scales": _case("llama", scales="equal"),
     "no scales fused": _case("llama", scales="unequal"),
@@ -736,6 +778,44 @@ def test_a_weight_that_must_be_there(write: Callable[..., Path]) -> None:
         _one(edited(path, put={"blk.1.attn_q.weight": zeros(1, 64, 64)}))
 
 
+def test_whole_rows_are_normed_with_a_bias(write: Callable[..., Path]) -> None:
+    """Mpt alone has such norms; llama.cpp fails an assertion on them, so this is by hand."""
+    path = write("mpt", layout=_NORM_BIASES)
+    one, header = _one(path), read_header(path)
+    x = np.random.default_rng(1).standard_normal((1, 3, 64), dtype=np.float32)
+    q, k, v = layer.project(one.projections, x, one.spec.clamp)  # [1, 3, 64] each
+    heads = layer.positioned(one, q, k, v, np.arange(3)[None])
+    for part, row, normed in (("q", q, heads.q), ("k", k, heads.k)):
+        weight, bias = (
+            read_values(header, f"blk.1.attn_{part}_norm.{kind}") for kind in ("weight", "bias")
+        )
+        assert weight is not None and bias is not None and bias.any()
+        variance = row.var(axis=-1, keepdims=True) + 1e-5
+        expected = (row - row.mean(axis=-1, keepdims=True)) / np.sqrt(variance) * weight + bias
+        np.testing.assert_allclose(attention.join_heads(normed), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "nomic-bert"])
+def test_encoders_see_what_is_to_come(architecture: str, write: Callable[..., Path]) -> None:
+    """And bert's attention knows no positions: tokens in another order give the same."""
+    path = write(architecture, layout=_LLAMA)
+    one, positions = _one(path), np.arange(5)[None]
+    output = layer.read_output(read_header(path), one.spec)
+    x = np.random.default_rng(1).standard_normal((1, 5, 64), dtype=np.float32)
+    plain = _attend(one, output, x, positions)
+    turned = _attend(one, output, x[:, ::-1], positions)[:, ::-1]
+    assert np.allclose(plain, turned, atol=1e-5) == (architecture == "bert")
+    x[:, -1] *= -1
+    assert np.abs(_attend(one, output, x, positions) - plain)[:, 0].max() > SEEN
+
+
+def test_the_window_of_exaone4_32b(write: Callable[..., Path]) -> None:
+    """Files that do not name it: 4096 (exaone4.cpp); every fourth layer has none."""
+    path = write("exaone4", n_layer=64)
+    assert _one(path, "blk.62").spec.window == Window(4096)
+    assert _one(path, "blk.63").spec.window is None
+
+
 def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     random_model.write_random_model(tmp_path / "m.gguf", ModelSpec("qwen35"))
     header = read_header(tmp_path / "m.gguf")
@@ -804,6 +884,7 @@ def test_sequences_of_different_length_do_not_meet(architecture: str, tmp_path: 
     x = rng.standard_normal((3, 20, one.spec.n_embd), dtype=np.float32)
     lengths = (20, 1, 13)
     together = _attend(one, output, x, attention.padded_positions(lengths, 20))
+    assert np.isfinite(together).all()  # padding too
     for seq, length in enumerate(lengths):
         alone = _attend(one, output, x[seq : seq + 1, :length], np.arange(length)[None])
         np.testing.assert_allclose(together[seq, :length], alone[0], rtol=0, atol=2e-6)
