@@ -54,6 +54,7 @@ TILE_BYTES = 128 * 1024  # a tile is read several times over: it must fit well i
 TILE_MACS = 128 * 1024  # multiply-adds of one Q·K call: up to here OpenBLAS has kernels that
 # read K where it lies; above, its AVX-512 build takes three times as long
 CHUNK_BYTES = 16 * TILE_BYTES  # of one KV head: long enough to hide the cost of calling numpy
+MIN_TILES = 4  # of a chunk: below, waking a second thread costs more than it saves
 MAX_GEMV_GROUP = 4  # up to here re-reading a cached V tile is cheaper than BLAS packing it
 SCORE_BYTES = 64 * 1024 * 1024  # scores that exist at one time in `broadcast_attention`
 
@@ -643,13 +644,17 @@ def split_attention(
 def plan_chunks(n_kv: int, tile: int, longest: int, n_threads: int) -> list[Chunk]:
     """Ranges over n_kv cells, whole tiles each; the odd cells at the end are a chunk of their own.
 
-    A chunk has at most `longest` cells, and fewer where that gives every thread two of them.
+    A chunk has at most `longest` cells, and about half of a thread's share of the tiles that are
+    left, so that threads end together; but MIN_TILES, as long as there are.
     """
-    fair = -(-n_kv // (2 * n_threads * tile))  # tiles
-    step = max(1, min(longest // tile, fair)) * tile
-    whole = n_kv // tile * tile
-    chunks = [(start, min(start + step, whole)) for start in range(0, whole, step)]
-    return [*chunks, (whole, n_kv)] if whole < n_kv else chunks
+    chunks: list[Chunk] = []
+    start, left = 0, n_kv // tile
+    while left:
+        fair = max(MIN_TILES, left // (2 * n_threads))
+        n_tiles = min(left, max(1, longest // tile), fair)
+        chunks.append((start, start + n_tiles * tile))
+        start, left = chunks[-1][1], left - n_tiles
+    return [*chunks, (start, n_kv)] if start < n_kv else chunks
 
 
 def split_partials(

@@ -242,6 +242,16 @@ def test_planned_chunks_cover_every_cell_once(
     assert all(0 < end - start <= max(tile, longest) for start, end in chunks)
 
 
+@given(st.integers(0, 50000), st.integers(1, 300), st.integers(1, 9000), st.integers(1, 64))
+def test_threads_that_take_planned_chunks_end_together(
+    n_kv: int, tile: int, longest: int, threads: int
+) -> None:
+    ends = [0] * threads  # in cells
+    for start, end in at.plan_chunks(n_kv, tile, longest, threads):
+        ends[ends.index(min(ends))] += end - start  # who is free takes the next
+    assert max(ends) - min(ends) <= (at.MIN_TILES + 1) * tile  # one for the odd cells
+
+
 @pytest.mark.parametrize("path", [at.broadcast_attention, at.split_attention, at.attention])
 def test_a_sequence_gives_the_same_alone_and_in_a_batch(path: Callable[..., Floats]) -> None:
     lengths = [700, 1025, 3, 0]
