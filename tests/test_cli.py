@@ -244,7 +244,8 @@ def test_the_next_command_can_be_pasted(model: Model, tmp_path: Path) -> None:
 
 def test_too_little_memory_is_one_line(model: Model) -> None:
     original = model()
-    done = gguf_fuse("verify", original, fused_copy(original), "--n-kv", 1 << 24, "--n-seqs", 5000)
+    caches = ("--n-kv", 1 << 24, "--n-seqs", 5000, "--n-prompt", 1)
+    done = gguf_fuse("verify", original, fused_copy(original), *caches)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("gguf-fuse: not enough memory: Unable to allocate")
     assert done.stderr.count("\n") == 1
