@@ -128,21 +128,31 @@ def _is_attention(layer: str, names: set[str]) -> bool:
 
 
 def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo]) -> Layer:
-    """An encoder's graph norms fused Q and K head by head only, and aborts on a wider norm."""
+    """An encoder's graph norms fused Q and K head by head only, and aborts on a wider norm.
+
+    Beside separate ones, the norm of Q decides for both: without it, K is normed as a whole.
+    """
     modality = {"v": "vision", "a": "audio"}.get(layer.name.partition(".")[0])
     if header.architecture != "clip" or layer.status is not Status.FUSABLE or modality is None:
         return layer
     n_embd = integer(header, f"clip.{modality}.embedding_length", 0) or layer.rows[0]
     n_head = integer(header, f"clip.{modality}.attention.head_count", 0) or 1
     n_dim = integer(header, f"clip.{modality}.attention.head_dim", 0) or n_embd // n_head
-    for name in ("attn_q_norm", "attn_k_norm"):
-        norm = tensors.get(f"{layer.name}.{name}.weight")
+    names = ("attn_q_norm", "attn_k_norm")
+    norms = {name: tensors.get(f"{layer.name}.{name}.weight") for name in names}
+    for name, norm in norms.items():
         if norm is not None and norm.ne[:1] != (n_dim,):
             reason = (
                 f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
                 f"loader wants beside {QKV.fused}"
             )
             return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
+    if norms["attn_k_norm"] is not None and norms["attn_q_norm"] is None:
+        reason = (
+            "attn_k_norm without attn_q_norm: the encoder's loader norms K as a whole, but head "
+            f"by head beside {QKV.fused}"
+        )
+        return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
     return layer
 
 

@@ -24,6 +24,7 @@ from gguf_fuse.plan import NothingToDo, Refused, Status
 from gguf_fuse.rewrite import fuse
 from tests import llama_judge
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
+from tests.edit import edited
 from tests.pack import STRING, UINT32, File, Pair, Tensor, tensor
 from tests.test_fusion import assert_fused, sha256
 
@@ -302,3 +303,31 @@ def test_why_a_norm_over_all_heads_is_left(model: Callable[..., Path], tmp_path:
     with pytest.raises(llama_judge.LoadFailed) as caught:
         llama_judge.image_log_probabilities(text, fused, png(1))
     assert caught.value.signal == "SIGABRT"
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_a_norm_of_q_or_k_alone(
+    model: Callable[..., Path], tmp_path: Path, part: str, kind: str
+) -> None:
+    """The norm of Q decides whether K is normed head by head, but not beside fused ones."""
+
+    def only(path: Path) -> Path:
+        other = "k" if part == "q" else "q"
+        drop = [f"v.blk.{layer}.attn_{other}_norm.weight" for layer in range(2)]
+        return edited(path, drop=drop).rename(path)
+
+    def judged(path: Path) -> Any:
+        return llama_judge.image_log_probabilities(text, path, png(1))
+
+    text, norm = model(n_embd=64), N_EMBD // N_HEAD
+    separate = only(write_vision_model(tmp_path / "mmproj.gguf", kind, norm))
+    fused = only(write_vision_model(tmp_path / "fused.gguf", kind, norm, fused=True))
+    if part == "q":
+        np.testing.assert_array_equal(judged(separate), judged(fused))
+        np.testing.assert_array_equal(judged(separate), judged(fused_copy(separate)))
+    else:
+        assert np.abs(judged(separate) - judged(fused)).max() > 1e-2
+        with pytest.raises(NothingToDo, match="attn_k_norm without attn_q_norm"):
+            fused_copy(separate)

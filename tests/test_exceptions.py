@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from gguf_fuse import fusion
+from gguf_fuse.architectures import ARCHITECTURES
 from gguf_fuse.checker import Options as VerifyOptions
 from gguf_fuse.checker import verify
 from gguf_fuse.gguf_file import read_header, read_tensors
 from gguf_fuse.kinds import GATE_UP, QKV
 from gguf_fuse.plan import NothingToDo, Refused, Status
+from gguf_fuse.random_architectures import LAYOUTS, Layout
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited
 from tests.llama_judge import LoadFailed, available, log_probabilities
@@ -244,6 +247,42 @@ def test_what_those_loaders_do_with_separate_scales(
     before = log_probabilities(original, PROMPT)
     set_scale(original, f"blk.{layer}.attn_q.scale", 3.0)
     np.testing.assert_array_equal(log_probabilities(original, PROMPT), before)
+
+
+# Two blocks that take turns in six layers: a low one twice, a high one, and all that once more.
+HRM = Layout(
+    "@qkv attn_gate.weight attn_output.weight @ffn",
+    outer="token_embd.weight hrm.z_l_init output.weight",
+    ne={"hrm.z_l_init": "n_embd", "attn_gate": "n_embd q"},
+    keys={
+        "block_count": 6,
+        "hrm.layers_per_stack": 1,
+        "hrm.h_cycles": 2,
+        "hrm.l_cycles": 2,
+    },
+)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("layer", [0, 1])
+def test_scales_of_layers_that_stand_for_others(
+    model: Model, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    """hrm_text's loader seeks the second block's scales by the form of the first: with one of the
+    two fused it finds too few tensors, so that a mixed file must stay as it is.
+    """
+    monkeypatch.setitem(LAYOUTS, "hrm_text", HRM)
+    types = {f"blk.{layer}.attn_v.weight": T.F16}
+    without_scales = model(architecture="hrm_text", types=types)
+    assert_sound(without_scales, fused_copy(without_scales))
+    original = model("scales.gguf", architecture="hrm_text", types=types, scales="equal")
+    assert np.isfinite(log_probabilities(original, PROMPT)).all()
+    with pytest.raises(NothingToDo, match="loader for hrm_text applies no fused scale"):
+        fused_copy(original)
+    row = ARCHITECTURES["hrm_text"]
+    monkeypatch.setitem(ARCHITECTURES, "hrm_text", replace(row, qkv=replace(row.qkv, scales=True)))
+    with pytest.raises(LoadFailed, match="wrong number of tensors"):
+        log_probabilities(fused_copy(original), PROMPT)
 
 
 def assert_another_model(original: Path, fused: Path) -> None:

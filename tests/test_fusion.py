@@ -277,9 +277,9 @@ def test_unequal_scales_are_left(model: Model, kind: str) -> None:
     assert reasons(model(**{kind: "unequal"})) == [f"{name}s differ: a fused tensor has one"] * 2
 
 
-@pytest.mark.parametrize("name", ["mimo2", "gemma3n", "kimi-linear"])
+@pytest.mark.parametrize("name", ["mimo2", "gemma3n", "hrm_text", "kimi-linear"])
 def test_traps_of_the_loaders(model: Model, name: str) -> None:
-    """Their fused paths apply no scale: with scales they stay as they are."""
+    """Their fused paths apply no scale, or lose one: with scales they stay as they are."""
     keys = {"general.architecture": name}
     assert (
         reasons(model(scales="equal", metadata=keys))
