@@ -846,11 +846,17 @@ def _blas() -> ThreadpoolController:
 
 def _run_on_threads(work: Callable[[], None], n_threads: int) -> None:
     """Run work() on n_threads threads, this one included, with BLAS held to one thread in each."""
+    settings = np.geterr()
+
+    def help_out() -> None:
+        with np.errstate(**settings):  # warnings are no thread's own choice
+            work()
+
     with blas_threads(1):
         if n_threads == 1:
             work()
             return
-        others = [_pool(n_threads - 1).submit(work) for _ in range(n_threads - 1)]
+        others = [_pool(n_threads - 1).submit(help_out) for _ in range(n_threads - 1)]
         try:
             work()
         finally:

@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -35,6 +35,7 @@ from gguf_fuse.structure import Structure, compare_structure
 from gguf_fuse.timing import interleaved
 
 FACTOR = 2.0
+MAX_LIMIT = 0.1  # a limit above it would let through what is plainly wrong
 EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
 
 SMALL_MODEL = 1 << 24  # elements of all Q, K and V: up to here every layer is computed
@@ -243,12 +244,23 @@ def _compare_layer(
         return LayerReport(name, {}, note), None
     try:
         trial = _Trial(before, _read_like(before, fused, name), options)
-        report = LayerReport(name, trial.checks(), note)
+        checks = trial.checks()
+        notes = (note, _vague(trial.names - checks.keys()))
+        report = LayerReport(name, checks, "; ".join(filter(None, notes)) or None)
         return report, trial.timing(name) if timed else None
     except (GGUFError, ValueError) as error:
         # ORIGINAL was read: what fails now is the other file's fault.
         problem = f"the fused file's layer cannot be computed: {_reason(error, fused)}"
         return LayerReport(name, {}, note, problem), None
+
+
+def _vague(missing: Set[str]) -> str | None:
+    if not missing:
+        return None
+    return (
+        f"not checked: {', '.join(sorted(missing))}: the original's own numbers are not finite, or "
+        "too large for float32"
+    )
 
 
 def _reason(error: Exception, header: Header) -> str:
@@ -409,9 +421,12 @@ class _Gauge:
             self.errors[name] = float(np.maximum(self.errors.get(name, 0.0), error))
 
     def checks(self) -> dict[str, Check]:
+        """None where the plain way is not finite, or too far off to tell right from wrong."""
         unit = self.top or 1.0
         floor = EPS * (4 + self.rounding)
         limit = FACTOR * self.errors[_PLAIN] / unit + floor
+        if not limit <= MAX_LIMIT:  # or nan
+            return {}
         return {
             name: Check(error / unit, limit)
             for name, error in self.errors.items()
@@ -446,15 +461,22 @@ class _Trial:
         shape = (self.options.n_seqs, n_tokens, self.n_embd)
         return self.random.standard_normal(shape, dtype=np.float32)
 
+    @property
+    def names(self) -> set[str]:
+        """Of all checks that there can be."""
+        if self.plain.weights.attention is None:
+            return {"projection"}
+        return {"projection", "prefill", *(f"decode_{way}" for way in self.decodes())}
+
     def checks(self) -> dict[str, Check]:
         x = self.activations(self.options.n_prompt)
-        checks = {"projection": self.check_projection(x)}
+        checks = self.check_projection(x)
         if self.plain.weights.attention is not None:
             checks |= self.check_prefill(x) | self.check_decode()
         return checks
 
-    def check_projection(self, x: Floats) -> Check:
-        """The worst of Q, K and V, each relative to its own size."""
+    def check_projection(self, x: Floats) -> dict[str, Check]:
+        """The worst of Q, K and V, each relative to its own size; none if one of them has none."""
         checks: list[Check] = []
         sums = _largest_sums(self.plain.weights.projections, x)
         projected = zip(*(path.project(x) for path in self.paths), sums, strict=True)
@@ -464,7 +486,10 @@ class _Trial:
             self.projected = max(self.projected, rounding)
             gauge.add(exact, {_PLAIN: plain, "projection": fused}, rounding)
             checks += gauge.checks().values()
-        return max(checks, key=lambda check: (not check.ok, check.error / check.limit))
+        if len(checks) < len(sums):
+            return {}
+        worst = max(checks, key=lambda check: (not check.ok, check.error / check.limit))
+        return {"projection": worst}
 
     def check_prefill(self, x: Floats) -> dict[str, Check]:
         positions = attention.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
@@ -487,7 +512,7 @@ class _Trial:
         for seq, (prompt, context) in enumerate(zip(self.prompts, self.contexts, strict=True)):
             for cache in ("k", "v"):
                 known = getattr(self.plain, cache)[seq, :, :prompt]  # [n_head_kv, prompt, dim]
-                size = np.sqrt(np.mean(known * known))
+                size = np.float32(np.sqrt(np.mean(np.square(known, dtype=np.float64))))
                 shape = (known.shape[0], context - prompt, known.shape[2])
                 filling = size * self.random.standard_normal(shape, dtype=np.float32)
                 for path in self.paths:

@@ -464,7 +464,7 @@ def _error(check: Check | None) -> Text:
 
 
 def _of_limit(check: Check) -> float:
-    return check.error / check.limit
+    return check.error / check.limit if math.isfinite(check.error) else math.inf
 
 
 def _share(share: float) -> Text:

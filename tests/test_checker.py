@@ -802,15 +802,46 @@ def test_each_way_is_timed_under_its_own_name(
     assert (timing.n_tokens, timing.n_kv) == (QUICK.n_seqs, QUICK.n_kv)
 
 
-def test_weights_that_are_not_finite_do_not_pass(model: Model) -> None:
-    contents = Contents.of(model())
-    ne, kind, data = contents.tensors["blk.1.attn_k.weight"]
-    contents.tensors["blk.1.attn_k.weight"] = (ne, kind, np.float32("nan").tobytes() + data[4:])
-    original = contents.write()
+def scaled(path: Path, part: str, factor: float) -> Path:
+    contents = Contents.of(path)
+    ne, kind, data = contents.tensors[f"blk.1.{part}.weight"]
+    values = np.frombuffer(data, np.float32).copy()
+    values[:64] *= np.float32(factor)  # one row of 64
+    contents.tensors[f"blk.1.{part}.weight"] = (ne, kind, values.tobytes())
+    return contents.write()
+
+
+@pytest.mark.parametrize(
+    ("factor", "left"),
+    [(np.nan, set()), (np.inf, set()), (1e8, {"projection"}), (1e30, {"projection"})],
+)
+@pytest.mark.parametrize("part", ["attn_q", "attn_k"])
+def test_what_float32_cannot_tell_is_not_checked(
+    model: Model, part: str, factor: float, left: set[str]
+) -> None:
+    """A limit of nan, infinity or a hundred would let everything through, and look like a check."""
+    original = scaled(model(), part, factor)
     fused = fused_copy(original)
+    report = check(original, fused, n_kv=600)
+    assert report.ok
+    sound, other = report.layers
+    assert (set(sound.checks), sound.note) == (CHECKS, None)
+    assert set(other.checks) == left
+    assert (other.note or "").endswith("not finite, or too large for float32")
+    shown = gguf_fuse("verify", original, fused)
+    assert "PARTLY numbers: " in shown.stdout
+    assert shown.stderr == ""
+
+
+@pytest.mark.parametrize("columns", [45, 120])
+def test_a_weight_that_is_not_finite_in_the_fused_file_fails(model: Model, columns: int) -> None:
+    original = model()
+    fused = scaled(fused_copy(original), "attn_qkv", np.nan)
     report = check(original, fused)
-    assert report.structure.ok
     assert [layer.ok for layer in report.layers] == [True, False]
+    shown = gguf_fuse("verify", original, fused, env={**os.environ, "COLUMNS": str(columns)})
+    assert shown.returncode == 4
+    assert re.search(r"^blk\.1 .* nan .*over$", shown.stdout, re.MULTILINE)
     printed = json.loads(gguf_fuse("verify", original, fused, "--json").stdout)
     assert printed["layers"][1]["checks"]["projection"]["error"] is None
 
