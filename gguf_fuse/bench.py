@@ -6,7 +6,6 @@ median counts. Axis names are those of `attention`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from gguf_fuse import attention, fusion
 from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
 from gguf_fuse.attention_spec import read_spec
 from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
+from gguf_fuse.memory import free_bytes
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.shards import read_model
 from gguf_fuse.timing import interleaved
@@ -28,7 +28,6 @@ N_TOKENS = (1, 8, 64, 512)
 N_KV = tuple(512 << doubling for doubling in range(8))  # 512 to 65536
 
 STREAM_BYTES = 4 << 20  # one call reads so much: more or less was slower, measured on two machines
-SPARE_MEMORY = 0.8  # of what is free, the most to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def bench(
         ("default shape", DEFAULT_SHAPE) if model is None else shape_of(read_model(model))
     )
     random = np.random.default_rng(seed)
-    fitting = [length for length in n_kv if _decode_bytes(shape, length) <= _free_bytes()]
+    fitting = [length for length in n_kv if _decode_bytes(shape, length) <= free_bytes()]
     projection, decode = [], []
     with blas_threads(threads):
         on_start("projections", len(n_tokens))
@@ -196,15 +195,6 @@ def _decode_bytes(shape: Shape, n_kv: int) -> int:
     group = shape.n_head // shape.n_head_kv
     cell = shape.n_head_kv * (shape.head_dim + shape.head_dim_v)
     return 4 * n_kv * (cell * (1 + group) + 2 * shape.n_head)
-
-
-def _free_bytes() -> float:
-    """Memory to take without hurting others; no limit where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return SPARE_MEMORY * 1024 * int(line.split()[1])
-    return float("inf")
 
 
 def _random(random: np.random.Generator, *shape: int) -> Floats:

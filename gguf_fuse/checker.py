@@ -28,6 +28,7 @@ from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear
 from gguf_fuse.attention_spec import NotModelled
 from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
 from gguf_fuse.layer import AttentionLayer, Heads, Projections
+from gguf_fuse.memory import free_bytes
 from gguf_fuse.plan import Refused
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.shards import read_model
@@ -242,6 +243,7 @@ def _compare_layer(
     except GGUFError as error:
         note = f"numbers not computed: {_reason(error, original)}"
         return LayerReport(name, {}, note), None
+    _require_memory(original, name, before, options)
     try:
         trial = _Trial(before, _read_like(before, fused, name), options)
         checks = trial.checks()
@@ -252,6 +254,31 @@ def _compare_layer(
         # ORIGINAL was read: what fails now is the other file's fault.
         problem = f"the fused file's layer cannot be computed: {_reason(error, fused)}"
         return LayerReport(name, {}, note, problem), None
+
+
+def _require_memory(header: Header, name: str, weights: _Weights, options: Options) -> None:
+    """Raises GGUFError: where memory ends, some systems kill whoever they like."""
+    needed, free = _bytes_needed(weights, options), free_bytes()
+    if needed > free:
+        raise GGUFError(
+            f"{header.path}: {name}: computing takes about {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free; lower --n-prompt, --n-seqs or --n-kv"
+        )
+
+
+def _bytes_needed(weights: _Weights, options: Options) -> int:
+    """What grows with the options: activations, caches and their copies, scores and masks."""
+    n_seqs, n_prompt = options.n_seqs, options.n_prompt
+    rows = weights.projections.rows
+    n_embd: int = _linears(weights.projections)[0].weight.shape[1]
+    needed = 24 * n_seqs * n_prompt * (n_embd + sum(rows))
+    if weights.attention is None:
+        return needed
+    spec = weights.attention.spec
+    # A cell of the caches: two in float32, one in float64; copied out to all heads in float32.
+    cell = 16 * (rows[1] + rows[2]) + 4 * spec.n_head * (spec.head_dim + spec.head_dim_v)
+    n_cells = max(options.n_kv, n_prompt) + options.n_decode
+    return needed + n_seqs * n_cells * cell + (32 + 13 * n_seqs) * n_prompt * n_prompt
 
 
 def _vague(missing: Set[str]) -> str | None:

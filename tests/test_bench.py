@@ -166,7 +166,7 @@ def test_a_model_without_a_known_shape(model: Model) -> None:
 
 def test_too_long_contexts_are_left_out(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        benchmark, "_free_bytes", lambda: benchmark._decode_bytes(benchmark.DEFAULT_SHAPE, 64)
+        benchmark, "free_bytes", lambda: benchmark._decode_bytes(benchmark.DEFAULT_SHAPE, 64)
     )
     result = bench(threads=1)
     assert [row.n_kv for row in result.decode] == [64]

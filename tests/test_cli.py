@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -242,10 +244,23 @@ def test_the_next_command_can_be_pasted(model: Model, tmp_path: Path) -> None:
     assert shlex.split(command) == ["verify", str(folder / "-in.gguf"), str(folder / "b.gguf")]
 
 
-def test_too_little_memory_is_one_line(model: Model) -> None:
+@pytest.mark.parametrize("sizes", [("--n-kv", 1 << 24), ("--n-prompt", 1 << 24)])
+def test_more_than_the_memory_is_refused_beforehand(model: Model, sizes: tuple[str, int]) -> None:
     original = model()
-    caches = ("--n-kv", 1 << 24, "--n-seqs", 5000, "--n-prompt", 1)
-    done = gguf_fuse("verify", original, fused_copy(original), *caches)
+    done = gguf_fuse("verify", original, fused_copy(original), *sizes, "--n-seqs", 5000)
+    assert (done.returncode, done.stdout) == (1, "")
+    line = (
+        rf"gguf-fuse: {original}: blk.0: computing takes about \d+\.\d GB of memory, .* are free; "
+    )
+    assert re.match(line + "lower --n-prompt, --n-seqs or --n-kv\n$", done.stderr)
+
+
+def test_too_little_memory_is_one_line(model: Model) -> None:
+    """For this process alone, as in a container."""
+    original = model()
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    files = original, fused_copy(original)
+    done = gguf_fuse("verify", *files, "--n-kv", 1 << 20, preexec_fn=limit)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("gguf-fuse: not enough memory: Unable to allocate")
     assert done.stderr.count("\n") == 1
