@@ -125,7 +125,10 @@ def shape_of(header: Header) -> tuple[str, Shape]:
             continue
         sizes = (spec.n_embd, spec.n_head, spec.n_head_kv, spec.head_dim, spec.head_dim_v)
         return f"{header.path}, {found.name}", Shape(*sizes, spec.rows)
-    raise refusal or GGUFError(f"{header.path}: no attention layer; bench needs no MODEL to run")
+    raise refusal or GGUFError(
+        f"{header.path}: no layer has Q, K and V, whose shapes bench could take; without MODEL it "
+        "has its own"
+    )
 
 
 # -- projections --------------------------------------------------------------------------------
@@ -210,6 +213,8 @@ def check_plot(path: Path) -> None:
         raise GGUFError(f"{path}: the name must end in .png or .svg")
     if not path.parent.is_dir():
         raise GGUFError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise GGUFError(f"{path}: is a folder; --plot wants the name of a file")
     if importlib.util.find_spec("matplotlib") is None:
         raise GGUFError(
             "--plot needs matplotlib, which is not installed: pip install 'gguf-fuse[plot]'"
@@ -222,6 +227,8 @@ def plot(result: Bench, path: Path) -> None:
     Raises GGUFError as `check_plot` does, or where the file cannot be written.
     """
     check_plot(path)
+    if not result.decode:
+        raise GGUFError(f"{path}: nothing to draw: memory was too small for every n_kv")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

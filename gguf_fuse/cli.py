@@ -410,13 +410,13 @@ def bench(
         benchmark.check_plot(plot)
     with _steps(quiet) as (on_start, on_progress):
         result = benchmark.bench(model, threads=threads, on_start=on_start, on_progress=on_progress)
-    if plot is not None:
-        benchmark.plot(result, plot)
     if as_json:
-        return _print_json(report.bench_json(result))
-    if not quiet:
+        _print_json(report.bench_json(result))
+    elif not quiet:
         for part in report.bench_parts(result):
             _console().print(part, highlight=False)
+    if plot is not None:
+        benchmark.plot(result, plot)  # last: if it fails, the numbers are not lost
 
 
 @app.command(epilog="Example: gguf-fuse demo --keep demo-files")

@@ -149,8 +149,12 @@ def _finite(number: float) -> float | None:
 
 def bench_json(result: Bench) -> dict[str, Any]:
     return {
+        "source": result.source,
+        "shape": asdict(result.shape),
+        "threads": result.threads,
         "projection": [asdict(row) for row in result.projection],
         "decode": [asdict(row) for row in result.decode],
+        "left_out": list(result.left_out),
     }
 
 

@@ -130,6 +130,7 @@ def compare_structure(
     problems += misfits
     problems += _record_problems(original, fused, fusions)
     problems += _cutting_problems(original, fused)
+    problems += _padding_problems(original, fused)
     problems += _listing_problems(original, fused, fusions)
     ranges, misfits = _ranges(original, fused, fusions)
     problems += misfits
@@ -244,7 +245,7 @@ def _record_problems(original: Header, fused: Header, fusions: Sequence[_Fusion]
     """Is what gguf-fuse wrote for the way back true? A file without a record is fine."""
     metadata = fused.metadata
     written = [key for key in _RECORD_KEYS if key in metadata]
-    if not written or written[0] in original.metadata:
+    if all(key in original.metadata for key in written):
         return []
     if len(written) < len(_RECORD_KEYS):
         return [
@@ -295,8 +296,20 @@ def _cutting_problems(original: Header, fused: Header) -> list[str]:
     if said is None or SHARDS_KEY in original.metadata:
         return []
     truth = [len(shard.tensors) for shard in original.shards]
-    fits = said == truth if truth else _is_list(said, int) and sum(said) == len(original.tensors)
+    fits = said == truth if truth else _is_list(said, int) and _cuts(said, len(original.tensors))
     return [] if fits else [f"metadata {SHARDS_KEY}: {said}, the original says {truth}"]
+
+
+def _cuts(counts: Sequence[int], n_tensors: int) -> bool:
+    return min(counts, default=0) > 0 and sum(counts) == n_tensors
+
+
+def _padding_problems(original: Header, fused: Header) -> list[str]:
+    """It moves the tensors to where they can be cloned, and says nothing."""
+    said = fused.metadata.get(PADDING_KEY)
+    if said is None or PADDING_KEY in original.metadata or (_is_list(said, int) and not any(said)):
+        return []
+    return [f"metadata {PADDING_KEY}: not an array of zeros"]
 
 
 def _is_list(value: object, kind: type) -> bool:

@@ -231,8 +231,12 @@ def test_streaming_ends_with_its_last_thread(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_json_is_as_documented(short: None) -> None:
-    value = json.loads(run("--json").stdout)
-    assert set(value) == {"projection", "decode"}
+    value = json.loads(run("--json", "--threads", "2").stdout)
+    assert set(value) == {"source", "shape", "threads", "projection", "decode", "left_out"}
+    assert (value["source"], value["threads"]) == ("default shape", 2)
+    shape = benchmark.DEFAULT_SHAPE
+    assert value["shape"] == asdict(shape) | {"rows": list(shape.rows)}
+    assert value["left_out"] == []
     assert {tuple(row) for row in value["projection"]} == {("n_tokens", "separate_ms", "fused_ms")}
     assert {tuple(row) for row in value["decode"]} == {
         ("n_kv", "expand_ms", "broadcast_ms", "split_ms", "stream_ms")
@@ -289,8 +293,22 @@ def test_a_plot_with_too_long_a_name_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 def test_plot_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(GGUFError, match=r"a\.png: Is a directory"):
+    with pytest.raises(GGUFError, match=r"a\.png: is a folder; --plot wants the name of a file"):
         plot(some_result(), tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_nothing_to_plot(tmp_path: Path) -> None:
+    with pytest.raises(GGUFError, match=r"a\.png: nothing to draw"):
+        plot(replace(some_result(), decode=()), tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_a_plot_that_cannot_be_written_loses_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: some_result())
+    outcome = run("--plot", "/proc/self/a.png")
+    assert outcome.exit_code == 1
+    assert "1024" in outcome.stdout
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")

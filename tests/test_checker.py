@@ -420,6 +420,18 @@ def add_a_key(c: Contents) -> None:
     c.pair("general.author", GGUFValueType.STRING, "nobody")
 
 
+def pad_with_something(c: Contents) -> None:
+    c.pair("gguf_fuse.padding", GGUFValueType.UINT8, [0, 0, 1])
+
+
+def pad_with_text(c: Contents) -> None:
+    c.pair("gguf_fuse.padding", GGUFValueType.STRING, "")
+
+
+def cut_into_less_than_nothing(c: Contents) -> None:
+    c.pair("gguf_fuse.shards", GGUFValueType.INT32, [-1, 34])  # of 33 tensors
+
+
 def add_an_unknown_key_of_our_own(c: Contents) -> None:
     c.pair("gguf_fuse.future", GGUFValueType.UINT32, 1)
 
@@ -489,6 +501,9 @@ STRUCTURE_FAULTS: list[tuple[Fault, str]] = [
     (lose_a_token, " bytes, but "),
     (remove_a_key, "metadata general.name: missing in the fused file"),
     (add_a_key, "metadata general.author: only in the fused file"),
+    (pad_with_something, "metadata gguf_fuse.padding: not an array of zeros"),
+    (pad_with_text, "metadata gguf_fuse.padding: not an array of zeros"),
+    (cut_into_less_than_nothing, "metadata gguf_fuse.shards: [-1, 34], the original says []"),
     (add_an_unknown_key_of_our_own, "metadata gguf_fuse.future: only in the fused file"),
     (reorder_keys, "the order differs"),
     (record_other_rows, "metadata gguf_fuse.rows: (48, 48, 32) for blk.0.attn_qkv.weight"),
@@ -520,6 +535,18 @@ def test_faults_in_the_bytes_name_their_place(
 ) -> None:
     found = problems(*tampered(fault))
     assert any(place in problem for problem in found), found
+
+
+def test_a_record_is_checked_beside_half_of_one_in_the_original(model: Model) -> None:
+    contents = Contents.of(model())
+    contents.pair("gguf_fuse.version", GGUFValueType.UINT32, 1)
+    original = contents.write()
+    assert problems(original, original) == []
+    contents.path = original.with_name("fused.gguf")
+    contents.path.write_bytes(original.read_bytes())
+    contents.pair("gguf_fuse.rows", GGUFValueType.UINT64, [1, 2, 3])
+    found = problems(original, contents.write())
+    assert "metadata gguf_fuse.tensors: missing, the record is incomplete" in found
 
 
 @pytest.mark.parametrize("kind", ["weight", "bias", "scale"])
