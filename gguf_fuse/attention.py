@@ -49,13 +49,16 @@ Bools: TypeAlias = NDArray[np.bool_]
 Chunk: TypeAlias = tuple[int, int]  # first KV cell, and the one after the last
 
 SPLIT_MIN_KV = 512  # llama.cpp splits KV from here on (ggml-cpu/ops.cpp, flash_attn_ext)
-# Measured with OpenBLAS's AVX2 and AVX-512 kernels; they change how fast it is, not what.
+# How KV is cut changes how fast it is, not what; measured with OpenBLAS's AVX2 and AVX-512 kernels.
 TILE_BYTES = 128 * 1024  # a tile is read several times over: it must fit well inside the L2 cache
-TILE_MACS = 128 * 1024  # multiply-adds of one Q·K call: up to here OpenBLAS has kernels that
-# read K where it lies; above, its AVX-512 build takes three times as long
 CHUNK_BYTES = 16 * TILE_BYTES  # of one KV head: long enough to hide the cost of calling numpy
-MIN_TILES = 4  # of a chunk: below, waking a second thread costs more than it saves
-MAX_GEMV_GROUP = 4  # up to here re-reading a cached V tile is cheaper than BLAS packing it
+MIN_CHUNK_MACS = 4 << 20  # of Q·K: below, waking a second thread costs more than it saves
+# Where OpenBLAS has kernels that read a small matrix where it lies instead of packing it first:
+# only up to 1200 scores a call (its PR 3335); a larger tile takes up to twice as long.
+IN_PLACE_KERNELS = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
+IN_PLACE_SCORES = 1024
+IN_PLACE_CELLS = 64  # of a tile: so large a group that even fewer fit is faster packed
+MAX_GEMV_GROUP = 7  # elsewhere: up to here re-reading a cached V tile is cheaper than packing it
 SCORE_BYTES = 64 * 1024 * 1024  # scores that exist at one time in `broadcast_attention`
 
 DEFAULT_THREADS = min(4, os.cpu_count() or 1)  # of the commands that compute
@@ -641,16 +644,16 @@ def split_attention(
     return out.reshape(*q.shape[:3], v.shape[3])  # [n_seqs, n_head, 1, head_dim_v]
 
 
-def plan_chunks(n_kv: int, tile: int, longest: int, n_threads: int) -> list[Chunk]:
+def plan_chunks(n_kv: int, tile: int, shortest: int, longest: int, n_threads: int) -> list[Chunk]:
     """Ranges over n_kv cells, whole tiles each; the odd cells at the end are a chunk of their own.
 
-    A chunk has at most `longest` cells, and about half of a thread's share of the tiles that are
-    left, so that threads end together; but MIN_TILES, as long as there are.
+    A chunk has about half of a thread's share of the tiles that are left, so that threads end
+    together; but at least `shortest` cells, as long as there are, and at most `longest`.
     """
     chunks: list[Chunk] = []
     start, left = 0, n_kv // tile
     while left:
-        fair = max(MIN_TILES, left // (2 * n_threads))
+        fair = max(-(-shortest // tile), left // (2 * n_threads))
         n_tiles = min(left, max(1, longest // tile), fair)
         chunks.append((start, start + n_tiles * tile))
         start, left = chunks[-1][1], left - n_tiles
@@ -679,7 +682,9 @@ def split_partials(
     tile = _tile_cells(shape.group, k, v)
     if chunks is None:
         row_bytes = max(shape.head_dim, shape.head_dim_v) * k.dtype.itemsize
-        chunks = plan_chunks(shape.n_kv, tile, CHUNK_BYTES // row_bytes, workers)
+        busy = shape.n_head_kv * max(shape.group, 4)  # with few heads to a KV head, reading counts
+        shortest = MIN_CHUNK_MACS // (busy * shape.head_dim)
+        chunks = plan_chunks(shape.n_kv, tile, shortest, CHUNK_BYTES // row_bytes, workers)
     _check_chunks(chunks, shape.n_kv)
     heads = (shape.n_seqs, len(chunks), shape.n_head_kv, shape.group)
     partials = Partials(
@@ -786,7 +791,8 @@ def _attend_chunk(
     np.sum(scores, axis=(1, 3), out=total)  # [n_head_kv, group]
 
     # The group goes over the batch (a GEMV per query head and tile) or into the rows (one GEMM).
-    over, rows = (group, 1) if group <= MAX_GEMV_GROUP else (1, group)
+    by_head = group <= MAX_GEMV_GROUP and not _reads_in_place()
+    over, rows = (group, 1) if by_head else (1, group)
     v_tiles = v.reshape(n_head_kv, n_tiles, 1, tile, head_dim_v)  # a view
     weights = scores.reshape(n_head_kv, n_tiles, over, rows, tile)
     sums = scratch.tile_sums[: n_head_kv * n_tiles * group * head_dim_v]
@@ -810,8 +816,16 @@ def _add_tile_mask(scores: Floats, mask: Floats, slopes: Floats, max_bias: float
 
 def _tile_cells(group: int, k: Floats, v: Floats) -> int:
     width = max(k.shape[-1], v.shape[-1])
-    fitting: int = min(TILE_BYTES // (width * k.dtype.itemsize), TILE_MACS // (width * group))
-    return max(32, fitting)
+    fitting: int = max(32, TILE_BYTES // (width * k.dtype.itemsize))
+    in_place = IN_PLACE_SCORES // group
+    if in_place < IN_PLACE_CELLS or not _reads_in_place():
+        return fitting
+    return min(fitting, in_place)
+
+
+@functools.cache
+def _reads_in_place() -> bool:
+    return any(library.get("architecture") in IN_PLACE_KERNELS for library in _blas().info())
 
 
 def _cpu_count() -> int:

@@ -136,7 +136,7 @@ def cases(draw: st.DrawFn, max_tokens: int = 1, max_kv: int = 1100) -> Case:
         draw(st.integers(0, 2**32 - 1)),
         n_seqs=n_seqs,
         n_head_kv=draw(st.sampled_from((2, 1, 3))),
-        group=draw(st.integers(1, 6)),  # on both sides of MAX_GEMV_GROUP
+        group=draw(st.sampled_from((1, 2, 3, 4, 5, 6, 8, 17))),  # either side of MAX_GEMV_GROUP
         n_tokens=draw(st.integers(1, max_tokens)),
         n_kv=n_kv,
         head_dim=draw(st.sampled_from((2, 8, 33))),
@@ -160,17 +160,21 @@ def cut(n_kv: int, points: list[float]) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(cases(), st.lists(st.floats(0, 1), max_size=9), st.integers(1, 3))
-def test_split_equals_plain_for_any_chunks(case: Case, points: list[float], threads: int) -> None:
+@given(cases(), st.lists(st.floats(0, 1), max_size=9), st.integers(1, 3), st.booleans())
+def test_split_equals_plain_for_any_chunks(
+    case: Case, points: list[float], threads: int, in_place: bool
+) -> None:
     reference = case.reference
     plain = at.broadcast_attention(*case.args)
     chunks = cut(case.k.shape[2], points)
-    for split in (
-        at.split_attention(*case.args, chunks=chunks, n_threads=threads),
-        at.split_attention(*case.args, n_threads=threads),
-    ):
-        assert split.dtype == np.float32
-        assert_as_good(split, plain, reference, case.floor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at, "_reads_in_place", lambda: in_place)  # as on other processors
+        for split in (
+            at.split_attention(*case.args, chunks=chunks, n_threads=threads),
+            at.split_attention(*case.args, n_threads=threads),
+        ):
+            assert split.dtype == np.float32
+            assert_as_good(split, plain, reference, case.floor)
 
 
 @settings(max_examples=300, deadline=None)
@@ -224,32 +228,63 @@ def test_every_feature_in_every_path(
         assert_as_good(path(*case.args), expanded, case.reference, case.floor)
 
 
-def test_large_tiles_and_planned_chunks() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("group", "cells"), [(1, (256, 256)), (4, (256, 256)), (8, (256, 128))])
+def test_large_tiles_and_planned_chunks(
+    group: int, cells: tuple[int, int], in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real head sizes: several chunks of several tiles, and odd cells at the end."""
-    case = make_case(2, n_seqs=1, n_kv=6001, head_dim=128, head_dim_v=128, group=4)
-    tile = at._tile_cells(4, case.k, case.v)
-    assert len(at.plan_chunks(6001, tile, 2048, 2)) > 2 and 6001 % tile
+    monkeypatch.setattr(at, "_reads_in_place", lambda: in_place)
+    case = make_case(2, n_seqs=1, n_kv=6001, head_dim=128, head_dim_v=128, group=group)
+    tile = at._tile_cells(group, case.k, case.v)
+    assert tile == cells[in_place]
+    assert len(at.plan_chunks(6001, tile, 512, 2048, 2)) > 2 and 6001 % tile
     plain = at.broadcast_attention(*case.args)
     assert_as_good(at.split_attention(*case.args, n_threads=2), plain, case.reference, case.floor)
 
 
-@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 4000), st.integers(1, 64))
-def test_planned_chunks_cover_every_cell_once(
-    n_kv: int, tile: int, longest: int, threads: int
+@pytest.mark.parametrize(
+    ("architecture", "in_place"), [("SkylakeX", True), ("Haswell", False), (None, False)]
+)
+def test_the_kernels_of_blas_are_known_by_name(
+    architecture: str | None, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks = at.plan_chunks(n_kv, tile, longest, threads)
+    library = {"user_api": "blas"} if architecture is None else {"architecture": architecture}
+    monkeypatch.setattr(at, "_blas", lambda: SimpleNamespace(info=lambda: [library]))
+    assert at._reads_in_place.__wrapped__() is in_place
+
+
+@given(
+    st.integers(0, 5000),
+    st.integers(1, 300),
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+    st.integers(1, 64),
+)
+def test_planned_chunks_cover_every_cell_once(
+    n_kv: int, tile: int, shortest: int, longest: int, threads: int
+) -> None:
+    chunks = at.plan_chunks(n_kv, tile, shortest, longest, threads)
     assert [cell for start, end in chunks for cell in range(start, end)] == list(range(n_kv))
     assert all(0 < end - start <= max(tile, longest) for start, end in chunks)
+    least = min(shortest, longest // tile * tile)
+    assert all(end - start >= least for start, end in chunks[:-2])  # the last, and the odd cells
 
 
-@given(st.integers(0, 50000), st.integers(1, 300), st.integers(1, 9000), st.integers(1, 64))
+@given(
+    st.integers(0, 50000),
+    st.integers(1, 300),
+    st.integers(1, 3000),
+    st.integers(1, 9000),
+    st.integers(1, 64),
+)
 def test_threads_that_take_planned_chunks_end_together(
-    n_kv: int, tile: int, longest: int, threads: int
+    n_kv: int, tile: int, shortest: int, longest: int, threads: int
 ) -> None:
     ends = [0] * threads  # in cells
-    for start, end in at.plan_chunks(n_kv, tile, longest, threads):
+    for start, end in at.plan_chunks(n_kv, tile, shortest, longest, threads):
         ends[ends.index(min(ends))] += end - start  # who is free takes the next
-    assert max(ends) - min(ends) <= (at.MIN_TILES + 1) * tile  # one for the odd cells
+    assert max(ends) - min(ends) <= shortest + 2 * tile  # rounded to tiles, and the odd cells
 
 
 @pytest.mark.parametrize("path", [at.broadcast_attention, at.split_attention, at.attention])
