@@ -18,8 +18,8 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of each way, from turns until the budget, in seconds, is spent.
 
-    Each turn begins with a call that is not timed: OpenBLAS's threads spin for some 25 ms after
-    their last work, on cores that whoever comes next with threads of its own would have to share.
+    Each turn begins with a call that is not timed, so that no way pays for what the one before it
+    leaves: cold caches, sleeping threads, threads that spin a while after their last work.
     """
     budget_s = BUDGET_S if budget_s is None else budget_s
     seconds: dict[str, list[float]] = {name: [] for name in ways}
