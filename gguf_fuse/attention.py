@@ -57,7 +57,7 @@ MIN_CHUNK_MACS = 4 << 20  # of Q·K: below, waking a second thread costs more th
 # only up to 1200 scores a call (its PR 3335); a larger tile takes up to twice as long.
 IN_PLACE_KERNELS = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 IN_PLACE_SCORES = 1024
-IN_PLACE_CELLS = 64  # of a tile: so large a group that even fewer fit is faster packed
+IN_PLACE_CELLS = 64  # of a tile, at least: a group so large that fewer fit is faster packed
 MAX_GEMV_GROUP = 7  # elsewhere: up to here re-reading a cached V tile is cheaper than packing it
 SCORE_BYTES = 64 * 1024 * 1024  # scores that exist at one time in `broadcast_attention`
 

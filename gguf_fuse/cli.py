@@ -132,7 +132,10 @@ def main() -> None:
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     arguments = sys.argv[1:]
-    if {QKV.flag, GATE_UP.flag} & set(arguments) and arguments[0] != "fuse":
+    # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
+    commands = {found.callback.__name__ for found in app.registered_commands if found.callback}
+    asked = any(argument.startswith("--fuse-") for argument in arguments)
+    if asked and arguments[0] not in commands:
         arguments = ["fuse", *arguments]
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller

@@ -78,6 +78,20 @@ def test_bare_form_is_the_fuse_command(model: Model, tmp_path: Path) -> None:
     assert others == [first, first]
 
 
+def test_a_misspelled_flag_gets_the_right_one_named(tmp_path: Path) -> None:
+    result = gguf_fuse("--fuse-qkv-weight", tmp_path / "in.gguf", tmp_path / "out.gguf")
+    assert result.returncode == 2
+    assert "No such option: --fuse-qkv-weight (Possible options: --fuse-qkv-weights)" in " ".join(
+        result.stderr.replace("│", "").split()
+    )
+
+
+def test_another_command_does_not_take_the_flag_of_fuse(tmp_path: Path) -> None:
+    result = gguf_fuse("inspect", "--fuse-qkv-weights", tmp_path / "in.gguf")
+    assert result.returncode == 2
+    assert "Usage: gguf-fuse inspect" in result.stderr
+
+
 def test_json_of_fuse_and_unfuse(model: Model, tmp_path: Path) -> None:
     original = model(n_layer=9, n_embd=256, n_head_kv=2, types=MIXED)
     fused, back = tmp_path / "out.gguf", tmp_path / "back.gguf"
