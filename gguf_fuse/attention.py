@@ -711,7 +711,7 @@ def split_partials(
                 scaled[seq], k[seq, :, cells], v[seq, :, cells], seen, slopes, params, scratch, into
             )
 
-    _run_on_threads(work, min(workers, max(1, shape.n_seqs * len(chunks))))
+    run_on_threads(work, min(workers, max(1, shape.n_seqs * len(chunks))))
     return partials
 
 
@@ -858,7 +858,7 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _run_on_threads(work: Callable[[], None], n_threads: int) -> None:
+def run_on_threads(work: Callable[[], None], n_threads: int) -> None:
     """Run work() on n_threads threads, this one included, with BLAS held to one thread in each."""
     settings = np.geterr()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,13 +166,12 @@ def _bench_decode(shape: Shape, n_kv: int, threads: int, random: np.random.Gener
             ("split", split),
         )
     }
-    with ThreadPoolExecutor(threads) as pool:
-        ways["stream"] = functools.partial(stream, (k, v), threads, pool)
-        ms = interleaved(ways)
+    ways["stream"] = functools.partial(stream, (k, v), threads)
+    ms = interleaved(ways)
     return DecodeRow(n_kv, ms["expand"], ms["broadcast"], ms["split"], ms["stream"])
 
 
-def stream(arrays: Sequence[Floats], threads: int, pool: ThreadPoolExecutor) -> None:
+def stream(arrays: Sequence[Floats], threads: int) -> None:
     """Read every element once, as fast as numpy can: a dot product with itself, on one core each.
 
     Of sum, max, bitwise or, count_nonzero, GEMV and dot, dot was the fastest.
@@ -186,11 +184,7 @@ def stream(arrays: Sequence[Floats], threads: int, pool: ThreadPoolExecutor) -> 
         for part in parts:  # a list's iterator: next() is atomic
             np.dot(part, part)
 
-    with blas_threads(1):
-        others = [pool.submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
+    attention.run_on_threads(work, threads)
 
 
 def _decode_bytes(shape: Shape, n_kv: int) -> int:

@@ -16,7 +16,6 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # as the command does, see cli.py
@@ -84,10 +83,10 @@ def measure(n_kv: int, options: argparse.Namespace) -> dict[str, float | None]:
     )
     ways: dict[str, Way] = {"split": split}
     torch = torch_way(q, k, v, options.threads)
-    with ThreadPoolExecutor(options.threads) as pool, blas_threads(options.threads):
-        ways["stream"] = functools.partial(stream, (k, v), options.threads, pool)
-        if torch is not None:
-            ways["torch"] = torch
+    ways["stream"] = functools.partial(stream, (k, v), options.threads)
+    if torch is not None:
+        ways["torch"] = torch
+    with blas_threads(options.threads):
         ms = interleaved(ways, options.seconds)
     difference = None if torch is None else float(np.max(np.abs(split() - np.asarray(torch()))))
     return {

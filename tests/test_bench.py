@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +130,7 @@ def test_every_column_is_what_it_says(
     assert named == {"n_threads": threads}
     assert [array.shape for array in split[:3]] == [(1, 4, 1, 8), (1, 2, 600, 8), (1, 2, 600, 6)]
     assert all(a is b is c for a, b, c in zip(expand, broadcast, split, strict=True))
-    (k, v), n_streams, _ = streamed
+    (k, v), n_streams = streamed
     assert (k is split[1], v is split[2], n_streams) == (True, True, threads)
 
 
@@ -207,8 +206,7 @@ def test_streaming_reads_everything_once(threads: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
     monkeypatch.setattr(np, "dot", lambda a, b: seen.append(len(a)))
     arrays = [np.zeros((3, 41), np.float32), np.zeros((5, 41), np.float32)]
-    with ThreadPoolExecutor(threads) as pool:
-        benchmark.stream(arrays, threads, pool)
+    benchmark.stream(arrays, threads)
     assert sum(seen) == 8 * 41
     assert max(seen) == 100
 
@@ -225,9 +223,8 @@ def test_streaming_ends_with_its_last_thread(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(benchmark, "STREAM_BYTES", 400)
     monkeypatch.setattr(np, "dot", dot)
-    with ThreadPoolExecutor(3) as pool:
-        benchmark.stream([np.zeros((3, 100), np.float32)], 3, pool)
-        assert seen == [100, 100, 100]
+    benchmark.stream([np.zeros((3, 100), np.float32)], 3)
+    assert seen == [100, 100, 100]
 
 
 def test_json_is_as_documented(short: None) -> None:
