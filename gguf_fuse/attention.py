@@ -859,7 +859,10 @@ def _blas() -> ThreadpoolController:
 
 
 def run_on_threads(work: Callable[[], None], n_threads: int) -> None:
-    """Run work() on n_threads threads, this one included, with BLAS held to one thread in each."""
+    """Run work() on n_threads threads, this one included, with BLAS held to one thread in each.
+
+    Returns when all have ended; raises what work() raised, on any of them.
+    """
     settings = np.geterr()
 
     def help_out() -> None:

@@ -39,6 +39,8 @@ from gguf_fuse.plan import (
 )
 from gguf_fuse.record import POSITIONS_KEY, ROWS_KEY
 
+_NORMS = ("attn_q_norm", "attn_k_norm")
+
 # -- what a file holds --------------------------------------------------------------------------
 
 
@@ -138,8 +140,7 @@ def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo
     n_embd = integer(header, f"clip.{modality}.embedding_length", 0) or layer.rows[0]
     n_head = integer(header, f"clip.{modality}.attention.head_count", 0) or 1
     n_dim = integer(header, f"clip.{modality}.attention.head_dim", 0) or n_embd // n_head
-    names = ("attn_q_norm", "attn_k_norm")
-    norms = {name: tensors.get(f"{layer.name}.{name}.weight") for name in names}
+    norms = {name: tensors.get(f"{layer.name}.{name}.weight") for name in _NORMS}
     for name, norm in norms.items():
         if norm is not None and norm.ne[:1] != (n_dim,):
             reason = (
@@ -287,10 +288,10 @@ def _unequal_rows(rows: Sequence[int], row: Architecture, kind: Kind) -> str | N
 def _normed_rows(
     layer: str, tensors: Mapping[str, TensorInfo], row: Architecture, kind: Kind
 ) -> str | None:
-    for name in ("attn_q_norm", "attn_k_norm"):
-        if kind is QKV and row.row_norms_abort and f"{layer}.{name}.weight" in tensors:
-            return f"llama.cpp aborts on {name} beside {QKV.fused} for {row.name}"
-    return None
+    if kind is not QKV or not row.row_norms_abort:
+        return None
+    found = next((name for name in _NORMS if f"{layer}.{name}.weight" in tensors), None)
+    return f"llama.cpp aborts on {found} beside {QKV.fused} for {row.name}" if found else None
 
 
 def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:
