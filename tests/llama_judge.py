@@ -78,8 +78,6 @@ def log_probabilities(
 
     Raises LoadFailed where llama.cpp refuses the file, crashes, or takes over `timeout` seconds.
     """
-    import numpy as np
-
     request = {
         "task": "log_probabilities",
         "path": str(path),
@@ -93,11 +91,8 @@ def log_probabilities(
         "lora": None if lora is None else str(lora),
         "n_ctx": n_ctx,
     }
-    with tempfile.TemporaryDirectory() as directory:
-        answer = Path(directory) / "rows.f32"
-        _run({**request, "answer": str(answer)}, timeout)
-        n_rows = len(prefixes) + 1 + (n_predict if continuation is None else len(continuation))
-        return np.fromfile(answer, np.float32).reshape(n_rows, -1)
+    n_rows = len(prefixes) + 1 + (n_predict if continuation is None else len(continuation))
+    return _ask(request, timeout).reshape(n_rows, -1)
 
 
 def image_log_probabilities(
@@ -109,23 +104,18 @@ def image_log_probabilities(
 
     Raises LoadFailed where llama.cpp refuses a file, crashes, or takes over `timeout` seconds.
     """
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as directory:
-        answer = Path(directory) / "row.f32"
-        request = {
-            "task": "image_log_probabilities",
-            "path": str(path),
-            "mmproj": str(mmproj),
-            "image": base64.b64encode(image).decode(),
-            "n_threads": 1,
-            "cache_type": "f16",
-            "flash_attention": "auto",
-            "lora": None,
-            "n_ctx": 512,
-        }
-        _run({**request, "answer": str(answer)}, timeout)
-        return np.fromfile(answer, np.float32)
+    request = {
+        "task": "image_log_probabilities",
+        "path": str(path),
+        "mmproj": str(mmproj),
+        "image": base64.b64encode(image).decode(),
+        "n_threads": 1,
+        "cache_type": "f16",
+        "flash_attention": "auto",
+        "lora": None,
+        "n_ctx": 512,
+    }
+    return _ask(request, timeout)
 
 
 def embeddings(
@@ -144,22 +134,17 @@ def embeddings(
 
     Raises LoadFailed where llama.cpp refuses the file, crashes, or takes over `timeout` seconds.
     """
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as directory:
-        answer = Path(directory) / "rows.f32"
-        request = {
-            "task": "embeddings",
-            "path": str(path),
-            "tokens": list(tokens),
-            "n_threads": n_threads,
-            "cache_type": "f16",
-            "flash_attention": flash_attention,
-            "lora": None,
-            "n_ctx": n_ctx,
-        }
-        _run({**request, "answer": str(answer)}, timeout)
-        return np.fromfile(answer, np.float32).reshape(len(tokens), -1)
+    request = {
+        "task": "embeddings",
+        "path": str(path),
+        "tokens": list(tokens),
+        "n_threads": n_threads,
+        "cache_type": "f16",
+        "flash_attention": flash_attention,
+        "lora": None,
+        "n_ctx": n_ctx,
+    }
+    return _ask(request, timeout).reshape(len(tokens), -1)
 
 
 def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float = 60.0) -> None:
@@ -172,6 +157,16 @@ def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float =
 
 # Exit status of the process where llama.cpp said no; any other but 0 is a fault of this module.
 _REFUSED = 3
+
+
+def _ask(request: dict[str, Any], timeout: float) -> NDArray[np.float32]:
+    """The numbers that `request` is answered with, all in one row; raises what `_run` does."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "numbers.f32"
+        _run({**request, "answer": str(answer)}, timeout)
+        return np.fromfile(answer, np.float32)
 
 
 def _run(request: dict[str, Any], timeout: float) -> None:

@@ -254,35 +254,31 @@ def test_the_kernels_of_blas_are_known_by_name(
     assert at._reads_in_place.__wrapped__() is in_place
 
 
-@given(
-    st.integers(0, 5000),
-    st.integers(1, 300),
-    st.integers(1, 4000),
-    st.integers(1, 4000),
-    st.integers(1, 64),
-)
-def test_planned_chunks_cover_every_cell_once(
-    n_kv: int, tile: int, shortest: int, longest: int, threads: int
-) -> None:
-    chunks = at.plan_chunks(n_kv, tile, shortest, longest, threads)
+def plans(most_cells: int) -> st.SearchStrategy[tuple[int, int, int, int, int]]:
+    """Arguments of plan_chunks."""
+    cells, threads = st.integers(0, most_cells), st.integers(1, 64)
+    return st.tuples(
+        cells, st.integers(1, 300), st.integers(1, 4000), st.integers(1, 9000), threads
+    )
+
+
+@given(plans(most_cells=5000))
+def test_planned_chunks_cover_every_cell_once(plan: tuple[int, int, int, int, int]) -> None:
+    n_kv, tile, shortest, longest, _ = plan
+    chunks = at.plan_chunks(*plan)
     assert [cell for start, end in chunks for cell in range(start, end)] == list(range(n_kv))
     assert all(0 < end - start <= max(tile, longest) for start, end in chunks)
     least = min(shortest, longest // tile * tile)
     assert all(end - start >= least for start, end in chunks[:-2])  # the last, and the odd cells
 
 
-@given(
-    st.integers(0, 50000),
-    st.integers(1, 300),
-    st.integers(1, 3000),
-    st.integers(1, 9000),
-    st.integers(1, 64),
-)
+@given(plans(most_cells=50000))
 def test_threads_that_take_planned_chunks_end_together(
-    n_kv: int, tile: int, shortest: int, longest: int, threads: int
+    plan: tuple[int, int, int, int, int],
 ) -> None:
+    _, tile, shortest, _, threads = plan
     ends = [0] * threads  # in cells
-    for start, end in at.plan_chunks(n_kv, tile, shortest, longest, threads):
+    for start, end in at.plan_chunks(*plan):
         ends[ends.index(min(ends))] += end - start  # who is free takes the next
     assert max(ends) - min(ends) <= shortest + 2 * tile  # rounded to tiles, and the odd cells
 

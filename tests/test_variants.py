@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as T
 from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
 from tests.conftest import fused_copy
 from tests.llama_judge import available, embeddings, log_probabilities
+from tests.test_exceptions import HRM
 from tests.test_layer import EXTRA
 
 pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
@@ -179,13 +180,6 @@ _GEMMA4_TWO_LENGTHS = replace(
 )
 _MIMO2 = LAYOUTS["mimo2"]
 _MIMO2_SCALED = replace(_MIMO2, keys={**_MIMO2.keys, "attention.value_scale": 0.5})
-# Two blocks that take turns in six layers: a low one twice, a high one, and all that once more.
-_HRM = Layout(
-    f"@qkv attn_gate.weight attn_output.weight {_DENSE}",
-    outer="token_embd.weight output.weight hrm.z_l_init",
-    ne={"hrm.z_l_init": "n_embd", "attn_gate": "n_embd q"},
-    keys={"block_count": 6, "hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
-)
 _LATENT = (
     "attn_norm.weight attn_kv_a_norm.weight attn_q.weight attn_kv_a_mqa.weight attn_k_b.weight "
     f"attn_v_b.weight attn_output.weight ffn_norm.weight {_DENSE}"
@@ -291,8 +285,8 @@ VARIANTS: dict[str, Variant] = {
         Layout(_LLAMA, keys={"num_loops": 2}),
         {"scales": "equal", "types": {"blk.1.attn_v.weight": T.F16}},
     ),
-    "hrm_text": Variant("hrm_text", _HRM, {"bias": True}),
-    "hrm_text, mixed": Variant("hrm_text", _HRM, {"types": {"blk.1.attn_v.weight": T.F16}}),
+    "hrm_text": Variant("hrm_text", HRM, {"bias": True}),
+    "hrm_text, mixed": Variant("hrm_text", HRM, {"types": {"blk.1.attn_v.weight": T.F16}}),
     "mimo2, a scale of V": Variant("mimo2", _MIMO2_SCALED, {"bias": True}),
     "mimo2, a scale of V, no flash": Variant("mimo2", _MIMO2_SCALED, judge=_NO_FLASH),
     # A quantized cache turns Q, K and V, which may be views of the fused result.
