@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gguf_fuse.checker import Options as VerifyOptions
-    from gguf_fuse.checker import Report, verify
-    from gguf_fuse.gguf_file import GGUFError
-    from gguf_fuse.plan import NothingToDo, Refused
-    from gguf_fuse.rewrite import Inspection, Options, Result, fuse, inspect, unfuse
+    from gguf_fuse.api import Inspection, Options, Result, fuse, inspect, unfuse
+    from gguf_fuse.format.header import GGUFError
+    from gguf_fuse.planning.plan import NothingToDo, Refused
+    from gguf_fuse.verifying.numbers import Options as VerifyOptions
+    from gguf_fuse.verifying.numbers import Report, verify
 
 __all__ = [
     "GGUFError",
@@ -40,18 +40,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GGUFError": ("gguf_file", "GGUFError"),
-    "Inspection": ("rewrite", "Inspection"),
-    "NothingToDo": ("plan", "NothingToDo"),
-    "Options": ("rewrite", "Options"),
-    "Refused": ("plan", "Refused"),
-    "Report": ("checker", "Report"),
-    "Result": ("rewrite", "Result"),
-    "VerifyOptions": ("checker", "Options"),
-    "fuse": ("rewrite", "fuse"),
-    "inspect": ("rewrite", "inspect"),
-    "unfuse": ("rewrite", "unfuse"),
-    "verify": ("checker", "verify"),
+    "GGUFError": ("format.header", "GGUFError"),
+    "Inspection": ("api", "Inspection"),
+    "NothingToDo": ("planning.plan", "NothingToDo"),
+    "Options": ("api", "Options"),
+    "Refused": ("planning.plan", "Refused"),
+    "Report": ("verifying.numbers", "Report"),
+    "Result": ("api", "Result"),
+    "VerifyOptions": ("verifying.numbers", "Options"),
+    "fuse": ("api", "fuse"),
+    "inspect": ("api", "inspect"),
+    "unfuse": ("api", "unfuse"),
+    "verify": ("verifying.numbers", "verify"),
 }
 
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from gguf_fuse import attention
 from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, blas_threads
-from gguf_fuse.bench import stream
-from gguf_fuse.timing import interleaved
+from gguf_fuse.measuring.bench import stream
+from gguf_fuse.measuring.timing import interleaved
 
 Way = Callable[[], Any]
 

@@ -26,8 +26,8 @@ from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from gguf_fuse.copying import clone_block
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
+from gguf_fuse.writing.copy import clone_block
 
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 

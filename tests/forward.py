@@ -1,6 +1,6 @@
-"""A forward pass in numpy, for small models: what `gguf_fuse.layer` reads, made to speak.
+"""A forward pass in numpy, for small models: what `gguf_fuse.models.layer` reads, made to speak.
 
-Embedding, then per layer attention (all of it from `gguf_fuse.attention` and `gguf_fuse.layer`) and
+Embedding, then per layer attention (all of it from `gguf_fuse.attention` and `models.layer`) and
 feed-forward, then the output: enough of llama.cpp's graphs (src/models/*.cpp) to compare
 log-probabilities with it, prompt first, then single tokens over a KV cache; or, of an encoder, the
 embeddings of all tokens. Everything but attention is kept as plain as it can be.
@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, layer
+from gguf_fuse import attention
 from gguf_fuse.attention import Floats
-from gguf_fuse.dequantize import read_values
-from gguf_fuse.gguf_file import Header, read_header
-from gguf_fuse.layer import AttentionLayer
+from gguf_fuse.format.header import Header, read_header
+from gguf_fuse.models import layer
+from gguf_fuse.models.dequantize import read_values
+from gguf_fuse.models.layer import AttentionLayer
 
 Activation = Callable[[Floats], Floats]
 

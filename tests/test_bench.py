@@ -17,9 +17,13 @@ import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 from typer.testing import CliRunner
 
-from gguf_fuse import attention, timing
-from gguf_fuse import bench as benchmark
-from gguf_fuse.bench import (
+from gguf_fuse import attention
+from gguf_fuse.cli import app
+from gguf_fuse.cli.report import projection_verdict
+from gguf_fuse.format.header import GGUFError, read_header
+from gguf_fuse.measuring import bench as benchmark
+from gguf_fuse.measuring import timing
+from gguf_fuse.measuring.bench import (
     Bench,
     DecodeRow,
     ProjectionRow,
@@ -29,9 +33,6 @@ from gguf_fuse.bench import (
     plot,
     shape_of,
 )
-from gguf_fuse.cli import app
-from gguf_fuse.gguf_file import GGUFError, read_header
-from gguf_fuse.report import projection_verdict
 from tests.conftest import blas_threads, fused_copy
 
 Model = Callable[..., Path]

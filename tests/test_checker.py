@@ -26,19 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from gguf_fuse import attention, checker
+from gguf_fuse import attention
 from gguf_fuse.attention import AttentionParams, Floats
-from gguf_fuse.checker import (
-    Choice,
-    Options,
-    Report,
-    choose_layers,
-    compare_numbers,
-    parse_layers,
-    verify,
-)
 from gguf_fuse.cli import app
-from gguf_fuse.gguf_file import (
+from gguf_fuse.format.header import (
     GGUFError,
     TensorInfo,
     align,
@@ -48,10 +39,20 @@ from gguf_fuse.gguf_file import (
     read_header,
     read_tensors,
 )
-from gguf_fuse.layer import Projections, project
+from gguf_fuse.models.layer import Projections, project
 from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
-from gguf_fuse.structure import compare_structure
+from gguf_fuse.verifying import numbers as checker
+from gguf_fuse.verifying.numbers import (
+    Choice,
+    Options,
+    Report,
+    choose_layers,
+    compare_numbers,
+    parse_layers,
+    verify,
+)
+from gguf_fuse.verifying.structure import compare_structure
 from tests.conftest import blas_threads, fused_copy, gguf_fuse, unfused_copy
 from tests.test_layer import ENCODERS
 
@@ -795,7 +796,7 @@ def test_each_way_is_timed_under_its_own_name(
         calls.append("fused" if projections.separate is None else "separate")
         return project(projections, *arguments)
 
-    monkeypatch.setattr("gguf_fuse.layer.project", spy_project)
+    monkeypatch.setattr("gguf_fuse.models.layer.project", spy_project)
     for word in ("expanded", "broadcast", "split"):
         way = getattr(attention, f"{word}_attention")
 
@@ -1003,7 +1004,7 @@ def test_layers_are_chosen(model: Model) -> None:
 
 
 def test_a_large_model_is_sampled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gguf_fuse.checker.SMALL_MODEL", 1000)
+    monkeypatch.setattr("gguf_fuse.verifying.numbers.SMALL_MODEL", 1000)
     assert len(choose_layers(read_header(model(n_layer=12)), Choice())) == 4
 
 

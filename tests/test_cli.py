@@ -167,7 +167,8 @@ def test_nohup_is_respected(model: Model, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from gguf_fuse import cli, write\n"
+        "from gguf_fuse import cli\n"
+        "from gguf_fuse.writing import publish as write\n"
         "sync = os.fsync\n"
         "def hang_up(fd):\n    os.kill(os.getpid(), signal.SIGHUP)\n    sync(fd)\n"
         "os.fsync = hang_up\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.dequantize import dequantized, read_values
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, read_header, read_tensor
+from gguf_fuse.format.header import GGUFError, Header, TensorInfo, read_header, read_tensor
+from gguf_fuse.models.dequantize import dequantized, read_values
 
 Model = Callable[..., Path]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gguf_fuse
-from gguf_fuse.architectures import ARCHITECTURES, Loader
+from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
 from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import demo_spec, write_random_model
 

@@ -19,9 +19,9 @@ import gguf
 import numpy as np
 import pytest
 
-from gguf_fuse.architectures import PROJECTORS, Loader, projector
-from gguf_fuse.plan import NothingToDo, Refused, Status
-from gguf_fuse.rewrite import fuse
+from gguf_fuse.api import fuse
+from gguf_fuse.planning.loaders import PROJECTORS, Loader, projector
+from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import llama_judge
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
 from tests.edit import edited

@@ -15,11 +15,11 @@ from gguf import GGMLQuantizationType as T
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gguf_fuse import fusion
-from gguf_fuse.gguf_file import read_header, read_tensors
-from gguf_fuse.plan import NothingToDo, Refused, Status
+from gguf_fuse.api import fuse
+from gguf_fuse.format.header import read_header, read_tensors
+from gguf_fuse.planning import fuse as fusion
+from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from gguf_fuse.random_model import ModelSpec, write_random_model
-from gguf_fuse.rewrite import fuse
 from tests import llama_judge, pack
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, finish, zeros

@@ -11,8 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gguf_fuse import gguf_file
-from gguf_fuse.gguf_file import GGUFError, encode_pair, encode_start, encode_tensors, read_header
+from gguf_fuse.format import header as gguf_file
+from gguf_fuse.format.header import (
+    GGUFError,
+    encode_pair,
+    encode_start,
+    encode_tensors,
+    read_header,
+)
 from tests import pack
 from tests.conftest import fused_copy, unfused_copy
 from tests.pack import ARRAY, STRING, UINT8, UINT32, Array, Tensor, valid

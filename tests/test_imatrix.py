@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.plan import NothingToDo, Refused, Status
+from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import pack
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
 from tests.llama_judge import available, rewrite_with_llama_cpp

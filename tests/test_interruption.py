@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from gguf_fuse.gguf_file import GGUFError
-from gguf_fuse.rewrite import Options, fuse
+from gguf_fuse.api import Options, fuse
+from gguf_fuse.format.header import GGUFError
 from tests.pack import F16, fused, valid
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches the writing through /proc")

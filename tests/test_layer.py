@@ -1,4 +1,4 @@
-"""`gguf_fuse.layer` computes the attention that llama.cpp computes.
+"""`gguf_fuse.models.layer` computes the attention that llama.cpp computes.
 
 A whole forward pass on top of it (`forward`) gives the log-probabilities that llama.cpp gives, with
 its KV cache in float32: a prompt longer than every window, then single tokens, from the file as it
@@ -24,13 +24,16 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, attention_spec, layer, random_model, rewrite
+from gguf_fuse import api as rewrite
+from gguf_fuse import attention, random_model
 from gguf_fuse.attention import Linear
-from gguf_fuse.attention_spec import NotModelled, Window
-from gguf_fuse.dequantize import read_values
-from gguf_fuse.gguf_file import GGUFError, read_header, read_tensors
-from gguf_fuse.layer import AttentionLayer
-from gguf_fuse.plan import NothingToDo
+from gguf_fuse.format.header import GGUFError, read_header, read_tensors
+from gguf_fuse.models import layer
+from gguf_fuse.models import spec as attention_spec
+from gguf_fuse.models.dequantize import read_values
+from gguf_fuse.models.layer import AttentionLayer
+from gguf_fuse.models.spec import NotModelled, Window
+from gguf_fuse.planning.plan import NothingToDo
 from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
 from gguf_fuse.random_model import ModelSpec
 from tests import forward, llama_judge

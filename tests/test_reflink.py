@@ -18,11 +18,11 @@ import pytest
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 
-from gguf_fuse import copying
-from gguf_fuse.gguf_file import GGUFError, read_header
-from gguf_fuse.placement import PADDING_KEY, Copy, Placement, place
+from gguf_fuse.api import Options, Reflink, fuse, unfuse
+from gguf_fuse.format.header import GGUFError, read_header
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
-from gguf_fuse.rewrite import Options, Reflink, fuse, unfuse
+from gguf_fuse.writing import copy as copying
+from gguf_fuse.writing.place import PADDING_KEY, Copy, Placement, place
 from tests.conftest import gguf_fuse
 from tests.test_fusion import assert_fused, sha256
 

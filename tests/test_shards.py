@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse import checker, shards, write
-from gguf_fuse.gguf_file import GGUFError
-from gguf_fuse.rewrite import Options, Result, fuse, unfuse
+from gguf_fuse.api import Options, Result, fuse, unfuse
+from gguf_fuse.format import shards
+from gguf_fuse.format.header import GGUFError
+from gguf_fuse.verifying import numbers as checker
+from gguf_fuse.writing import publish as write
 from tests import llama_judge, pack
 from tests.conftest import FAST, fused_copy, gguf_fuse
 from tests.pack import INT32, STRING, UINT16, UINT32, File, valid

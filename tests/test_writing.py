@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType as T
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gguf_fuse import copying
-from gguf_fuse.gguf_file import GGUFError, read_header
-from gguf_fuse.placement import Copy, place
+from gguf_fuse.api import fuse
+from gguf_fuse.format.header import GGUFError, read_header
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
-from gguf_fuse.rewrite import fuse
+from gguf_fuse.writing import copy as copying
+from gguf_fuse.writing.place import Copy, place
 from tests.conftest import FAST, dry, fused_copy, gguf_fuse
 from tests.pack import Tensor, valid
 
@@ -162,7 +162,7 @@ def test_other_platforms_copy_plainly(model: Model, tmp_path: Path, platform: st
         f"sys.platform, sys.modules['fcntl'], ctypes.CDLL = {platform!r}, None, None\n"
         "del os.O_TMPFILE\n"
         "from pathlib import Path\n"
-        "from gguf_fuse.rewrite import Options, fuse\n"
+        "from gguf_fuse.api import Options, fuse\n"
         f"fuse(Path({str(original)!r}), {str(output)!r}, options=Options(threads=3))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -234,7 +234,7 @@ def test_an_output_that_appears_in_the_last_instant_stays(
         output.write_bytes(b"precious")
         link(source, target)
 
-    monkeypatch.setattr("gguf_fuse.write.os.link", late)
+    monkeypatch.setattr("gguf_fuse.writing.publish.os.link", late)
     with pytest.raises(GGUFError, match="exists already"):
         fuse(original, str(output), options=FAST)
     assert output.read_bytes() == b"precious"
@@ -244,7 +244,7 @@ def test_an_output_that_appears_in_the_last_instant_stays(
 def test_always_cloning_fails_where_nothing_lies_alike(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gguf_fuse.rewrite.clone_block", lambda fd, folder: 1 << 20)
+    monkeypatch.setattr("gguf_fuse.api.clone_block", lambda fd, folder: 1 << 20)
     with pytest.raises(GGUFError, match=r"no block of .* lies where it could be shared"):
         fuse(model(), str(tmp_path / "out.gguf"), options=replace(FAST, reflink="always"))
     assert not (tmp_path / "out.gguf").exists()

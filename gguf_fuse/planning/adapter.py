@@ -28,12 +28,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from gguf_fuse import record
-from gguf_fuse.architectures import Loader
-from gguf_fuse.base import KEPT_SEPARATE
-from gguf_fuse.dequantize import F32, FLOATS, decode_floats, dequantized, encode_floats
-from gguf_fuse.fusion import loader_of, refuse_loader
-from gguf_fuse.gguf_file import (
+from gguf_fuse.format.header import (
     GGUFError,
     Header,
     Segment,
@@ -42,8 +37,13 @@ from gguf_fuse.gguf_file import (
     row_bytes,
     type_name,
 )
-from gguf_fuse.kinds import QKV
-from gguf_fuse.plan import (
+from gguf_fuse.models.dequantize import F32, FLOATS, decode_floats, dequantized, encode_floats
+from gguf_fuse.planning import record
+from gguf_fuse.planning.base import KEPT_SEPARATE
+from gguf_fuse.planning.fuse import loader_of, refuse_loader
+from gguf_fuse.planning.fusions import QKV
+from gguf_fuse.planning.loaders import Loader
+from gguf_fuse.planning.plan import (
     KEY_PREFIX,
     Computed,
     Layer,
@@ -57,7 +57,7 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
-from gguf_fuse.record import POSITIONS_KEY, ROWS_KEY
+from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY
 
 ALPHA_KEY = "adapter.lora.alpha"
 RANKS_KEY = KEY_PREFIX + "ranks"

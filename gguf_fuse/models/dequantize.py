@@ -12,7 +12,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, TensorInfo, read_tensor, type_name
+from gguf_fuse.format.header import ByteOrder, GGUFError, Header, TensorInfo, read_tensor, type_name
 
 F32, F16, BF16 = (
     int(kind)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse import record
-from gguf_fuse.base import KEPT_SEPARATE
-from gguf_fuse.fusion import layer_names
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, encode_pair, type_name
-from gguf_fuse.kinds import QKV
-from gguf_fuse.plan import (
+from gguf_fuse.format.header import GGUFError, Header, TensorInfo, encode_pair, type_name
+from gguf_fuse.planning import record
+from gguf_fuse.planning.base import KEPT_SEPARATE
+from gguf_fuse.planning.fuse import layer_names
+from gguf_fuse.planning.fusions import QKV
+from gguf_fuse.planning.plan import (
     Join,
     Layer,
     NothingToDo,
@@ -28,7 +28,7 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
-from gguf_fuse.record import POSITIONS_KEY
+from gguf_fuse.planning.record import POSITIONS_KEY
 
 ENTRY = (".in_sum2", ".counts")
 _FUSED_ENDS = tuple(f".{QKV.fused}.weight{kind}" for kind in ENTRY)

@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gguf_fuse.copying import DEFAULT_THREADS, InputLost, read_source
-from gguf_fuse.gguf_file import (
+from gguf_fuse.format.header import (
     GGUFError,
     Header,
     Metadata,
@@ -28,12 +27,19 @@ from gguf_fuse.gguf_file import (
     read_tensor,
     type_name,
 )
-from gguf_fuse.placement import PADDING_KEY
-from gguf_fuse.plan import KEY_PREFIX
+from gguf_fuse.format.shards import SHARDS_KEY, SPLIT_KEYS
+from gguf_fuse.planning.plan import KEY_PREFIX
+from gguf_fuse.planning.record import (
+    POSITIONS_KEY,
+    RECORD_VERSIONS,
+    ROWS_KEY,
+    TENSORS_KEY,
+    VERSION_KEY,
+)
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
-from gguf_fuse.record import POSITIONS_KEY, RECORD_VERSIONS, ROWS_KEY, TENSORS_KEY, VERSION_KEY
-from gguf_fuse.shards import SHARDS_KEY, SPLIT_KEYS
-from gguf_fuse.write import open_source, refuse_changed
+from gguf_fuse.writing.copy import DEFAULT_THREADS, InputLost, read_source
+from gguf_fuse.writing.place import PADDING_KEY
+from gguf_fuse.writing.publish import open_source, refuse_changed
 
 BLOCK_BYTES = 256 * 1024  # two of them stay in the L2 cache between reading and comparing
 

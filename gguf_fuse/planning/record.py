@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.gguf_file import MAX_PAIRS, GGUFError, Header, encode_pair
-from gguf_fuse.kinds import GATE_UP, kind_of
-from gguf_fuse.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor, Refused
+from gguf_fuse.format.header import MAX_PAIRS, GGUFError, Header, encode_pair
+from gguf_fuse.planning.fusions import GATE_UP, kind_of
+from gguf_fuse.planning.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor, Refused
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
 RECORD_VERSIONS = (1, 2)

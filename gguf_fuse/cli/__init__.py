@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from gguf_fuse import __version__
-from gguf_fuse.kinds import GATE_UP, QKV
+from gguf_fuse.planning.fusions import GATE_UP, QKV
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from gguf_fuse.rewrite import Options, Result
+    from gguf_fuse.api import Options, Result
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -162,8 +162,8 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
 
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        from gguf_fuse.gguf_file import GGUFError
-        from gguf_fuse.plan import NothingToDo
+        from gguf_fuse.format.header import GGUFError
+        from gguf_fuse.planning.plan import NothingToDo
 
         try:
             command(*args, **kwargs)
@@ -185,7 +185,7 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    from gguf_fuse.report import one_line
+    from gguf_fuse.cli.report import one_line
 
     print(f"gguf-fuse: {one_line(message)}", file=sys.stderr)
     raise typer.Exit(code)
@@ -247,7 +247,8 @@ def fuse(
 
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
-    from gguf_fuse import report, rewrite
+    from gguf_fuse import api as rewrite
+    from gguf_fuse.cli import report
 
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     _check_output(output, as_json, dry_run)
@@ -288,7 +289,8 @@ def unfuse(
     split_max_tensors: SplitMaxTensors = None,
 ) -> None:
     """Write IN to OUT with all that was fused separate again: the very bytes as before."""
-    from gguf_fuse import report, rewrite
+    from gguf_fuse import api as rewrite
+    from gguf_fuse.cli import report
 
     _check_output(output, as_json, dry_run)
     limits = _split_limits(output, split_max_size, split_max_tensors)
@@ -307,7 +309,8 @@ def unfuse(
 @_exits
 def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
-    from gguf_fuse import report, rewrite
+    from gguf_fuse import api as rewrite
+    from gguf_fuse.cli import report
 
     found = rewrite.inspect(source)
     if as_json:
@@ -351,7 +354,8 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
-    from gguf_fuse import checker, report
+    from gguf_fuse.cli import report
+    from gguf_fuse.verifying import numbers as checker
 
     try:
         choice = checker.parse_layers(layers)
@@ -406,8 +410,8 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time projections, separate and fused, and the ways to decode. Weights are random."""
-    from gguf_fuse import bench as benchmark
-    from gguf_fuse import report
+    from gguf_fuse.cli import report
+    from gguf_fuse.measuring import bench as benchmark
 
     if plot is not None:
         benchmark.check_plot(plot)
@@ -433,7 +437,7 @@ def demo(
     """Make a small model with random weights, fuse it, verify it, and take it back."""
     import tempfile
 
-    from gguf_fuse.gguf_file import GGUFError
+    from gguf_fuse.format.header import GGUFError
     from gguf_fuse.random_model import demo_spec, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="gguf-fuse-demo-") as scratch:
@@ -493,7 +497,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
-    from gguf_fuse import report
+    from gguf_fuse.cli import report
 
     console = _console(stderr=result.output == "-")
     console.print(table)
@@ -506,8 +510,8 @@ def _print_result(result: Result, table: Any, verb: str, dry_run: bool) -> None:
 
 @contextmanager
 def _nothing_as_json(wanted: bool) -> Iterator[None]:
-    from gguf_fuse.plan import NothingToDo
-    from gguf_fuse.report import nothing_json
+    from gguf_fuse.cli.report import nothing_json
+    from gguf_fuse.planning.plan import NothingToDo
 
     try:
         yield
@@ -534,7 +538,7 @@ def _split_limits(
     output: str, max_size: str | None, max_tensors: int | None
 ) -> tuple[int | None, int | None]:
     """Bytes and tensors that a shard may have at most. Raises typer.BadParameter."""
-    from gguf_fuse.shards import parse_size
+    from gguf_fuse.format.shards import parse_size
 
     if max_size is None and max_tensors is None:
         return None, None
@@ -560,7 +564,7 @@ def _options(
     limits: tuple[int | None, int | None],
 ) -> Iterator[Options]:
     """How to write, with a progress bar where somebody watches. limits: of a shard."""
-    from gguf_fuse.rewrite import Options
+    from gguf_fuse.api import Options
 
     options = Options(
         dry_run,

@@ -13,9 +13,7 @@ from typing import NoReturn
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse import record
-from gguf_fuse.architectures import Architecture, Loader, Reads, architecture, projector
-from gguf_fuse.gguf_file import (
+from gguf_fuse.format.header import (
     Header,
     Segment,
     TensorInfo,
@@ -23,8 +21,10 @@ from gguf_fuse.gguf_file import (
     row_bytes,
     type_name,
 )
-from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, LAYER, MAX_SLICES, QKV, SHARED, Kind
-from gguf_fuse.plan import (
+from gguf_fuse.planning import record
+from gguf_fuse.planning.fusions import GATE_UP, JOINED, KINDS, LAYER, MAX_SLICES, QKV, SHARED, Kind
+from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
+from gguf_fuse.planning.plan import (
     Join,
     Layer,
     NothingToDo,
@@ -37,7 +37,7 @@ from gguf_fuse.plan import (
     summary,
     untouched,
 )
-from gguf_fuse.record import POSITIONS_KEY, ROWS_KEY
+from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY
 
 _NORMS = ("attn_q_norm", "attn_k_norm")
 

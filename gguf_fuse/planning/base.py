@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gguf_fuse import unfusion
-from gguf_fuse.fusion import examine, refuse_other_kinds
-from gguf_fuse.gguf_file import Header
-from gguf_fuse.kinds import QKV
-from gguf_fuse.plan import Status
+from gguf_fuse.format.header import Header
+from gguf_fuse.planning import unfuse as unfusion
+from gguf_fuse.planning.fuse import examine, refuse_other_kinds
+from gguf_fuse.planning.fusions import QKV
+from gguf_fuse.planning.plan import Status
 
 KEPT_SEPARATE = "the base has no attn_qkv there"
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from gguf_fuse.gguf_file import locate
-from gguf_fuse.placement import Copy
+from gguf_fuse.format.header import locate
+from gguf_fuse.writing.place import Copy
 
 DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 BLOCK_BYTES = 1 << 20

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.gguf_file import (
+from gguf_fuse.format.header import (
     Segment,
     TensorInfo,
     align,
@@ -24,7 +24,7 @@ from gguf_fuse.gguf_file import (
     encode_start,
     encode_tensors,
 )
-from gguf_fuse.plan import KEY_PREFIX, Computed, Plan
+from gguf_fuse.planning.plan import KEY_PREFIX, Computed, Plan
 
 PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes
 MAX_PADDING = 1 << 20  # of larger blocks, what would be saved is not worth the header

@@ -12,18 +12,18 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gguf_fuse.architectures import FIRST_BUILD, Architecture, Loader, Source
-from gguf_fuse.gguf_file import Header, type_name
-from gguf_fuse.kinds import GATE_UP, KINDS, QKV
-from gguf_fuse.plan import Layer, Plan, Status
-from gguf_fuse.rewrite import Inspection, Result
+from gguf_fuse.api import Inspection, Result
+from gguf_fuse.format.header import Header, type_name
+from gguf_fuse.planning.fusions import GATE_UP, KINDS, QKV
+from gguf_fuse.planning.loaders import FIRST_BUILD, Architecture, Loader, Source
+from gguf_fuse.planning.plan import Layer, Plan, Status
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from gguf_fuse.bench import Bench, DecodeRow, ProjectionRow
-    from gguf_fuse.checker import Check, LayerReport, Report, Timing
-    from gguf_fuse.structure import Structure
+    from gguf_fuse.measuring.bench import Bench, DecodeRow, ProjectionRow
+    from gguf_fuse.verifying.numbers import Check, LayerReport, Report, Timing
+    from gguf_fuse.verifying.structure import Structure
 
 _INSPECT_STATUS = {
     Status.FUSABLE: "fusable",

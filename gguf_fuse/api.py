@@ -11,15 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gguf_fuse import fusion, imatrix, shards, unfusion
-from gguf_fuse.architectures import Architecture
-from gguf_fuse.base import base_rows
-from gguf_fuse.copying import DEFAULT_THREADS, OnProgress, clone_block
-from gguf_fuse.gguf_file import GGUFError, Header, TensorInfo, read_tensor, read_tensors
-from gguf_fuse.kinds import KINDS, QKV, Kind
-from gguf_fuse.placement import Placement, place
-from gguf_fuse.plan import Layer, NothingToDo, Plan, Refused, Status, summary
-from gguf_fuse.write import Output, Written, check_destinations, open_source, stream, write
+from gguf_fuse.format import shards
+from gguf_fuse.format.header import GGUFError, Header, TensorInfo, read_tensor, read_tensors
+from gguf_fuse.planning import fuse as fusion
+from gguf_fuse.planning import imatrix
+from gguf_fuse.planning import unfuse as unfusion
+from gguf_fuse.planning.base import base_rows
+from gguf_fuse.planning.fusions import KINDS, QKV, Kind
+from gguf_fuse.planning.loaders import Architecture
+from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Status, summary
+from gguf_fuse.writing.copy import DEFAULT_THREADS, OnProgress, clone_block
+from gguf_fuse.writing.place import Placement, place
+from gguf_fuse.writing.publish import (
+    Output,
+    Written,
+    check_destinations,
+    open_source,
+    stream,
+    write,
+)
 
 STANDARD_OUTPUT = "-"
 
@@ -141,7 +151,7 @@ def _examine(header: Header) -> tuple[Layer, ...]:
     """Each layer of a file of any kind, in all kinds of fusion."""
     kind = header.metadata.get("general.type")
     if kind == "adapter":
-        from gguf_fuse import adapter
+        from gguf_fuse.planning import adapter
 
         return adapter.examine(header)
     if kind == "imatrix":
@@ -167,7 +177,7 @@ def _fuse_plan(
     rows = None if base is None else _base_rows(base, any_architecture)
     if kind == "imatrix":
         return imatrix.fuse(header, _reader(header), rows=rows)
-    from gguf_fuse import adapter  # brings numpy, which no model needs
+    from gguf_fuse.planning import adapter  # brings numpy, which no model needs
 
     return adapter.fuse(header, _reader(header), rows=rows, any_architecture=any_architecture)
 
@@ -181,7 +191,7 @@ def _base_rows(path: AnyPath, any_architecture: bool) -> dict[str, tuple[int, ..
 def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
     kind = header.metadata.get("general.type")
     if kind == "adapter":
-        from gguf_fuse import adapter
+        from gguf_fuse.planning import adapter
 
         return adapter.unfuse(header, _reader(header))
     if kind == "imatrix":

@@ -10,18 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gguf_fuse import record
-from gguf_fuse.architectures import Architecture, Loader
-from gguf_fuse.fusion import (
+from gguf_fuse.format.header import Header, Segment, TensorInfo, row_bytes, type_name
+from gguf_fuse.planning import record
+from gguf_fuse.planning.fuse import (
     integer,
     layer_names,
     loader_of,
     refuse_loader,
     refuse_other_kinds,
 )
-from gguf_fuse.gguf_file import Header, Segment, TensorInfo, row_bytes, type_name
-from gguf_fuse.kinds import GATE_UP, JOINED, KINDS, MAX_SLICES, QKV, SHARED, Kind, kind_of
-from gguf_fuse.plan import (
+from gguf_fuse.planning.fusions import (
+    GATE_UP,
+    JOINED,
+    KINDS,
+    MAX_SLICES,
+    QKV,
+    SHARED,
+    Kind,
+    kind_of,
+)
+from gguf_fuse.planning.loaders import Architecture, Loader
+from gguf_fuse.planning.plan import (
     Layer,
     NothingToDo,
     Plan,
@@ -32,7 +41,13 @@ from gguf_fuse.plan import (
     listed,
     untouched,
 )
-from gguf_fuse.record import POSITIONS_KEY, RECORD_VERSIONS, ROWS_KEY, TENSORS_KEY, VERSION_KEY
+from gguf_fuse.planning.record import (
+    POSITIONS_KEY,
+    RECORD_VERSIONS,
+    ROWS_KEY,
+    TENSORS_KEY,
+    VERSION_KEY,
+)
 
 
 @dataclass(frozen=True, slots=True)

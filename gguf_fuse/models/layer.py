@@ -15,12 +15,13 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, unfusion
+from gguf_fuse import attention
 from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear
-from gguf_fuse.attention_spec import AttentionSpec, NotModelled, Rows, Temperature, read_spec
-from gguf_fuse.dequantize import read_values
-from gguf_fuse.gguf_file import GGUFError, Header
-from gguf_fuse.kinds import QKV
+from gguf_fuse.format.header import GGUFError, Header
+from gguf_fuse.models.dequantize import read_values
+from gguf_fuse.models.spec import AttentionSpec, NotModelled, Rows, Temperature, read_spec
+from gguf_fuse.planning import unfuse as unfusion
+from gguf_fuse.planning.fusions import QKV
 
 # --- what a layer is ---------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gguf_fuse.gguf_file import ByteOrder, GGUFError, Header, Segment, TensorInfo
-from gguf_fuse.kinds import QKV, Kind
+from gguf_fuse.format.header import ByteOrder, GGUFError, Header, Segment, TensorInfo
+from gguf_fuse.planning.fusions import QKV, Kind
 
 KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_fuse import attention, fusion
+from gguf_fuse import attention
 from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
-from gguf_fuse.attention_spec import read_spec
-from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
-from gguf_fuse.memory import free_bytes
+from gguf_fuse.format.header import GGUFError, Header, read_tensors
+from gguf_fuse.format.shards import read_model
+from gguf_fuse.machine import free_bytes
+from gguf_fuse.measuring.timing import interleaved
+from gguf_fuse.models.spec import read_spec
+from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
-from gguf_fuse.shards import read_model
-from gguf_fuse.timing import interleaved
 
 N_TOKENS = (1, 8, 64, 512)
 N_KV = tuple(512 << doubling for doubling in range(8))  # 512 to 65536

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from gguf_fuse.gguf_file import (
+from gguf_fuse.format.header import (
     ByteOrder,
     GGUFError,
     Header,
@@ -31,7 +31,7 @@ from gguf_fuse.gguf_file import (
     locate,
     read_header,
 )
-from gguf_fuse.plan import KEY_PREFIX, Plan, PlannedTensor, listed
+from gguf_fuse.planning.plan import KEY_PREFIX, Plan, PlannedTensor, listed
 
 NUMBER_KEY = "split.no"
 COUNT_KEY = "split.count"

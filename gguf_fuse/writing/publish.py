@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from gguf_fuse.copying import (
+from gguf_fuse.format.header import GGUFError, Header, Stamp
+from gguf_fuse.planning.plan import Computed
+from gguf_fuse.writing.copy import (
     BLOCK_BYTES,
     DEFAULT_THREADS,
     InputLost,
@@ -32,9 +34,7 @@ from gguf_fuse.copying import (
     without_holes,
     write_all,
 )
-from gguf_fuse.gguf_file import GGUFError, Header, Stamp
-from gguf_fuse.placement import Copy, Placement
-from gguf_fuse.plan import Computed
+from gguf_fuse.writing.place import Copy, Placement
 
 TEMPORARY_MARK = ".gguf-fuse-"
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from gguf_fuse.kinds import GATE_UP, Kind
+from gguf_fuse.planning.fusions import GATE_UP, Kind
 
 FIRST_BUILD = "b9093 (May 2026)"
 

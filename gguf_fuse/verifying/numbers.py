@@ -23,17 +23,19 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention, fusion, layer
+from gguf_fuse import attention
 from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
-from gguf_fuse.attention_spec import NotModelled
-from gguf_fuse.gguf_file import GGUFError, Header, read_tensors
-from gguf_fuse.layer import AttentionLayer, Heads, Projections
-from gguf_fuse.memory import free_bytes
-from gguf_fuse.plan import Refused
+from gguf_fuse.format.header import GGUFError, Header, read_tensors
+from gguf_fuse.format.shards import read_model
+from gguf_fuse.machine import free_bytes
+from gguf_fuse.measuring.timing import interleaved
+from gguf_fuse.models import layer
+from gguf_fuse.models.layer import AttentionLayer, Heads, Projections
+from gguf_fuse.models.spec import NotModelled
+from gguf_fuse.planning import fuse as fusion
+from gguf_fuse.planning.plan import Refused
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
-from gguf_fuse.shards import read_model
-from gguf_fuse.structure import Structure, compare_structure
-from gguf_fuse.timing import interleaved
+from gguf_fuse.verifying.structure import Structure, compare_structure
 
 FACTOR = 2.0
 MAX_LIMIT = 0.1  # a limit above it would let through what is plainly wrong
