@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gguf_fuse.api import Inspection, Options, Result, fuse, inspect, unfuse
-    from gguf_fuse.format.header import GGUFError
+    from gguf_fuse.format.source import GGUFError
     from gguf_fuse.planning.plan import NothingToDo, Refused
     from gguf_fuse.verifying.numbers import Options as VerifyOptions
     from gguf_fuse.verifying.numbers import Report, verify

@@ -1,10 +1,13 @@
-"""How much memory a computation may take."""
+"""What this machine has to give: threads and memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
+COPY_THREADS = min(2, os.cpu_count() or 1)
+COMPUTE_THREADS = min(4, os.cpu_count() or 1)
 SPARE = 0.8  # of what is free, the most to take
 
 

@@ -21,7 +21,7 @@ from typing import Annotated
 import gguf
 import typer
 
-from gguf_fuse.format.header import read_header
+from gguf_fuse.format.parser import read_header
 from gguf_fuse.random_model import ModelSpec, write_random_model
 
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention
 from gguf_fuse.attention import Floats
-from gguf_fuse.format.header import Header, read_header
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.parser import read_header
 from gguf_fuse.models import layer
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer

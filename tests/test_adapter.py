@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.planning.adapter import fused_rank
-from gguf_fuse.planning.fuse import NothingToDo, Refused
+from gguf_fuse.planning.lora import fused_rank
+from gguf_fuse.planning.plan import NothingToDo, Refused
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
 from tests.edit import edited, zeros
 from tests.llama_judge import LoadFailed, available, log_probabilities

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from gguf_fuse import attention
 from gguf_fuse.cli import app
 from gguf_fuse.cli.report import projection_verdict
-from gguf_fuse.format.header import GGUFError, read_header
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.measuring import bench as benchmark
 from gguf_fuse.measuring import timing
 from gguf_fuse.measuring.bench import (

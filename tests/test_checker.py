@@ -29,16 +29,10 @@ from typer.testing import CliRunner
 from gguf_fuse import attention
 from gguf_fuse.attention import AttentionParams, Floats
 from gguf_fuse.cli import app
-from gguf_fuse.format.header import (
-    GGUFError,
-    TensorInfo,
-    align,
-    encode_pair,
-    encode_start,
-    encode_tensors,
-    read_header,
-    read_tensors,
-)
+from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors, read_tensors
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.values import encode_pair
 from gguf_fuse.models.layer import Projections, project
 from gguf_fuse.random_architectures import LAYOUTS
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model

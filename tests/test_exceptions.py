@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.format.header import read_header, read_tensors
+from gguf_fuse.format.header import TensorInfo
+from gguf_fuse.format.parser import read_header
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import ARCHITECTURES
@@ -53,8 +54,7 @@ def assert_sound(original: Path, fused: Path) -> None:
 def found(path: Path, **kwargs: Any) -> dict[str, str | None]:
     """By layer: the reason why it is left, None where it is fused."""
     header = read_header(path)
-    scalars = read_tensors(header, fusion.scalar_names(header))
-    layers = fusion.examine(header, scalars, **kwargs)
+    layers = fusion.examine(header, TensorInfo.read, **kwargs)
     for layer in layers:
         assert (layer.status is Status.FUSABLE) == (layer.reason is None)
     return {layer.name: layer.reason for layer in layers}
@@ -201,7 +201,7 @@ def test_nvfp4_experts(model: Model) -> None:
     """Gate and up have a scale for each expert; no loader reads one of the fused tensor."""
     types = {"*_exps.weight": T.NVFP4, **NVFP4}
     original = model(architecture="granite_swa", types=types, scales="equal")
-    assert_sound(original, fused_copy(original, kinds=(QKV, GATE_UP)))
+    assert_sound(original, fused_copy(original, fusions=(QKV, GATE_UP)))
 
 
 def test_scales_of_experts_are_left(model: Model) -> None:
@@ -209,11 +209,11 @@ def test_scales_of_experts_are_left(model: Model) -> None:
     scales = np.linspace(0.5, 1.5, 4, dtype=np.float32)
     put = {f"blk.0.ffn_{part}_exps.scale": scales for part in ("gate", "up")}
     original = edited(model(architecture="qwen35moe"), set(), put)
-    plan = dry(original, kinds=(QKV, GATE_UP)).plan
+    plan = dry(original, fusions=(QKV, GATE_UP)).plan
     assert [layer.label for layer in plan.changed] == ["blk.1", "blk.1.ffn_gate_up_exps"]
     (left,) = plan.skipped
     assert left.reason == "llama.cpp's loader for qwen35moe applies no fused scale"
-    assert_sound(original, fused_copy(original, kinds=(QKV, GATE_UP)))
+    assert_sound(original, fused_copy(original, fusions=(QKV, GATE_UP)))
 
 
 @needs_llama_cpp

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gguf_fuse.api import fuse
-from gguf_fuse.format.header import read_header, read_tensors
+from gguf_fuse.format.header import TensorInfo
+from gguf_fuse.format.parser import read_header
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from gguf_fuse.random_model import ModelSpec, write_random_model
@@ -183,7 +184,7 @@ def test_on_mismatch_error_comes_before_nothing_to_fuse(model: Model) -> None:
 
 def reasons(path: Path) -> list[str | None]:
     header = read_header(path)
-    layers = fusion.examine(header, read_tensors(header, fusion.scalar_names(header)))
+    layers = fusion.examine(header, TensorInfo.read)
     return [layer.reason for layer in layers]
 
 

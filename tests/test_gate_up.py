@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.format.header import GGUFError, read_header, read_tensors
+from gguf_fuse.format.header import TensorInfo
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning import unfuse as unfusion
-from gguf_fuse.planning.fusions import GATE_UP, KINDS, QKV, Kind
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
-from gguf_fuse.planning.plan import NothingToDo, Refused, Status
+from gguf_fuse.planning.plan import NothingToDo, Plan, Refused, Status
 from gguf_fuse.verifying.numbers import Options as VerifyOptions
 from gguf_fuse.verifying.numbers import verify
 from gguf_fuse.writing.place import place
@@ -41,7 +43,7 @@ READERS = sorted(n for n, row in ARCHITECTURES.items() if row.gate_up.loader is 
 F32_ALWAYS = {"*.ssm_*": T.F32, "*hc_*": T.F32}
 TYPES = {"F32": T.F32, "F16": T.F16, "Q8_0": T.Q8_0, "Q4_0": T.Q4_0}
 BOTH = (QKV, GATE_UP)
-KINDS_TO_FUSE = {"gate and up": (GATE_UP,), "both": BOTH}
+FUSIONS_TO_MAKE = {"gate and up": (GATE_UP,), "both": BOTH}
 
 
 def sha256(path: Path) -> str:
@@ -73,11 +75,11 @@ def assert_fused(original: Path, fused: Path) -> None:
 # -- data and the way back -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kinds", KINDS_TO_FUSE.values(), ids=KINDS_TO_FUSE.keys())
+@pytest.mark.parametrize("fusions", FUSIONS_TO_MAKE.values(), ids=FUSIONS_TO_MAKE.keys())
 @pytest.mark.parametrize("architecture", READERS)
-def test_fuse_and_way_back(model: Model, architecture: str, kinds: tuple[Kind, ...]) -> None:
+def test_fuse_and_way_back(model: Model, architecture: str, fusions: tuple[Fusion, ...]) -> None:
     original = model(**experts(architecture))
-    fused = fused_copy(original, kinds=kinds)
+    fused = fused_copy(original, fusions=fusions)
     assert_fused(original, fused)
     assert any(".ffn_gate_up_exps." in t.name for t in gguf.GGUFReader(fused).tensors)
     assert sha256(unfused_copy(fused)) == sha256(original)
@@ -86,20 +88,20 @@ def test_fuse_and_way_back(model: Model, architecture: str, kinds: tuple[Kind, .
 @pytest.mark.parametrize("kind", [T.F16, T.Q8_0, T.Q4_0, T.Q4_K, T.IQ4_XS, T.MXFP4])
 def test_types(model: Model, kind: T) -> None:
     original = model(**experts("granite_swa", n_embd=256, types={"*": kind}))
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
     assert_fused(original, fused)
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
 def test_big_endian_and_alignment(model: Model) -> None:
     original = model(**experts("hy_v3", big_endian=True, alignment=64))
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
 def test_segments_alternate(model: Model) -> None:
     path = model(**experts("granite_swa", n_expert=3, n_layer=1))
-    plan = dry(path, kinds=(GATE_UP,)).plan
+    plan = dry(path, fusions=(GATE_UP,)).plan
     header = read_header(path)
     place_of = {tensor.name: header.data_start + tensor.offset for tensor in header.tensors}
     (made,) = (tensor for tensor in plan.tensors if "gate_up" in tensor.name)
@@ -119,20 +121,20 @@ def test_only_files_with_fused_experts_need_a_new_release(model: Model) -> None:
     """Q, K and V alone are recorded as before, so that version 0.1 can unfuse them."""
     path = model(**experts())
     assert record_version(fused_copy(path)) == 1
-    for kinds in KINDS_TO_FUSE.values():
-        assert record_version(fused_copy(model("other.gguf", **experts()), kinds=kinds)) == 2
+    for fusions in FUSIONS_TO_MAKE.values():
+        assert record_version(fused_copy(model("other.gguf", **experts()), fusions=fusions)) == 2
         path.with_name("other-fused.gguf").unlink()
 
 
 def test_fused_twice_is_refused_with_the_way_out(model: Model) -> None:
     fused = fused_copy(model(**experts()))
     with pytest.raises(NothingToDo, match=r"unfuse it and give .*qkv.* and .*gate-up-exps at once"):
-        dry(fused, kinds=(GATE_UP,))
+        dry(fused, fusions=(GATE_UP,))
 
 
 def test_beside_attention_that_the_converter_fused(model: Model) -> None:
     original = model(**experts("granite_swa", fused=True))
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
     assert verify(original, fused).ok
     assert sha256(unfused_copy(fused)) == sha256(original)
 
@@ -142,7 +144,7 @@ def test_beside_attention_that_the_converter_fused(model: Model) -> None:
 
 def test_without_a_record_experts_are_halved(model: Model) -> None:
     original = model(**experts("qwen4exp", types={"*_exps.weight": T.Q8_0}))
-    converted = edited(fused_copy(original, kinds=(GATE_UP,)), record=False)
+    converted = edited(fused_copy(original, fusions=(GATE_UP,)), record=False)
     assert "gguf_fuse.version" not in read_header(converted).metadata
     expected = {tensor.name: tensor for tensor in gguf.GGUFReader(original).tensors}
     for tensor in gguf.GGUFReader(unfused_copy(converted)).tensors:
@@ -151,7 +153,7 @@ def test_without_a_record_experts_are_halved(model: Model) -> None:
 
 
 def test_odd_rows_are_not_halved(model: Model) -> None:
-    fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), kinds=(GATE_UP,))
+    fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), fusions=(GATE_UP,))
     odd = {"blk.0.ffn_gate_up_exps.weight": zeros(4, 255, 64)}
     converted = edited(fused, put=odd, record=False)
     with pytest.raises(Refused, match="255 rows, an odd number"):
@@ -159,7 +161,7 @@ def test_odd_rows_are_not_halved(model: Model) -> None:
 
 
 def test_too_many_experts_are_not_split(model: Model) -> None:
-    fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), kinds=(GATE_UP,))
+    fused = fused_copy(model(**experts("qwen4exp", n_layer=1)), fusions=(GATE_UP,))
     many = {"blk.0.ffn_gate_up_exps.weight": zeros(4097, 2, 1)}
     converted = edited(fused, put=many, record=False)
     words = (
@@ -170,7 +172,7 @@ def test_too_many_experts_are_not_split(model: Model) -> None:
 
 
 def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
-    fused = fused_copy(model(**experts("granite_swa")), kinds=(GATE_UP,))
+    fused = fused_copy(model(**experts("granite_swa")), fusions=(GATE_UP,))
     converted = edited(fused, architecture="qwen3moe", record=False)
     with pytest.raises(Refused, match="needs separate gate and up of experts"):
         unfused_copy(converted)
@@ -181,8 +183,7 @@ def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
 
 def found(path: Path, **kwargs: Any) -> list[tuple[Status, str | None]]:
     header = read_header(path)
-    scalars = read_tensors(header, fusion.scalar_names(header))
-    layers = fusion.examine(header, scalars, kinds=(GATE_UP,), **kwargs)
+    layers = fusion.examine(header, TensorInfo.read, fusions=(GATE_UP,), **kwargs)
     return [(layer.status, layer.reason) for layer in layers]
 
 
@@ -256,7 +257,7 @@ def test_layer_is_left_with_the_reason(
 ) -> None:
     original = edited(model(**experts("granite_swa")), drop, put)
     assert [why for _, why in found(original)] == [reason, None]
-    fused = fused_copy(original, kinds=(GATE_UP,))
+    fused = fused_copy(original, fusions=(GATE_UP,))
     assert_fused(original, fused)
     assert sha256(unfused_copy(fused)) == sha256(original)
 
@@ -275,7 +276,7 @@ def test_mismatch_error_writes_nothing(model: Model, tmp_path: Path) -> None:
     original = model(**experts("granite_swa", types={UP + ".weight": T.F16}))
     reason = r"blk\.0\.ffn_gate_up_exps: types differ: F32, F16"
     with pytest.raises(Refused, match=reason):
-        fused_copy(original, kinds=BOTH, on_mismatch="error")
+        fused_copy(original, fusions=BOTH, on_mismatch="error")
     assert list(tmp_path.iterdir()) == [original]
 
 
@@ -285,11 +286,11 @@ def test_loaders_that_need_them_separate(model: Model, architecture: str) -> Non
     original = model(architecture=architecture)
     words = "needs separate gate and up of experts"
     with pytest.raises(Refused, match=f"{architecture}.*{words}.*--any-architecture"):
-        dry(original, kinds=(GATE_UP,))
-    plan = dry(original, kinds=BOTH).plan
-    assert [layer.kind for layer in plan.changed] == [QKV, QKV]
+        dry(original, fusions=(GATE_UP,))
+    plan = dry(original, fusions=BOTH).plan
+    assert [layer.fusion for layer in plan.changed] == [QKV, QKV]
     assert [layer.status for layer in plan.skipped] == [Status.SEPARATE] * 2
-    fused = fused_copy(original, kinds=BOTH, any_architecture=True)
+    fused = fused_copy(original, fusions=BOTH, any_architecture=True)
     assert_fused(original, fused)
     assert sha256(unfused_copy(fused)) == sha256(original)
     assert verify(original, fused, VerifyOptions(structure_only=True)).ok
@@ -301,12 +302,12 @@ def test_loaders_that_need_them_separate(model: Model, architecture: str) -> Non
 def test_unknown_architecture(model: Model) -> None:
     path = model(**experts("granite_swa", metadata={"general.architecture": "moe-of-tomorrow"}))
     with pytest.raises(Refused, match="is not known to read fused gate and up of experts"):
-        dry(path, kinds=(GATE_UP,))
+        dry(path, fusions=(GATE_UP,))
 
 
 def test_no_experts(model: Model) -> None:
     with pytest.raises(NothingToDo, match="no layer has ffn_gate_exps or ffn_up_exps"):
-        dry(model(), kinds=(GATE_UP,))
+        dry(model(), fusions=(GATE_UP,))
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------
@@ -324,19 +325,19 @@ def assert_judged_equal(original: Path, fused: Path) -> None:
 @pytest.mark.parametrize("architecture", READERS)
 def test_identical_log_probabilities(model: Model, architecture: str, kind: str) -> None:
     original = model(**experts(architecture, types={"*": TYPES[kind], **F32_ALWAYS}))
-    assert_judged_equal(original, fused_copy(original, kinds=BOTH))
+    assert_judged_equal(original, fused_copy(original, fusions=BOTH))
 
 
 @needs_llama_cpp
 def test_gate_and_up_alone(model: Model) -> None:
     original = model(**experts())
-    assert_judged_equal(original, fused_copy(original, kinds=(GATE_UP,)))
+    assert_judged_equal(original, fused_copy(original, fusions=(GATE_UP,)))
 
 
 @needs_llama_cpp
 def test_the_judge_tells_gate_from_up(model: Model) -> None:
     original = model(**experts())
-    fused = fused_copy(original, kinds=(GATE_UP,))
+    fused = fused_copy(original, fusions=(GATE_UP,))
     swap_halves(fused)
     before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
     assert not np.array_equal(before, after)
@@ -367,7 +368,7 @@ def problems(original: Path, fused: Path) -> list[str]:
 
 def test_verify_passes(model: Model) -> None:
     original = model(**experts())
-    report = verify(original, fused_copy(original, kinds=BOTH))
+    report = verify(original, fused_copy(original, fusions=BOTH))
     assert report.ok
     assert (report.structure.n_fused, report.structure.n_fused_experts) == (1, 2)
 
@@ -375,7 +376,7 @@ def test_verify_passes(model: Model) -> None:
 @pytest.mark.parametrize("kind", [T.F32, T.Q8_0])
 def test_verify_names_a_flipped_bit(model: Model, kind: T) -> None:
     original = model(**experts(types={"*_exps.weight": kind}))
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
 
     def flip(data: Any) -> None:
         data.view(np.uint8)[2, 128 + 5, 7] ^= 4  # expert 2, row 5 of up
@@ -388,7 +389,7 @@ def test_verify_names_a_flipped_bit(model: Model, kind: T) -> None:
 
 def test_verify_names_swapped_gate_and_up(model: Model) -> None:
     original = model(**experts())
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
     swap_halves(fused)
     name = "blk.0.ffn_gate_up_exps.weight"
     assert [problem.partition(" differs")[0] for problem in problems(original, fused)] == [
@@ -400,7 +401,7 @@ def test_verify_names_swapped_gate_and_up(model: Model) -> None:
 
 def test_verify_names_swapped_experts(model: Model) -> None:
     original = model(**experts())
-    fused = fused_copy(original, kinds=(GATE_UP,))
+    fused = fused_copy(original, fusions=(GATE_UP,))
 
     def swap(data: Any) -> None:
         data[[1, 2]] = data[[2, 1]]
@@ -423,7 +424,7 @@ def test_verify_names_experts_that_cannot_be_compared(
     model: Model, shape: tuple[int, ...], problem: str
 ) -> None:
     original = model(**experts("granite_swa"))
-    fused = fused_copy(original, kinds=(GATE_UP,))
+    fused = fused_copy(original, fusions=(GATE_UP,))
     other = edited(original, put={f"{name}.weight": zeros(*shape) for name in (GATE, UP)})
     assert f"blk.0.ffn_gate_up_exps.weight: {problem}" in problems(other, fused)
 
@@ -431,7 +432,7 @@ def test_verify_names_experts_that_cannot_be_compared(
 @pytest.mark.parametrize(("old", "new"), [(128, 127), (2, 3)], ids=["rows", "version"])
 def test_a_wrong_record_is_named(model: Model, old: int, new: int) -> None:
     original = model(**experts("granite_swa", n_layer=1))
-    fused = fused_copy(original, kinds=(GATE_UP,))
+    fused = fused_copy(original, fusions=(GATE_UP,))
     data = bytearray(fused.read_bytes())
     key = b"gguf_fuse.rows" if old == 128 else b"gguf_fuse.version"
     at = data.index(key) + len(key) + (16 if old == 128 else 4)
@@ -444,10 +445,10 @@ def test_a_wrong_record_is_named(model: Model, old: int, new: int) -> None:
         unfused_copy(fused)
 
 
-@pytest.mark.parametrize(("kinds", "false"), [((QKV,), 2), ((GATE_UP,), 1)])
-def test_a_record_of_another_version(model: Model, kinds: tuple[Kind, ...], false: int) -> None:
+@pytest.mark.parametrize(("fusions", "false"), [((QKV,), 2), ((GATE_UP,), 1)])
+def test_a_record_of_another_version(model: Model, fusions: tuple[Fusion, ...], false: int) -> None:
     original = model(**experts("granite_swa", n_layer=1))
-    fused = fused_copy(original, kinds=kinds)
+    fused = fused_copy(original, fusions=fusions)
     data = bytearray(fused.read_bytes())
     key = b"gguf_fuse.version"
     data[data.index(key) + len(key) + 4] = false
@@ -462,7 +463,7 @@ def test_a_record_of_another_version(model: Model, kinds: tuple[Kind, ...], fals
 def test_a_damaged_record_is_one_clear_error(model: Model, key: str) -> None:
     """Every byte of it changed in turn: verify or unfuse notices, or it means the same."""
     original = model(**experts("granite_swa", n_layer=1, fused=True))
-    fused = fused_copy(original, kinds=(GATE_UP,))
+    fused = fused_copy(original, fusions=(GATE_UP,))
     sound, data = unfusion.unfuse(read_header(fused)), bytearray(fused.read_bytes())
     pair = read_header(fused).metadata.segment(f"gguf_fuse.{key}")
     for at in range(pair.start, pair.start + pair.n_bytes):
@@ -475,16 +476,21 @@ def test_a_damaged_record_is_one_clear_error(model: Model, key: str) -> None:
             plan = unfusion.unfuse(header)
         except GGUFError:
             continue
-        assert noticed or plan.tensors == sound.tensors
+        assert noticed or meaning(plan) == meaning(sound)
+
+
+def meaning(plan: Plan) -> list[Any]:
+    """The tensors of a plan, whenever its source was read."""
+    return [(t.name, t.ne, t.type, [tuple(s)[1:] for s in t.segments]) for t in plan.tensors]
 
 
 # -- the command line ----------------------------------------------------------------------------
 
-QKV_FLAG, GATE_UP_FLAG = (kind.flag for kind in KINDS)
+QKV_FLAG, GATE_UP_FLAG = (fusion.flag for fusion in FUSIONS)
 
 
 @pytest.mark.parametrize(
-    ("flags", "kinds"),
+    ("flags", "fusions"),
     [
         ([GATE_UP_FLAG], (GATE_UP,)),
         ([QKV_FLAG, GATE_UP_FLAG], BOTH),
@@ -494,15 +500,15 @@ QKV_FLAG, GATE_UP_FLAG = (kind.flag for kind in KINDS)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_commands(model: Model, flags: list[str], kinds: tuple[Kind, ...]) -> None:
+def test_commands(model: Model, flags: list[str], fusions: tuple[Fusion, ...]) -> None:
     original = model(**experts())
-    expected = fused_copy(original, kinds=kinds)
+    expected = fused_copy(original, fusions=fusions)
     output = original.with_name("out.gguf")
     done = gguf_fuse(*flags, original, output)
     assert done.returncode == 0, done.stderr
     assert sha256(output) == sha256(expected)
-    assert ("fused into ffn_gate_up_exps" in done.stdout) == (GATE_UP in kinds)
-    assert ("fused into attn_qkv" in done.stdout) == (QKV in kinds)
+    assert ("fused into ffn_gate_up_exps" in done.stdout) == (GATE_UP in fusions)
+    assert ("fused into attn_qkv" in done.stdout) == (QKV in fusions)
     back = gguf_fuse("unfuse", output, original.with_name("back.gguf"))
     assert back.returncode == 0, back.stderr
     assert sha256(original.with_name("back.gguf")) == sha256(original)
@@ -540,14 +546,14 @@ def test_many_experts_stay_cheap(model: Model) -> None:
     header = read_header(original)
     started = time.perf_counter()
     tracemalloc.start()
-    plan = fusion.fuse(header, {}, kinds=BOTH)
+    plan = fusion.fuse(header, {}, fusions=BOTH)
     placement = place(plan)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(placement.copies) >= 30_720
     assert peak < 30e6
     assert time.perf_counter() - started < 10  # under tracemalloc; 0.3 s without
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
@@ -555,7 +561,7 @@ def test_many_experts_stay_cheap(model: Model) -> None:
 def test_verify_computes_what_it_knows(model: Model, architecture: str) -> None:
     """deepseek2 has no attention of the usual kind: its experts are compared all the same."""
     original = model(**experts(architecture))
-    fused = fused_copy(original, kinds=BOTH)
+    fused = fused_copy(original, fusions=BOTH)
     assert verify(original, fused).ok
     done = gguf_fuse("verify", original, fused)
     assert done.returncode == 0, done.stderr

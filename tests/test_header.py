@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gguf_fuse.format import header as gguf_file
-from gguf_fuse.format.header import (
-    GGUFError,
-    encode_pair,
-    encode_start,
-    encode_tensors,
-    read_header,
-)
+from gguf_fuse.format import header as header_module
+from gguf_fuse.format import parser
+from gguf_fuse.format.header import encode_start, encode_tensor
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.values import encode_pair
 from tests import pack
 from tests.conftest import fused_copy, unfused_copy
 from tests.pack import ARRAY, STRING, UINT8, UINT32, Array, Tensor, valid
@@ -163,7 +161,7 @@ def test_a_vocabulary_is_walked_through_a_small_window(
     path = model(n_vocab=1200, tokenizer="bpe", architecture="qwen2")
     expected = read_header(path)
     for size in (8, 9, 13, 64, 1000):
-        monkeypatch.setattr(gguf_file, "_WINDOW_BYTES", size)
+        monkeypatch.setattr(parser, "_WINDOW_BYTES", size)
         header = read_header(path)
         assert header.tensors == expected.tensors
         assert header.data_start == expected.data_start
@@ -172,7 +170,7 @@ def test_a_vocabulary_is_walked_through_a_small_window(
 
 
 def test_a_value_too_large_to_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_file, "MAX_DECODED_BYTES", 100)
+    monkeypatch.setattr(header_module, "MAX_DECODED_BYTES", 100)
     path = tmp_path / "in.gguf"
     path.write_bytes(valid().key("test.long", STRING, "x" * 200).pack())
     with pytest.raises(GGUFError, match=r"in\.gguf: metadata key 'test\.long' takes 208 bytes"):
@@ -182,11 +180,12 @@ def test_a_value_too_large_to_decode(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_file_that_is_gone_when_its_values_are_read(tmp_path: Path) -> None:
     path = tmp_path / "in.gguf"
-    path.write_bytes(valid().pack())
+    path.write_bytes(valid().key("test.long", STRING, "x" * parser.SHORT_PAIR).pack())
     header = read_header(path)
     path.unlink()
+    assert header.metadata["general.name"] == "tiny"  # a short one is kept
     with pytest.raises(GGUFError, match=r"in\.gguf: No such file or directory"):
-        header.metadata["general.name"]
+        header.metadata["test.long"]
 
 
 def test_golden_bytes_of_the_encoder() -> None:
@@ -198,7 +197,6 @@ def test_golden_bytes_of_the_encoder() -> None:
     assert texts == bytes.fromhex(
         "0100000000000000 6b 09000000 08000000 0100000000000000 0100000000000000 61"
     )
-    tensor = gguf_file.TensorInfo("t", (2, 3), 1, 64, 12)
-    assert encode_tensors([tensor], "little") == bytes.fromhex(
+    assert encode_tensor("t", (2, 3), 1, 64, "little") == bytes.fromhex(
         "0100000000000000 74 02000000 0200000000000000 0300000000000000 01000000 4000000000000000"
     )

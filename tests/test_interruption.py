@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gguf_fuse.api import Options, fuse
-from gguf_fuse.format.header import GGUFError
+from gguf_fuse.format.source import GGUFError
 from tests.pack import F16, fused, valid
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches the writing through /proc")

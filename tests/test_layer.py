@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from gguf_fuse import api as rewrite
 from gguf_fuse import attention, random_model
 from gguf_fuse.attention import Linear
-from gguf_fuse.format.header import GGUFError, read_header, read_tensors
+from gguf_fuse.format.header import read_tensors
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models import layer
 from gguf_fuse.models import spec as attention_spec
 from gguf_fuse.models.dequantize import read_values

@@ -19,10 +19,12 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 
 from gguf_fuse.api import Options, Reflink, fuse, unfuse
-from gguf_fuse.format.header import GGUFError, read_header
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError, OpenSource
+from gguf_fuse.planning.record import PADDING_KEY
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.writing import copy as copying
-from gguf_fuse.writing.place import PADDING_KEY, Copy, Placement, place
+from gguf_fuse.writing.place import Copy, Placement, place
 from tests.conftest import gguf_fuse
 from tests.test_fusion import assert_fused, sha256
 
@@ -142,11 +144,11 @@ def test_refusal_half_way_falls_back(mounted: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(copying, "CLONE_BYTES", 1 << 20)
     real, calls = copying._clone, []
 
-    def refuse_second(source_fd: int, target_fd: int, clone: Copy) -> None:
+    def refuse_second(source: OpenSource, target_fd: int, clone: Copy) -> None:
         calls.append(clone)
         if len(calls) == 3:  # the first call probes
             raise OSError(errno.EOPNOTSUPP, "not supported")
-        real(source_fd, target_fd, clone)
+        real(source, target_fd, clone)
 
     monkeypatch.setattr(copying, "_clone", refuse_second)
     result = fuse(original, str(fused), options=options("auto"))
@@ -167,11 +169,11 @@ def test_full_disk_in_the_midst_of_cloning(mounted: Path, monkeypatch: pytest.Mo
     calls: list[Copy] = []
     real = copying._clone
 
-    def fill_up(source_fd: int, target_fd: int, clone: Copy) -> None:
+    def fill_up(source: OpenSource, target_fd: int, clone: Copy) -> None:
         calls.append(clone)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(source_fd, target_fd, clone)
+        real(source, target_fd, clone)
 
     monkeypatch.setattr(copying, "_clone", fill_up)
     with pytest.raises(GGUFError, match="No space left on device; nothing was written"):
@@ -211,7 +213,7 @@ def test_placement_for_clones_covers_the_same_bytes(tmp_path: Path, block: int) 
     plain, cloned = place(plan), place(plan, block)
     assert moves(plain) == moves(cloned)
     for clone in cloned.clones:
-        assert clone.source % block == clone.target % block == clone.n_bytes % block == 0
+        assert clone.start % block == clone.target % block == clone.n_bytes % block == 0
     best = max(place_shifted(plan, block, n) for n in range(0, block, plan.alignment))
     data = [clone.n_bytes for clone in cloned.clones if clone.target >= cloned.data_start]
     assert sum(data) == best
@@ -224,7 +226,7 @@ def moves(placement: Placement) -> list[tuple[int, int, int]]:
     for move in sorted([*placement.copies, *placement.clones], key=lambda move: move.target):
         if move.target < start:
             continue  # metadata
-        source, target, n_bytes = move.source, move.target - start, move.n_bytes
+        source, target, n_bytes = move.start, move.target - start, move.n_bytes
         if joined and (joined[-1][0] + joined[-1][2], joined[-1][1] + joined[-1][2]) == (
             source,
             target,
@@ -238,7 +240,7 @@ def moves(placement: Placement) -> list[tuple[int, int, int]]:
 def place_shifted(plan: Any, block: int, shift: int) -> int:
     """Whole blocks that lie alike if the data began `shift` after a block: an independent count."""
     total = 0
-    for source, target, n_bytes in moves(place(replace(plan, may_pad=False))):
+    for source, target, n_bytes in moves(place(replace(plan, may_add_keys=False))):
         if (source - target - shift) % block == 0:
             blocks = range(-source % block, n_bytes - block + 1, block)
             total += len(blocks) * block
@@ -255,7 +257,7 @@ def test_padded_header_is_read_by_gguf_py(tmp_path: Path) -> None:
         for at, literal in placement.literals:
             data[at : at + len(literal)] = literal
         for move in (*placement.copies, *placement.clones):
-            moved = source[move.source : move.source + move.n_bytes]
+            moved = source[move.start : move.start + move.n_bytes]
             data[move.target : move.target + move.n_bytes] = moved
         path = tmp_path / f"{block}.gguf"
         path.write_bytes(data)

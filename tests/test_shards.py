@@ -23,9 +23,11 @@ from gguf import GGMLQuantizationType as T
 
 from gguf_fuse.api import Options, Result, fuse, unfuse
 from gguf_fuse.format import shards
-from gguf_fuse.format.header import GGUFError
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.planning.record import SHARDS_KEY
 from gguf_fuse.verifying import numbers as checker
 from gguf_fuse.writing import publish as write
+from gguf_fuse.writing.cut import parse_size
 from tests import llama_judge, pack
 from tests.conftest import FAST, fused_copy, gguf_fuse
 from tests.pack import INT32, STRING, UINT16, UINT32, File, valid
@@ -85,7 +87,7 @@ def names_of(path: Path) -> list[str]:
 def read(paths: Sequence[Path]) -> tuple[dict[str, Any], Tensors]:
     """What gguf-py finds: the first file's metadata without what tells of shards, all tensors."""
     readers = [gguf.GGUFReader(path) for path in paths]
-    ours = ("GGUF.", "split.", shards.SHARDS_KEY)
+    ours = ("GGUF.", "split.", SHARDS_KEY)
     metadata = {
         key: field.contents()
         for key, field in readers[0].fields.items()
@@ -226,10 +228,10 @@ def test_cutting_a_file_that_was_merged_by_llama_cpp(tmp_path: Path) -> None:
 
 def test_sizes() -> None:
     texts = {"4G": 4 * 10**9, "500M": 500 * 10**6, "1K": 1000, "77": 77}
-    assert {text: shards.parse_size(text) for text in texts} == texts
+    assert {text: parse_size(text) for text in texts} == texts
     for text in ("", "0", "0G", "-1", "1.5G", "4g", "4GB", "G", "4 G", "9" * 20):
         with pytest.raises(ValueError, match="4G"):
-            shards.parse_size(text)
+            parse_size(text)
 
 
 @pytest.mark.skipif(not llama_judge.available(), reason="xllamacpp is not installed")
@@ -289,7 +291,7 @@ def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
     fused = kept(in_three(original)[0], "fused", 3)
     other = cut(original, "other", (4, 8, n - 12))
     report = checker.verify(other[0], fused[0], checker.Options(structure_only=True))
-    assert [shards.SHARDS_KEY in problem for problem in report.structure.problems] == [True]
+    assert [SHARDS_KEY in problem for problem in report.structure.problems] == [True]
 
 
 def test_inspect(model: Model) -> None:

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_fuse.api import fuse
-from gguf_fuse.format.header import GGUFError, read_header
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError, Source, Stamp
 from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import Copy, place
@@ -36,15 +37,20 @@ def test_threads_write_the_same_file(model: Model, tmp_path: Path, threads: int)
     assert output.read_bytes() == expected
 
 
+NOWHERE = Source("nowhere.gguf", Stamp(0, 0, 0, 0))
+
+
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=6),
     block=st.integers(1, 17),
 )
 def test_blocks_are_the_ranges_in_order(lengths: list[int], block: int) -> None:
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    copies = [Copy(start, start + 1000, n) for start, n in zip(starts, lengths, strict=True)]
+    copies = [
+        Copy(NOWHERE, start, start + 1000, n) for start, n in zip(starts, lengths, strict=True)
+    ]
     covered = [
-        (piece.source + i, piece.target + i)
+        (piece.start + i, piece.target + i)
         for piece in copying.iter_blocks(copies, block)
         for i in range(piece.n_bytes)
     ]
@@ -91,7 +97,7 @@ def test_holes_stay_holes(tmp_path: Path) -> None:
     assert result.written.n_copied < 1_000_000
     source, written = original.read_bytes(), output.read_bytes()
     for copy in result.placement.copies:
-        expected = source[copy.source : copy.source + copy.n_bytes]
+        expected = source[copy.start : copy.start + copy.n_bytes]
         assert written[copy.target : copy.target + copy.n_bytes] == expected
 
 

@@ -162,7 +162,7 @@ def _exits(command: Callable[_P, None]) -> Callable[_P, None]:
 
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        from gguf_fuse.format.header import GGUFError
+        from gguf_fuse.format.source import GGUFError
         from gguf_fuse.planning.plan import NothingToDo
 
         try:
@@ -260,7 +260,7 @@ def fuse(
         result = rewrite.fuse(
             source,
             output,
-            kinds=[kind for kind, chosen in wanted if chosen],
+            fusions=[fusion for fusion, chosen in wanted if chosen],
             on_mismatch=on_mismatch.value,
             any_architecture=any_architecture,
             base=base,
@@ -437,7 +437,7 @@ def demo(
     """Make a small model with random weights, fuse it, verify it, and take it back."""
     import tempfile
 
-    from gguf_fuse.format.header import GGUFError
+    from gguf_fuse.format.source import GGUFError
     from gguf_fuse.random_model import demo_spec, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="gguf-fuse-demo-") as scratch:
@@ -538,7 +538,7 @@ def _split_limits(
     output: str, max_size: str | None, max_tensors: int | None
 ) -> tuple[int | None, int | None]:
     """Bytes and tensors that a shard may have at most. Raises typer.BadParameter."""
-    from gguf_fuse.format.shards import parse_size
+    from gguf_fuse.writing.cut import parse_size
 
     if max_size is None and max_tensors is None:
         return None, None

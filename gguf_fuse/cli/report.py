@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gguf_fuse.api import Inspection, Result
-from gguf_fuse.format.header import Header, type_name
-from gguf_fuse.planning.fusions import GATE_UP, KINDS, QKV
-from gguf_fuse.planning.loaders import FIRST_BUILD, Architecture, Loader, Source
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.types import type_name
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV
+from gguf_fuse.planning.loaders import FIRST_BUILD, Architecture, Loader, Proof
 from gguf_fuse.planning.plan import Layer, Plan, Status
 
 if TYPE_CHECKING:
@@ -174,21 +175,21 @@ def _layer_json(layer: Layer, status: str) -> dict[str, Any]:
 def _layer_order(entry: tuple[Layer, str]) -> tuple[str, int, int]:
     layer, _ = entry
     prefix, _, number = layer.name.rpartition(".")
-    return prefix, int(number), KINDS.index(layer.kind)
+    return prefix, int(number), FUSIONS.index(layer.fusion)
 
 
 # -- for people ---------------------------------------------------------------------------------
 
 
 def fuse_table(plan: Plan) -> Table:
-    rows = [(layer, _text(f"fused into {layer.kind.fused}", "green")) for layer in plan.changed]
+    rows = [(layer, _text(f"fused into {layer.fusion.fused}", "green")) for layer in plan.changed]
     rows += [(layer, _text(f"left: {_of(layer)}{_why(layer)}", "yellow")) for layer in plan.skipped]
     return _layer_table(rows)
 
 
 def unfuse_table(plan: Plan) -> Table:
     rows = [
-        (layer, _text(f"split into {', '.join(layer.kind.parts)}", "green"))
+        (layer, _text(f"split into {', '.join(layer.fusion.parts)}", "green"))
         for layer in plan.changed
     ]
     return _layer_table(rows)
@@ -212,7 +213,7 @@ def inspect_table(layers: Sequence[Layer]) -> Table:
 
 def _of(layer: Layer) -> str:
     """What a line is about, where it is not attention."""
-    return "" if layer.kind is QKV else f"{layer.kind.fused}: "
+    return "" if layer.fusion is QKV else f"{layer.fusion.fused}: "
 
 
 def _why(layer: Layer) -> str:
@@ -223,7 +224,7 @@ def _layer_table(rows: Iterable[tuple[Layer, Text]]) -> Table:
     """One line for all layers that are alike: 80 identical ones help nobody."""
     alike: dict[tuple[Any, ...], tuple[list[str], Text]] = {}
     for layer, result in rows:
-        key = (layer.kind.fused, layer.types, layer.rows, result.plain)
+        key = (layer.fusion.fused, layer.types, layer.rows, result.plain)
         alike.setdefault(key, ([], result))[0].append(layer.name)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layers", overflow="fold")
@@ -280,9 +281,9 @@ def _shards(result: Result) -> str:
 def _counts(plan: Plan) -> str:
     """ "6 of 8 attention layers", and of the layers with experts, where there are any."""
     counts = []
-    for kind in KINDS:
+    for kind in FUSIONS:
         changed, skipped = (
-            sum(layer.kind is kind for layer in layers) for layers in (plan.changed, plan.skipped)
+            sum(layer.fusion is kind for layer in layers) for layers in (plan.changed, plan.skipped)
         )
         if changed or skipped:
             what = "attention layers" if kind is QKV else "layers of experts"
@@ -330,7 +331,7 @@ def file_lines(found: Inspection) -> list[tuple[str, str]]:
         ("tensors", f"{len(header.tensors)}: {types}"),
         ("loader", _loader_line(row)),
     ]
-    if any(layer.kind is GATE_UP for layer in found.layers):
+    if any(layer.fusion is GATE_UP for layer in found.layers):
         lines.append(("", _experts_line(row)))
     return lines
 
@@ -338,15 +339,15 @@ def file_lines(found: Inspection) -> list[tuple[str, str]]:
 def _loader_line(row: Architecture) -> str:
     reads = row.qkv
     since = f" since build {FIRST_BUILD}" if reads.loader is Loader.READS_FUSED else ""
-    return f"llama.cpp {reads.loader.phrase()}{since} ({_proof(reads.source)})"
+    return f"llama.cpp {reads.loader.phrase()}{since} ({_proof(reads.proof)})"
 
 
 def _experts_line(row: Architecture) -> str:
     reads = row.gate_up
-    return f"llama.cpp {reads.loader.phrase(GATE_UP.words)} ({_proof(reads.source)})"
+    return f"llama.cpp {reads.loader.phrase(GATE_UP.words)} ({_proof(reads.proof)})"
 
 
-def _proof(source: Source) -> str:
+def _proof(source: Proof) -> str:
     return {
         "measured": "measured: a model was fused and loaded",
         "source": "by its source code",

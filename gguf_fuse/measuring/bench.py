@@ -16,12 +16,13 @@ import numpy as np
 
 from gguf_fuse import attention
 from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
-from gguf_fuse.format.header import GGUFError, Header, read_tensors
+from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.machine import free_bytes
 from gguf_fuse.measuring.timing import interleaved
+from gguf_fuse.models.names import attention_layers
 from gguf_fuse.models.spec import read_spec
-from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 
 N_TOKENS = (1, 8, 64, 512)
@@ -115,16 +116,15 @@ def bench(
 
 def shape_of(header: Header) -> tuple[str, Shape]:
     """Of the first attention layer that can be computed, and a name for it. Raises GGUFError."""
-    scalars = read_tensors(header, fusion.scalar_names(header))
     refusal: GGUFError | None = None
-    for found in fusion.examine(header, scalars, any_architecture=True):
+    for name in attention_layers(header.tensors):
         try:
-            spec = read_spec(header, found.name)
+            spec = read_spec(header, name)
         except GGUFError as error:
             refusal = refusal or error
             continue
         sizes = (spec.n_embd, spec.n_head, spec.n_head_kv, spec.head_dim, spec.head_dim_v)
-        return f"{header.path}, {found.name}", Shape(*sizes, spec.rows)
+        return f"{header.path}, {name}", Shape(*sizes, spec.rows)
     raise refusal or GGUFError(
         f"{header.path}: no layer has Q, K and V, whose shapes bench could take; without MODEL it "
         "has its own"

@@ -12,7 +12,10 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from gguf_fuse.format.header import ByteOrder, GGUFError, Header, TensorInfo, read_tensor, type_name
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.types import type_name
+from gguf_fuse.format.values import ByteOrder
 
 F32, F16, BF16 = (
     int(kind)
@@ -49,7 +52,7 @@ def read_values(header: Header, name: str) -> NDArray[np.float32] | None:
     tensor = next((tensor for tensor in header.tensors if tensor.name == name), None)
     if tensor is None:
         return None
-    return dequantized(header, tensor, read_tensor(header, tensor))
+    return dequantized(header, tensor, tensor.data.read())
 
 
 def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:

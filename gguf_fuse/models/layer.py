@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention
 from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear
-from gguf_fuse.format.header import GGUFError, Header
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.spec import AttentionSpec, NotModelled, Rows, Temperature, read_spec
 from gguf_fuse.planning import unfuse as unfusion

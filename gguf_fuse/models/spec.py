@@ -18,7 +18,8 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from gguf_fuse import attention
 from gguf_fuse.attention import Floats, Rope
-from gguf_fuse.format.header import GGUFError, Header
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models.dequantize import read_values
 
 Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V

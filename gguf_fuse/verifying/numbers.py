@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 
 from gguf_fuse import attention
 from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
-from gguf_fuse.format.header import GGUFError, Header, read_tensors
+from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.machine import free_bytes
 from gguf_fuse.measuring.timing import interleaved
 from gguf_fuse.models import layer
 from gguf_fuse.models.layer import AttentionLayer, Heads, Projections
+from gguf_fuse.models.names import attention_layers, other_layers
 from gguf_fuse.models.spec import NotModelled
-from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.verifying.structure import Structure, compare_structure
@@ -185,8 +186,7 @@ def parse_layers(text: str) -> Choice:
 
 def choose_layers(header: Header, choice: Choice) -> list[str]:
     """Names of attention layers. Raises GGUFError for a number that no layer has."""
-    scalars = read_tensors(header, fusion.scalar_names(header))
-    names = [found.name for found in fusion.examine(header, scalars, any_architecture=True)]
+    names = attention_layers(header.tensors)
     if choice.numbers is not None:
         by_number = {int(name.rpartition(".")[2]) for name in names}
         if absent := sorted(choice.numbers - by_number):
@@ -202,7 +202,7 @@ def _not_computed(header: Header, options: Options) -> tuple[LayerReport, ...]:
     if options.structure_only or options.layers.numbers is not None:
         return ()
     note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
-    return tuple(LayerReport(name, {}, note) for name in fusion.other_layers(header.tensors))
+    return tuple(LayerReport(name, {}, note) for name in other_layers(header.tensors))
 
 
 def _n_elements(header: Header, names: Sequence[str]) -> int:
