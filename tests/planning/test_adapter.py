@@ -20,34 +20,31 @@ from gguf import GGMLQuantizationType as T
 
 from gguf_fuse.planning.adapter import fused_rank
 from gguf_fuse.planning.fuse import NothingToDo, Refused
+from tests.compare import PROMPT, needs_llama_cpp, sha256
 from tests.conftest import fused_copy, gguf_fuse, unfused_copy
-from tests.edit import edited, zeros
-from tests.llama_judge import LoadFailed, available, log_probabilities
-from tests.test_fusion import sha256
-
-needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
+from tests.edit import edited, finish, zeros
+from tests.llama_judge import LoadFailed, log_probabilities
 
 Model = Callable[..., Path]
 Make = Callable[..., Path]
 
 N_EMBD, ROWS = 64, {"q": 64, "k": 32, "v": 32}
 BASE = {"n_embd": N_EMBD, "n_head": 4, "n_head_kv": 2, "n_layer": 2}
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
 
 TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16}
 
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Make:
-    """Write an adapter: lora(ranks={"q": 4, "k": 4, "v": 4}, kind=T.F16, alpha=8.0, ...)."""
+    """Write an adapter: lora(ranks={"q": 4, "k": 4, "v": 4}, type=T.F16, alpha=8.0, ...)."""
 
     def make(
         name: str = "lora.gguf",
         *,
         ranks: Mapping[str, int] | None = None,
         layers: Mapping[int, Mapping[str, int]] | None = None,
-        kind: T = T.F32,
-        kinds: Mapping[str, T] | None = None,
+        type: T = T.F32,
+        types: Mapping[str, T] | None = None,
         alpha: float | None = 8.0,
         output: bool = True,
         size: float = 0.3,
@@ -69,7 +66,7 @@ def lora(tmp_path: Path) -> Make:
                 weight = f"blk.{layer}.attn_{part}.weight"
                 for end, shape in (("a", (rank, N_EMBD)), ("b", (n_rows, rank))):
                     values = size * rng.standard_normal(shape, dtype=np.float32)
-                    chosen = (kinds or {}).get(f"{part}.{end}", kind)
+                    chosen = (types or {}).get(f"{part}.{end}", type)
                     data = gguf.quants.quantize(values, chosen)
                     if big_endian and chosen == T.BF16:  # bytes to gguf-py, which leaves them
                         data = data.view(np.uint16).byteswap().view(np.uint8)
@@ -77,10 +74,7 @@ def lora(tmp_path: Path) -> Make:
                         blocks = data.reshape(-1, 34)
                         blocks[:, :2] = blocks[:, 1::-1]
                     writer.add_tensor(f"{weight}.lora_{end}", data, raw_dtype=chosen)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return tmp_path / name
 
     return make
@@ -133,9 +127,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 @needs_llama_cpp
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_log_probabilities_agree(model: Model, lora: Make, kind: str, case: dict[str, Any]) -> None:
-    separate, adapter = model(types={"*": TYPES[kind]}, **BASE), lora(kind=TYPES[kind], **case)
+@pytest.mark.parametrize("type_", ["F32", "F16"])
+def test_log_probabilities_agree(
+    model: Model, lora: Make, type_: str, case: dict[str, Any]
+) -> None:
+    separate, adapter = model(types={"*": TYPES[type_]}, **BASE), lora(type=TYPES[type_], **case)
     fused = fused_copy(separate)
     exact: dict[str, Any] = {"cache_type": "f32", "flash_attention": "off"}
     plain = log_probabilities(separate, PROMPT, **exact)
@@ -149,16 +145,16 @@ def test_log_probabilities_agree(model: Model, lora: Make, kind: str, case: dict
     # Measured: equal bit for bit where factors are powers of two, else 7e-6 at most for F32. Where
     # an F16 B becomes F32, llama.cpp no longer rounds what it multiplies to F16: up to 1.3e-2.
     odd = case.get("ranks", {}).get("k") == 6 and case.get("alpha", 8.0)
-    np.testing.assert_allclose(after, before, atol=3e-2 if odd and kind == "F16" else 5e-5)
+    np.testing.assert_allclose(after, before, atol=3e-2 if odd and type_ == "F16" else 5e-5)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("big_endian", [False, True], ids=["little", "big"])
 def test_way_back(
-    model: Model, lora: Make, case: dict[str, Any], kind: str, big_endian: bool
+    model: Model, lora: Make, case: dict[str, Any], type_: str, big_endian: bool
 ) -> None:
-    base, adapter = model(**BASE), lora(kind=TYPES[kind], big_endian=big_endian, **case)
+    base, adapter = model(**BASE), lora(type=TYPES[type_], big_endian=big_endian, **case)
     fused = fused_copy(adapter, base=base)
     assert sha256(unfused_copy(fused)) == sha256(adapter)
     if not big_endian and "layers" not in case:
@@ -171,22 +167,22 @@ def types_of(path: Path) -> dict[str, T]:
     return {t.name.split(".", 2)[2]: t.tensor_type for t in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES.keys())
-def test_types_are_kept(lora: Make, kind: T) -> None:
-    types = types_of(fused_copy(lora(kind=kind)))
-    assert types["attn_qkv.weight.lora_a"] == types["attn_qkv.weight.lora_b"] == kind
+@pytest.mark.parametrize("type_", TYPES.values(), ids=TYPES.keys())
+def test_types_are_kept(lora: Make, type_: T) -> None:
+    types = types_of(fused_copy(lora(type=type_)))
+    assert types["attn_qkv.weight.lora_a"] == types["attn_qkv.weight.lora_b"] == type_
 
 
 @pytest.mark.parametrize(
     ("case", "a", "b"),
     [
-        ({"kind": T.F16, "size": 12000.0}, T.F16, T.F32),  # times 4 overflows F16
-        ({"kind": T.F16, "ranks": {"q": 8, "k": 6, "v": 6}}, T.F16, T.F32),  # not a power of two
-        ({"kinds": {"k.a": T.F16, "v.b": T.BF16}}, T.F32, T.F32),
-        ({"kind": T.F16, "kinds": {"v.a": T.BF16}}, T.F32, T.F16),
-        ({"kind": T.F16, "kinds": {"q.a": T.Q8_0, "k.a": T.Q8_0, "v.a": T.Q8_0}}, T.Q8_0, T.F16),
-        ({"kind": T.F16, "kinds": {"q.a": T.Q8_0}}, T.F32, T.F16),
-        ({"kind": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False}, T.Q8_0, T.F32),
+        ({"type": T.F16, "size": 12000.0}, T.F16, T.F32),  # times 4 overflows F16
+        ({"type": T.F16, "ranks": {"q": 8, "k": 6, "v": 6}}, T.F16, T.F32),  # not a power of two
+        ({"types": {"k.a": T.F16, "v.b": T.BF16}}, T.F32, T.F32),
+        ({"type": T.F16, "types": {"v.a": T.BF16}}, T.F32, T.F16),
+        ({"type": T.F16, "types": {"q.a": T.Q8_0, "k.a": T.Q8_0, "v.a": T.Q8_0}}, T.Q8_0, T.F16),
+        ({"type": T.F16, "types": {"q.a": T.Q8_0}}, T.F32, T.F16),
+        ({"type": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False}, T.Q8_0, T.F32),
     ],
 )
 def test_types_that_become_f32_and_the_way_back(
@@ -203,8 +199,8 @@ def test_types_that_become_f32_and_the_way_back(
 @pytest.mark.parametrize(
     "case",
     [
-        {"kind": T.F16, "kinds": {"q.a": T.Q8_0}},
-        {"kind": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False},
+        {"type": T.F16, "types": {"q.a": T.Q8_0}},
+        {"type": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False},
     ],
     ids=["A", "B"],
 )
@@ -278,7 +274,7 @@ def test_rows_of_a_missing_part_follow_from_other_layers(lora: Make) -> None:
 
 
 def test_json(lora: Make, tmp_path: Path) -> None:
-    adapter = lora(kind=T.F16)
+    adapter = lora(type=T.F16)
     done = gguf_fuse("fuse", adapter, tmp_path / "out.gguf", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

@@ -21,6 +21,7 @@ from gguf_fuse.format.header import GGUFError, read_header
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import Copy, place
 from tests.conftest import FAST, dry, fused_copy, gguf_fuse
+from tests.edit import bytes_of
 from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.pack import Tensor, valid
 
@@ -63,12 +64,11 @@ def test_padding_is_zero_whatever_the_input_had_there(model: Model) -> None:
     original = model(n_embd=36, n_head=3, n_head_kv=1, alignment=32)
     expected = fused_copy(original).read_bytes()
     header = read_header(original)
-    data = bytearray(original.read_bytes())
-    for tensor in header.tensors:
-        end = header.data_start + tensor.offset + tensor.n_bytes
-        data[end : end + -end % header.alignment] = b"\xaa" * (-end % header.alignment)
-    assert data != original.read_bytes()
-    original.write_bytes(data)
+    with bytes_of(original) as data:
+        for tensor in header.tensors:
+            end = header.data_start + tensor.offset + tensor.n_bytes
+            data[end : end + -end % header.alignment] = b"\xaa" * (-end % header.alignment)
+        assert data != original.read_bytes()
     again = original.with_name("again.gguf")
     fuse(original, str(again), options=FAST)
     assert again.read_bytes() == expected
