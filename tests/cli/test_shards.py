@@ -10,28 +10,27 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import fused_copy, gguf_fuse
+from tests.server import Run
 from tests.shards import Model, in_three, read, shard_paths
 
 
-def test_inspect(model: Model) -> None:
+def test_inspect(model: Model, run: Run) -> None:
     original = model("whole.gguf")
     parts = in_three(original)
-    whole, one = (
-        json.loads(gguf_fuse("inspect", path, "--json").stdout) for path in (original, parts[1])
-    )
+    whole, one = (json.loads(run("inspect", path, "--json").out) for path in (original, parts[1]))
     assert one["file"] == str(parts[1])
     assert one["file_bytes"] == sum(path.stat().st_size for path in parts)
     assert one | {key: whole[key] for key in ("file", "file_bytes")} == whole
-    assert "one of 3 shards" in gguf_fuse("inspect", parts[1]).stdout
+    assert "one of 3 shards" in run("inspect", parts[1]).out
 
 
-def test_command_line(model: Model, tmp_path: Path) -> None:
+def test_command_line(model: Model, tmp_path: Path, run: Run) -> None:
     original = model("whole.gguf")
     parts = in_three(original)
     out = shard_paths(tmp_path / "out", 3)
-    done = gguf_fuse("fuse", parts[1], out[0], "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    done = run("fuse", parts[1], out[0], "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
     assert (result["input"], result["output"]) == (str(parts[1]), str(out[0]))
     copied = result["bytes_copied"] + result["bytes_cloned"]
     assert copied > sum(len(data) for _, _, data in read(out)[1])
@@ -42,8 +41,8 @@ def test_command_line(model: Model, tmp_path: Path) -> None:
     )
     assert piped.stdout == fused_copy(original).read_bytes()
     for options in (["--split-max-size", "50K"], ["--split-max-tensors", "6"]):
-        done = gguf_fuse("unfuse", out[2], tmp_path / options[1], *options)
-        assert done.returncode == 0, done.stderr
+        done = run("unfuse", out[2], tmp_path / options[1], *options)
+        assert done.code == 0, done.err
         assert read(sorted(tmp_path.glob(f"{options[1]}-*"))) == read([original])
 
 

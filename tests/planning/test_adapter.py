@@ -21,9 +21,10 @@ from gguf import GGMLQuantizationType as T
 from gguf_fuse.planning.adapter import fused_rank
 from gguf_fuse.planning.fuse import NothingToDo, Refused
 from tests.compare import PROMPT, needs_llama_cpp, sha256
-from tests.conftest import fused_copy, gguf_fuse, unfused_copy
+from tests.conftest import fused_copy, unfused_copy
 from tests.edit import edited, finish, zeros
 from tests.llama_judge import LoadFailed, log_probabilities
+from tests.server import Run
 
 Model = Callable[..., Path]
 Make = Callable[..., Path]
@@ -236,11 +237,11 @@ def test_what_is_not_attention_is_copied(lora: Make) -> None:
             assert after.fields[key].contents() == field.contents()
 
 
-def test_verify_is_not_what_comes_next(lora: Make, tmp_path: Path) -> None:
+def test_verify_is_not_what_comes_next(lora: Make, tmp_path: Path, run: Run) -> None:
     """It compares models: the command would fail."""
-    done = gguf_fuse("fuse", lora(), tmp_path / "out.gguf")
-    assert done.returncode == 0
-    assert "next:" not in done.stdout
+    done = run("fuse", lora(), tmp_path / "out.gguf")
+    assert done.code == 0
+    assert "next:" not in done.out
 
 
 def test_fused_layers_of_the_base_alone_are_fused(model: Model, lora: Make) -> None:
@@ -273,24 +274,24 @@ def test_rows_of_a_missing_part_follow_from_other_layers(lora: Make) -> None:
     assert_same_delta(adapter, fused, 1e-13)
 
 
-def test_json(lora: Make, tmp_path: Path) -> None:
+def test_json(lora: Make, tmp_path: Path, run: Run) -> None:
     adapter = lora(type=T.F16)
-    done = gguf_fuse("fuse", adapter, tmp_path / "out.gguf", "--json")
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    done = run("fuse", adapter, tmp_path / "out.gguf", "--json")
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
     assert (answer["architecture"], answer["fused"], answer["skipped"]) == ("llama", 2, 0)
     assert (answer["tensors_in"], answer["tensors_out"]) == (16, 8)
     first = {"layer": "blk.0", "status": "fused", "reason": None}
     assert answer["layers"][0] == first | {"types": ["F16"] * 3, "rows": [64, 32, 32]}
-    inspected = json.loads(gguf_fuse("inspect", adapter, "--json").stdout)
+    inspected = json.loads(run("inspect", adapter, "--json").out)
     assert [layer["status"] for layer in inspected["layers"]] == ["fusable"] * 2
-    inspected = json.loads(gguf_fuse("inspect", tmp_path / "out.gguf", "--json").stdout)
+    inspected = json.loads(run("inspect", tmp_path / "out.gguf", "--json").out)
     assert [layer["status"] for layer in inspected["layers"]] == ["fused"] * 2
 
 
-def test_inspect_says_why_a_loader_keeps_it_separate(lora: Make) -> None:
+def test_inspect_says_why_a_loader_keeps_it_separate(lora: Make, run: Run) -> None:
     adapter = lora(architecture="bitnet")
-    layers = json.loads(gguf_fuse("inspect", adapter, "--json").stdout)["layers"]
+    layers = json.loads(run("inspect", adapter, "--json").out)["layers"]
     reason = "llama.cpp's loader for bitnet needs separate Q, K and V"
     assert [(layer["status"], layer["reason"]) for layer in layers] == [("separate", reason)] * 2
 
@@ -322,9 +323,9 @@ def test_values_that_would_overflow_are_refused(lora: Make) -> None:
         fused_copy(lora(size=5e37))
 
 
-def test_pipe(lora: Make, tmp_path: Path) -> None:
+def test_pipe(lora: Make, tmp_path: Path, run: Run) -> None:
     adapter = lora()
-    assert gguf_fuse("fuse", adapter, tmp_path / "out.gguf").returncode == 0
+    assert run("fuse", adapter, tmp_path / "out.gguf").code == 0
     with (tmp_path / "piped.gguf").open("wb") as pipe:
         command = [sys.executable, "-m", "gguf_fuse", "fuse", str(adapter), "-"]
         subprocess.run(command, stdout=pipe, check=True)

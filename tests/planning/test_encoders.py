@@ -24,9 +24,10 @@ from gguf_fuse.planning.loaders import PROJECTORS, Loader, projector
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import llama_judge
 from tests.compare import assert_fused, needs_llama_cpp, sha256
-from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
+from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, finish
 from tests.pack import STRING, UINT32, File, Pair, Tensor, tensor
+from tests.server import Run
 
 N_EMBD, N_HEAD = 64, 4
 LONG = {"v": "vision", "a": "audio"}
@@ -118,11 +119,11 @@ def test_biases_and_norms_of_a_head(
         (Encoder("internvl", norm=N_EMBD), "attn_q_norm has 64 elements, not one head's 16"),
     ],
 )
-def test_layers_that_are_left(tmp_path: Path, encoder: Encoder, reason: str) -> None:
+def test_layers_that_are_left(tmp_path: Path, encoder: Encoder, reason: str, run: Run) -> None:
     original = save(tmp_path, {"v": encoder})
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf", "--json")
-    assert done.returncode == 3
-    layers = json.loads(done.stdout)["layers"]
+    done = run("fuse", original, tmp_path / "out.gguf", "--json")
+    assert done.code == 3
+    layers = json.loads(done.out)["layers"]
     assert [layer["layer"] for layer in layers] == ["v.blk.0", "v.blk.1"]
     assert all(reason in layer["reason"] for layer in layers)
     assert list(tmp_path.iterdir()) == [original]

@@ -30,6 +30,7 @@ from tests.compare import PROMPT, assert_fused, assert_judged_equal, needs_llama
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
 from tests.edit import bytes_of, edited, tensors_in, zeros
 from tests.llama_judge import LoadFailed, available, log_probabilities
+from tests.server import Run
 
 Model = Callable[..., Path]
 
@@ -459,25 +460,25 @@ QKV_FLAG, GATE_UP_FLAG = (kind.flag for kind in KINDS)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_commands(model: Model, flags: list[str], kinds: tuple[Kind, ...]) -> None:
+def test_commands(model: Model, flags: list[str], kinds: tuple[Kind, ...], run: Run) -> None:
     original = model(**experts())
     expected = fused_copy(original, kinds=kinds)
     output = original.with_name("out.gguf")
-    done = gguf_fuse(*flags, original, output)
-    assert done.returncode == 0, done.stderr
+    done = run(*flags, original, output)
+    assert done.code == 0, done.err
     assert sha256(output) == sha256(expected)
-    assert ("fused into ffn_gate_up_exps" in done.stdout) == (GATE_UP in kinds)
-    assert ("fused into attn_qkv" in done.stdout) == (QKV in kinds)
-    back = gguf_fuse("unfuse", output, original.with_name("back.gguf"))
-    assert back.returncode == 0, back.stderr
+    assert ("fused into ffn_gate_up_exps" in done.out) == (GATE_UP in kinds)
+    assert ("fused into attn_qkv" in done.out) == (QKV in kinds)
+    back = run("unfuse", output, original.with_name("back.gguf"))
+    assert back.code == 0, back.err
     assert sha256(original.with_name("back.gguf")) == sha256(original)
 
 
-def test_json(model: Model) -> None:
+def test_json(model: Model, run: Run) -> None:
     original = model(architecture="hy_v3")
     output = original.with_name("out.gguf")
-    done = gguf_fuse(QKV_FLAG, GATE_UP_FLAG, original, output, "--json")
-    answer = json.loads(done.stdout)
+    done = run(QKV_FLAG, GATE_UP_FLAG, original, output, "--json")
+    answer = json.loads(done.out)
     assert [(layer["layer"], layer["rows"]) for layer in answer["layers"]] == [
         ("blk.0", [64, 32, 32]),
         ("blk.1", [64, 32, 32]),
@@ -486,12 +487,10 @@ def test_json(model: Model) -> None:
     assert (answer["fused"], answer["skipped"]) == (3, 0)
     assert answer["tensors_in"] - answer["tensors_out"] == 2 + 2 + 1
     assert answer["layers"][2]["types"] == ["F32", "F32"]
-    before, after = (
-        json.loads(gguf_fuse("inspect", path, "--json").stdout) for path in (original, output)
-    )
+    before, after = (json.loads(run("inspect", path, "--json").out) for path in (original, output))
     assert [layer["status"] for layer in before["layers"]] == ["fusable"] * 3
     assert [layer["status"] for layer in after["layers"]] == ["fused"] * 3
-    assert "reads fused gate and up of experts" in gguf_fuse("inspect", original).stdout
+    assert "reads fused gate and up of experts" in run("inspect", original).out
 
 
 # -- many experts --------------------------------------------------------------------------------

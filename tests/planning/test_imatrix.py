@@ -20,9 +20,10 @@ from gguf import GGMLQuantizationType as T
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import pack
 from tests.compare import needs_llama_cpp, sha256
-from tests.conftest import fused_copy, gguf_fuse, unfused_copy
+from tests.conftest import fused_copy, unfused_copy
 from tests.llama_judge import rewrite_with_llama_cpp
 from tests.pack import ARRAY, STRING, UINT32, Array, File, Pair, Tensor
+from tests.server import Run
 
 N_EMBD = 32
 WEIGHTS = ("attn_k", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate_exps", "ffn_up")
@@ -127,28 +128,28 @@ def test_a_recurrent_attn_qkv_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["in_sum2", "counts"])
-def test_unequal_entries_are_an_error(tmp_path: Path, end: str) -> None:
+def test_unequal_entries_are_an_error(tmp_path: Path, end: str, run: Run) -> None:
     file = imatrix()
     other = {"in_sum2": N_EMBD, "counts": 1}[end]
     file.tensor(f"blk.1.attn_k.weight.{end}", data=np.full(other, 7, "<f4").tobytes())
     original = save(file, tmp_path)
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf")
-    assert done.returncode == 1
-    assert f"blk.1: {end} of attn_q, attn_k and attn_v differ" in done.stderr
+    done = run("fuse", original, tmp_path / "out.gguf")
+    assert done.code == 1
+    assert f"blk.1: {end} of attn_q, attn_k and attn_v differ" in done.err
     assert list(tmp_path.iterdir()) == [original]
 
 
-def test_a_layer_without_all_three_is_left(tmp_path: Path) -> None:
+def test_a_layer_without_all_three_is_left(tmp_path: Path, run: Run) -> None:
     file = imatrix()
     file.tensors = [t for t in file.tensors if not str(t.name).startswith("blk.0.attn_v")]
     original = save(file, tmp_path)
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf", "--json")
-    answer = json.loads(done.stdout)
+    done = run("fuse", original, tmp_path / "out.gguf", "--json")
+    answer = json.loads(done.out)
     assert [layer["status"] for layer in answer["layers"]] == ["skipped", "fused"]
     assert answer["layers"][0]["reason"] == "no entry of attn_v"
     assert answer["layers"][1]["types"] == ["F32"] * 3
     assert (answer["architecture"], answer["fused"], answer["skipped"]) == (None, 1, 1)
-    inspected = json.loads(gguf_fuse("inspect", original, "--json").stdout)
+    inspected = json.loads(run("inspect", original, "--json").out)
     assert [layer["status"] for layer in inspected["layers"]] == ["not fusable", "fusable"]
     assert sha256(unfused_copy(tmp_path / "out.gguf")) == sha256(original)
 
@@ -161,12 +162,12 @@ def test_base_tells_which_layers_are_fused(tmp_path: Path, model: Callable[..., 
 
 
 @pytest.mark.parametrize("options", [(), ("--quiet",)])
-def test_command(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_command(tmp_path: Path, options: tuple[str, ...], run: Run) -> None:
     original, fused, back = save(imatrix(), tmp_path), tmp_path / "f.gguf", tmp_path / "b.gguf"
-    done = gguf_fuse("--fuse-qkv-weights", original, fused, *options)
-    assert done.returncode == 0, done.stderr
-    assert bool(done.stdout) is not bool(options)
-    assert gguf_fuse("unfuse", fused, back, *options).returncode == 0
+    done = run("--fuse-qkv-weights", original, fused, *options)
+    assert done.code == 0, done.err
+    assert bool(done.out) is not bool(options)
+    assert run("unfuse", fused, back, *options).code == 0
     assert sha256(back) == sha256(original)
 
 

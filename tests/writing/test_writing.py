@@ -24,6 +24,7 @@ from tests.conftest import FAST, dry, fused_copy, gguf_fuse
 from tests.edit import bytes_of
 from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.pack import Tensor, valid
+from tests.server import Run
 
 Model = Callable[..., Path]
 
@@ -251,7 +252,9 @@ def test_always_cloning_fails_where_nothing_lies_alike(
 
 
 @pytest.mark.parametrize("what", ["trailing bytes", "no end padding", "order"])
-def test_a_layout_that_will_not_come_back_is_told(model: Model, tmp_path: Path, what: str) -> None:
+def test_a_layout_that_will_not_come_back_is_told(
+    model: Model, tmp_path: Path, what: str, run: Run
+) -> None:
     file = valid()
     if what == "order":  # the data of the first two tensors lies the other way round
         first, second = file.tensors[:2]
@@ -264,10 +267,10 @@ def test_a_layout_that_will_not_come_back_is_told(model: Model, tmp_path: Path, 
     if what == "no end padding":
         data = data[: -(-len(file.tensors[-1].data) % 32)]
     original.write_bytes(data)
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf")
-    assert done.returncode == 0, done.stderr
-    assert "not this file bit for bit" in done.stdout
-    assert "bit for bit" not in gguf_fuse("fuse", model(), tmp_path / "canonical.gguf").stdout
+    done = run("fuse", original, tmp_path / "out.gguf")
+    assert done.code == 0, done.err
+    assert "not this file bit for bit" in done.out
+    assert "bit for bit" not in run("fuse", model(), tmp_path / "canonical.gguf").out
 
 
 def second_size(tensor: Tensor) -> int:
