@@ -49,6 +49,7 @@ OTHERS = """apertus arcee baichuan chatglm cohere2 command-r deci ernie4_5 exaon
     smollm3 xverse""".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("architecture", WELL_KNOWN)
 def test_identical_log_probabilities(model: Model, architecture: str, type_: str) -> None:
@@ -57,6 +58,7 @@ def test_identical_log_probabilities(model: Model, architecture: str, type_: str
     assert_judged_equal(original, fused_copy(original))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_identical_log_probabilities_of_more_architectures(model: Model, architecture: str) -> None:
     original = model(architecture=architecture)

@@ -270,6 +270,7 @@ def png(seed: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("norm", [None, N_EMBD // N_HEAD])
 @pytest.mark.parametrize("name", HEADS)
@@ -301,6 +302,7 @@ def test_why_a_norm_over_all_heads_is_left(model: Callable[..., Path], tmp_path:
     assert caught.value.signal == "SIGABRT"
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("part", ["q", "k"])

@@ -290,6 +290,7 @@ def test_no_experts(model: Model) -> None:
 # -- llama.cpp -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("architecture", READERS)
@@ -496,6 +497,7 @@ def test_json(model: Model, run: Run) -> None:
 # -- many experts --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_many_experts_stay_cheap(model: Model) -> None:
     """60 layers of 256 experts: 30,720 pieces take little time and memory."""
     types = {"*_exps.weight": T.Q4_0}

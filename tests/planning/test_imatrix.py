@@ -94,6 +94,7 @@ def test_llama_cpp_reads_and_rewrites_it(tmp_path: Path) -> None:
     assert sha256(tmp_path / "again.gguf") == sha256(fused)
 
 
+@pytest.mark.slow
 def test_no_room_for_the_record(tmp_path: Path) -> None:
     file = imatrix(n_layers=1)
     file.pairs += [Pair(f"k{i}", UINT32, 0) for i in range(65_521 - len(file.pairs))]

@@ -57,6 +57,7 @@ def test_nothing_to_fuse(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_no_room_for_the_record(run: Run, tmp_path: Path) -> None:
     """No file is written that could not be read again: that takes 65,536 pairs at most."""
     file, path, out = valid(), tmp_path / "in.gguf", tmp_path / "out"

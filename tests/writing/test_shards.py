@@ -143,6 +143,7 @@ def test_cutting_a_file_that_was_merged_by_llama_cpp(tmp_path: Path) -> None:
         assert sorted(keys) == sorted(shards.SPLIT_KEYS)
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("into", CUTS.values(), ids=CUTS.keys())
 def test_llama_cpp_loads_kept_shards(model: Model, into: Callable[[Path], list[Path]]) -> None:
@@ -151,6 +152,7 @@ def test_llama_cpp_loads_kept_shards(model: Model, into: Callable[[Path], list[P
     assert_judged_equal(original, kept(parts[0], "fused", len(parts))[0])
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("limit", [{"split_max_tensors": 4}, {"split_max_size": 60_000}])
 def test_llama_cpp_loads_new_shards(model: Model, limit: dict[str, int]) -> None:
@@ -201,6 +203,7 @@ def test_a_pipe_is_one_file(model: Model) -> None:
         fuse(model(), "-", options=Options(split_max_tensors=1))
 
 
+@pytest.mark.slow
 def test_more_shards_than_can_be_numbered(tmp_path: Path) -> None:
     file = valid()  # 6 tensors when it is fused
     small = pack.tensor("", (1,))
@@ -426,6 +429,7 @@ def test_shard_that_is_cut_meanwhile(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
 def test_more_shards_than_open_files(model: Model, tmp_path: Path) -> None:
     original = model("whole.gguf", n_layer=8)

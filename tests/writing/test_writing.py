@@ -118,6 +118,7 @@ def test_placement_pads_the_last_tensor(model: Model) -> None:
     assert place(plan).n_bytes % 256 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
