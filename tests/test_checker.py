@@ -29,13 +29,11 @@ from typer.testing import CliRunner
 from gguf_fuse import attention
 from gguf_fuse.attention import AttentionParams, Floats
 from gguf_fuse.cli import app
-from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors, read_tensors
+from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import encode_pair
 from gguf_fuse.models.layer import Projections, project
-from gguf_fuse.random_architectures import LAYOUTS
-from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.verifying import numbers as checker
 from gguf_fuse.verifying.numbers import (
     Choice,
@@ -48,6 +46,8 @@ from gguf_fuse.verifying.numbers import (
 )
 from gguf_fuse.verifying.structure import compare_structure
 from tests.conftest import blas_threads, fused_copy, gguf_fuse, unfused_copy
+from tests.models.architectures import LAYOUTS
+from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.test_layer import ENCODERS
 
 Model = Callable[..., Path]

@@ -17,7 +17,7 @@ Value = bool | int | float | str | Sequence[Any]
 class Layout:
     """What the loader of one architecture reads.
 
-    `layer` lists the tensors of a layer in file order; "|" divides kinds of layers that take
+    `layer` lists the tensors of a layer in file order; "|" divides forms of layers that take
     turns. `@qkv` stands for Q, K and V with all that belongs to them (`@qk`: no V), `@ffn` for a
     gated feed-forward, dense or of experts as the spec asks.
     """
@@ -186,7 +186,7 @@ _BITNET = (
     "ffn_sub_norm.weight"
 )
 
-# No Q, K and V of the usual kind; the first layer is dense.
+# No Q, K and V as elsewhere; the first layer is dense.
 _DEEPSEEK2 = Layout(
     f"{_LATENT} {_DENSE} | {_LATENT} {_PLAIN_SHARED}",
     ne={
@@ -223,7 +223,7 @@ LAYOUTS: dict[str, Layout] = {
         sliding_window=8,
         keys={"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     ),
-    # The pattern is 6 unless the file says otherwise: 2 lets two layers show both kinds.
+    # The pattern is 6 unless the file says otherwise: 2 lets two layers show both forms.
     "gemma3": Layout(
         _GEMMA2,
         outer=_TIED,
@@ -678,3 +678,17 @@ LAYOUTS: dict[str, Layout] = {
         keys={"attention.relative_buckets_count": 8, "decoder_start_token_id": 0},
     ),
 }
+
+# Not among `LAYOUTS`, of which every one is tried by itself. Two blocks that take turns in six
+# layers: a low one twice, a high one, and all that once more.
+HRM_TEXT = Layout(
+    "@qkv attn_gate.weight attn_output.weight @ffn",
+    outer="token_embd.weight hrm.z_l_init output.weight",
+    ne={"hrm.z_l_init": "n_embd", "attn_gate": "n_embd q"},
+    keys={
+        "block_count": 6,
+        "hrm.layers_per_stack": 1,
+        "hrm.h_cycles": 2,
+        "hrm.l_cycles": 2,
+    },
+)
