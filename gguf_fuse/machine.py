@@ -1,9 +1,14 @@
-"""How much memory a computation may take."""
+"""What this machine has to give: threads and memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
+
+# Defaults of the commands; every one of them takes --threads.
+COPY_THREADS = min(2, os.cpu_count() or 1)  # more do not read and write faster
+COMPUTE_THREADS = min(4, os.cpu_count() or 1)
 
 SPARE = 0.8  # of what is free, the most to take
 
