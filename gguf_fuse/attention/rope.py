@@ -105,7 +105,7 @@ def _turning_pairs(rope: Rope) -> Bools:
     if rope.layout == "mrope":
         turning: Bools = sector < sum(rope.sections[:3])  # [n_pairs]
         return turning
-    limit = 3 * np.asarray(rope.sections)[[0, 1, 2]][sector % 3]  # [n_pairs]: t, h, w in turn
+    limit = 3 * np.asarray(rope.sections[:3])[sector % 3]  # [n_pairs]: t, h, w in turn
     interleaved: Bools = sector < limit  # [n_pairs]
     return interleaved
 

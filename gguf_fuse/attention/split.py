@@ -89,7 +89,8 @@ def split_partials(
     summed = np.empty((*each, sizes.head_dim_v), q.dtype)  # [..., group, head_dim_v]
     partials = Partials(np.empty(each, q.dtype), np.empty(each, q.dtype), summed)
     scaled = q * q.dtype.type(params.scale)  # [n_seqs, n_head, 1, head_dim]
-    grouped = scaled.reshape(sizes.n_seqs, *heads, -1)  # [n_seqs, n_head_kv, group, head_dim]
+    # [n_seqs, n_head_kv, group, head_dim]
+    grouped = scaled.reshape(sizes.n_seqs, *heads, sizes.head_dim)
     slopes = alibi_slopes(sizes.n_head, params.max_alibi_bias).astype(q.dtype)  # [n_head]
     slopes_kv = slopes.reshape(heads)  # [n_head_kv, group]
     longest = max((end - start for start, end in chunks), default=0)
