@@ -264,10 +264,10 @@ class Forward:
         before = name.endswith((".attn_norm", ".ffn_norm", "output_norm"))
         if weight is None and not (self.block.weightless_norms and before):
             return x
-        if f"{self.header.architecture}.norms.layer_norm_epsilon" in self.header.metadata:
-            epsilon = self.numbers("norms.layer_norm_epsilon")
+        if f"{self.header.architecture}.attention.layer_norm_epsilon" in self.header.metadata:
+            epsilon = self.numbers("attention.layer_norm_epsilon")
             return norms.layer_norm(x, weight, bias, epsilon)
-        return norms.rms_norm(x, weight, self.numbers("norms.layer_norm_rms_epsilon"))
+        return norms.rms_norm(x, weight, self.numbers("attention.layer_norm_rms_epsilon"))
 
     def _linear(self, name: str, x: Floats) -> Floats:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
