@@ -6,8 +6,10 @@ import contextlib
 import os
 from pathlib import Path
 
-COPY_THREADS = min(2, os.cpu_count() or 1)
+# Defaults of the commands; every one of them takes --threads.
+COPY_THREADS = min(2, os.cpu_count() or 1)  # more do not read and write faster
 COMPUTE_THREADS = min(4, os.cpu_count() or 1)
+
 SPARE = 0.8  # of what is free, the most to take
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention
-from gguf_fuse.attention import Floats
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.parser import read_header
+from gguf_fuse.attention import attend, norms
+from gguf_fuse.attention.projections import Linear
+from gguf_fuse.attention.shapes import Floats
+from gguf_fuse.format.header import Header, read_header
 from gguf_fuse.models import layer
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
@@ -239,7 +239,7 @@ class Forward:
         k, v = self.caches[index].append(heads.k, heads.v)
         k_positions = np.arange(k.shape[2])[None]  # [1, n_kv]
         mask = layer.mask(one.spec, positions, k_positions)  # [1, n_tokens, n_kv]
-        attended = attention.attention(heads.q, k, v, mask, one.params)
+        attended = attend.attention(heads.q, k, v, mask, one.params)
         weights = self.outputs[index]
         assert weights is not None
         return layer.output(weights, attended, heads.gate)
@@ -266,12 +266,12 @@ class Forward:
             return x
         if f"{self.header.architecture}.attention.layer_norm_epsilon" in self.header.metadata:
             epsilon = self.numbers("attention.layer_norm_epsilon")
-            return attention.layer_norm(x, weight, bias, epsilon)
-        return attention.rms_norm(x, weight, self.numbers("attention.layer_norm_rms_epsilon"))
+            return norms.layer_norm(x, weight, bias, epsilon)
+        return norms.rms_norm(x, weight, self.numbers("attention.layer_norm_rms_epsilon"))
 
     def _linear(self, name: str, x: Floats) -> Floats:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
-        return attention.project(x, weight, None, bias)
+        return Linear(weight, None, bias).project(x)
 
     def _feed_forward(self, index: int, x: Floats, routed: Floats) -> Floats:
         """x, routed [1, n_tokens, n_embd]: experts are chosen by `routed`."""

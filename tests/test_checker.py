@@ -26,8 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from gguf_fuse import attention
-from gguf_fuse.attention import AttentionParams, Floats
+from gguf_fuse.attention import attend, split
+from gguf_fuse.attention.shapes import Floats
+from gguf_fuse.attention.softmax import AttentionParams
 from gguf_fuse.cli import app
 from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors
 from gguf_fuse.format.parser import read_header
@@ -684,14 +685,14 @@ def test_a_layer_that_cannot_be_computed_fails(
 def ignore_the_mask(
     q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
 ) -> Floats:
-    return attention.broadcast_attention(q, k, v, None, params)
+    return attend.broadcast_attention(q, k, v, None, params)
 
 
 def read_one_sequence_for_all(
     q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
 ) -> Floats:
     first = [np.broadcast_to(part[:1], part.shape) for part in (k, v)]
-    return attention.broadcast_attention(q, first[0], first[1], mask, params)
+    return attend.broadcast_attention(q, first[0], first[1], mask, params)
 
 
 def take_heads_in_turn(
@@ -699,7 +700,7 @@ def take_heads_in_turn(
 ) -> Floats:
     """Query head h reads h % n_head_kv, not h // group."""
     heads = np.arange(q.shape[1]) % k.shape[1]
-    return attention.broadcast_attention(q, k[:, heads], v[:, heads], mask, params)
+    return attend.broadcast_attention(q, k[:, heads], v[:, heads], mask, params)
 
 
 def add_sinks_per_chunk(
@@ -707,7 +708,7 @@ def add_sinks_per_chunk(
 ) -> Floats:
     assert params.sinks is not None
     twice = AttentionParams(params.scale, sinks=params.sinks + np.float32(np.log(2)))
-    return attention.broadcast_attention(q, k, v, mask, twice)
+    return attend.broadcast_attention(q, k, v, mask, twice)
 
 
 def mask_all_like_the_first(
@@ -715,7 +716,7 @@ def mask_all_like_the_first(
 ) -> Floats:
     """Caught only if sequences differ in length."""
     assert mask is not None
-    return attention.broadcast_attention(q, k, v, np.broadcast_to(mask[:1], mask.shape), params)
+    return attend.broadcast_attention(q, k, v, np.broadcast_to(mask[:1], mask.shape), params)
 
 
 def read_the_neighbour_of_a_cell(
@@ -724,14 +725,14 @@ def read_the_neighbour_of_a_cell(
     """V of a stretch behind the prompt, one cell on; caught only if something is there."""
     shifted = v.copy()
     shifted[:, :, 12:50] = v[:, :, 13:51]
-    return attention.broadcast_attention(q, k, shifted, mask, params)
+    return attend.broadcast_attention(q, k, shifted, mask, params)
 
 
 def lose_some_precision(
     q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
 ) -> Floats:
     """Caught only if the limit is near to what float32 costs: an F16 anywhere is 100 times this."""
-    return attention.broadcast_attention(q, k, v, mask, params) * np.float32(1 + 5e-6)
+    return attend.broadcast_attention(q, k, v, mask, params) * np.float32(1 + 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -755,7 +756,7 @@ def test_faults_in_the_mathematics_are_caught(
     def faulty(*arguments: Any, n_threads: int) -> Floats:
         return fault(*arguments)
 
-    monkeypatch.setattr(attention, "split_attention", faulty)
+    monkeypatch.setattr(split, "split_attention", faulty)
     report = check(original, fused)
     assert report.structure.ok
     for layer in report.layers:
@@ -768,14 +769,14 @@ def test_every_decode_step_counts(
 ) -> None:
     original = model(n_layer=1)
     steps = iter(range(3))
-    split = attention.split_attention
+    split_attention = split.split_attention
 
     def faulty(*arguments: Any, **named: Any) -> Floats:
         assert named == {"n_threads": 3}
-        out = split(*arguments, **named)
+        out = split_attention(*arguments, **named)
         return out * np.float32(1.1) if next(steps) == wrong else out
 
-    monkeypatch.setattr(attention, "split_attention", faulty)
+    monkeypatch.setattr(split, "split_attention", faulty)
     monkeypatch.setattr(checker, "interleaved", lambda ways, budget: {})
     (report,) = check(original, fused_copy(original), n_decode=3, threads=3).layers
     assert [name for name, found in report.checks.items() if not found.ok] == ["decode_split"]
@@ -791,14 +792,14 @@ def test_each_way_is_timed_under_its_own_name(
         return project(projections, *arguments)
 
     monkeypatch.setattr("gguf_fuse.models.layer.project", spy_project)
-    for word in ("expanded", "broadcast", "split"):
-        way = getattr(attention, f"{word}_attention")
+    for word, module in (("expanded", attend), ("broadcast", attend), ("split", split)):
+        way = getattr(module, f"{word}_attention")
 
         def spy(*arguments: Any, _way: Any = way, _word: str = word, **named: Any) -> Any:
             calls.append(_word)
             return _way(*arguments, **named)
 
-        monkeypatch.setattr(attention, f"{word}_attention", spy)
+        monkeypatch.setattr(module, f"{word}_attention", spy)
 
     taken: dict[str, str] = {}
 

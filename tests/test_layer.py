@@ -25,22 +25,23 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from gguf_fuse import api as rewrite
-from gguf_fuse import attention
-from gguf_fuse.attention import Linear
-from gguf_fuse.format.parser import read_header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse import random_model
+from gguf_fuse.attention import attend
+from gguf_fuse.attention.masks import padded_positions
+from gguf_fuse.attention.projections import Linear, join_heads
+from gguf_fuse.attention.rope import Rope
+from gguf_fuse.format.header import GGUFError, read_header, read_tensors
 from gguf_fuse.models import layer
 from gguf_fuse.models import spec as attention_spec
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
 from gguf_fuse.models.spec import NotModelled, Window
 from gguf_fuse.planning.plan import NothingToDo
+from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
+from gguf_fuse.random_model import ModelSpec
 from tests import forward, llama_judge
 from tests.conftest import fused_copy
 from tests.edit import edited, zeros
-from tests.models import random_model
-from tests.models.architectures import LAYOUTS, Layout, Value
-from tests.models.random_model import ModelSpec
 
 EXACT = 5e-5
 GELU = 1e-3
@@ -600,7 +601,7 @@ def _swapped(one: AttentionLayer) -> AttentionLayer:
 
 
 def _always_rotated(one: AttentionLayer) -> AttentionLayer:
-    rope = one.spec.rope or attention.Rope("norm", one.spec.head_dim)
+    rope = one.spec.rope or Rope("norm", one.spec.head_dim)
     return replace(one, spec=replace(one.spec, rope=rope))
 
 
@@ -797,7 +798,7 @@ def test_whole_rows_are_normed_with_a_bias(write: Callable[..., Path]) -> None:
         assert weight is not None and bias is not None and bias.any()
         variance = row.var(axis=-1, keepdims=True) + 1e-5
         expected = (row - row.mean(axis=-1, keepdims=True)) / np.sqrt(variance) * weight + bias
-        np.testing.assert_allclose(attention.join_heads(normed), expected, atol=1e-5)
+        np.testing.assert_allclose(join_heads(normed), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "nomic-bert"])
@@ -888,7 +889,7 @@ def test_sequences_of_different_length_do_not_meet(architecture: str, tmp_path: 
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, 20, one.spec.n_embd), dtype=np.float32)
     lengths = (20, 1, 13)
-    together = _attend(one, output, x, attention.padded_positions(lengths, 20))
+    together = _attend(one, output, x, padded_positions(lengths, 20))
     assert np.isfinite(together).all()  # padding too
     for seq, length in enumerate(lengths):
         alone = _attend(one, output, x[seq : seq + 1, :length], np.arange(length)[None])
@@ -901,5 +902,5 @@ def _attend(
     q, k, v = layer.project(one.projections, x, one.spec.clamp)
     heads = layer.positioned(one, q, k, v, positions)
     mask = layer.mask(one.spec, positions, positions)
-    attended = attention.attention(heads.q, heads.k, heads.v, mask, one.params)
+    attended = attend.attention(heads.q, heads.k, heads.v, mask, one.params)
     return layer.output(output, attended, heads.gate)

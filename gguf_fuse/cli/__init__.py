@@ -412,9 +412,10 @@ def bench(
     """Time projections, separate and fused, and the ways to decode. Weights are random."""
     from gguf_fuse.cli import report
     from gguf_fuse.measuring import bench as benchmark
+    from gguf_fuse.measuring import plot as plotting
 
     if plot is not None:
-        benchmark.check_plot(plot)
+        plotting.check_plot(plot)
     with _steps(quiet) as (on_start, on_progress):
         result = benchmark.bench(model, threads=threads, on_start=on_start, on_progress=on_progress)
     if as_json:
@@ -423,7 +424,7 @@ def bench(
         for part in report.bench_parts(result):
             _console().print(part, highlight=False)
     if plot is not None:
-        benchmark.plot(result, plot)  # last: if it fails, the numbers are not lost
+        plotting.plot(result, plot)  # last: if it fails, the numbers are not lost
 
 
 @app.command(epilog="Example: gguf-fuse demo --keep demo-files")

@@ -15,10 +15,20 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention
-from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.attention import masks, norms
+from gguf_fuse.attention.projections import (
+    Linear,
+    apply_gate,
+    join_heads,
+    project_fused,
+    project_separate,
+    split_gate,
+    split_heads,
+)
+from gguf_fuse.attention.rope import apply_rope
+from gguf_fuse.attention.shapes import Floats, Ints
+from gguf_fuse.attention.softmax import AttentionParams
+from gguf_fuse.format.header import GGUFError, Header
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.spec import AttentionSpec, NotModelled, Rows, Temperature, read_spec
 from gguf_fuse.planning import unfuse as unfusion
@@ -77,10 +87,10 @@ def project(
     (llama-graph.cpp, build_qkv). Raises ValueError if x does not fit.
     """
     if projections.fused is not None:
-        return attention.project_fused(x, projections.fused, projections.rows, clamp)
+        return project_fused(x, projections.fused, projections.rows, clamp)
     assert projections.separate is not None
     q, k, v = projections.separate
-    return attention.project_separate(x, q, k, v, clamp)
+    return project_separate(x, q, k, v, clamp)
 
 
 def positioned(layer: AttentionLayer, q: Floats, k: Floats, v: Floats, positions: Ints) -> Heads:
@@ -91,19 +101,19 @@ def positioned(layer: AttentionLayer, q: Floats, k: Floats, v: Floats, positions
     """
     spec = layer.spec
     q, k = _normed(layer, "row", q, k)
-    q = attention.split_heads(q, spec.n_head)  # [n_seqs, n_head, n_tokens, head_dim (· 2)]
-    k = attention.split_heads(k, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim]
-    v = attention.split_heads(v, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim_v]
+    q = split_heads(q, spec.n_head)  # [n_seqs, n_head, n_tokens, head_dim (· 2)]
+    k = split_heads(k, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim]
+    v = split_heads(v, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim_v]
     gate = None
     if spec.gated_q:
-        q, gate = attention.split_gate(q)  # [n_seqs, n_head, n_tokens, head_dim] each
+        q, gate = split_gate(q)  # [n_seqs, n_head, n_tokens, head_dim] each
     q, k = _normed(layer, "head", q, k)
     if spec.rope is not None:
-        q = attention.apply_rope(q, positions, spec.rope)
-        k = attention.apply_rope(k, positions, spec.rope)
+        q = apply_rope(q, positions, spec.rope)
+        k = apply_rope(k, positions, spec.rope)
     q, k = _normed(layer, "rotated head", q, k)
     if spec.v_norm:
-        v = attention.rms_norm(v, None, spec.norm_eps)
+        v = norms.rms_norm(v, None, spec.norm_eps)
     if spec.temperature is not None:
         q = q * _temperatures(spec.temperature, positions).astype(q.dtype)
     return Heads(q, k, v, gate)
@@ -116,14 +126,14 @@ def mask(spec: AttentionSpec, q_positions: Ints, k_positions: Ints) -> NDArray[n
     llama_hparams::is_masked_swa; llama-kv-cache.cpp for ALiBi. Raises ValueError if shapes do not
     fit.
     """
-    see = attention.see_past if spec.causal else attention.see_filled
+    see = masks.see_past if spec.causal else masks.see_filled
     visible = see(q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
     if spec.window is not None:
-        see_near = {"sliding": attention.see_window, "chunked": attention.see_chunk}
+        see_near = {"sliding": masks.see_window, "chunked": masks.see_chunk}
         visible &= see_near[spec.window.kind](q_positions, k_positions, spec.window.n_swa)
     if spec.max_alibi_bias > 0:
-        return attention.alibi_mask(visible, q_positions, k_positions)
-    return attention.additive_mask(visible)
+        return masks.alibi_mask(visible, q_positions, k_positions)
+    return masks.additive_mask(visible)
 
 
 def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Floats:
@@ -133,9 +143,8 @@ def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Flo
     scale and bias (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
     """
     if gate is not None:
-        attended = attention.apply_gate(attended, gate)
-    joined = attention.join_heads(attended)  # [n_seqs, n_tokens, n_head * head_dim_v]
-    return attention.project(joined, weights.weight, weights.scale, weights.bias)
+        attended = apply_gate(attended, gate)
+    return weights.project(join_heads(attended))  # [n_seqs, n_tokens, n_embd]
 
 
 def _normed(layer: AttentionLayer, at: str, q: Floats, k: Floats) -> tuple[Floats, Floats]:
@@ -144,10 +153,10 @@ def _normed(layer: AttentionLayer, at: str, q: Floats, k: Floats) -> tuple[Float
     if rule is None or norm is None or rule.at != at:
         return q, k
     if rule.kind == "rms":
-        return attention.rms_norm(q, norm.q, eps), attention.rms_norm(k, norm.k, eps)
+        return norms.rms_norm(q, norm.q, eps), norms.rms_norm(k, norm.k, eps)
     return (
-        attention.layer_norm(q, norm.q, norm.q_bias, eps),
-        attention.layer_norm(k, norm.k, norm.k_bias, eps),
+        norms.layer_norm(q, norm.q, norm.q_bias, eps),
+        norms.layer_norm(k, norm.k, norm.k_bias, eps),
     )
 
 

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
-from gguf_fuse import attention
-from gguf_fuse.attention import Floats, Rope
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.attention.rope import Rope, context_attn_factor
+from gguf_fuse.attention.shapes import Floats
+from gguf_fuse.format.header import GGUFError, Header
 from gguf_fuse.models.dequantize import read_values
 
 Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V
@@ -577,7 +576,7 @@ def _rope(rules: _Rules, keys: _Keys, windowed: bool, n_ctx: int | None) -> Rope
         freq_base=_freq_base(keys),
         freq_scale=freq_scale,
         ext_factor=ext_factor,
-        attn_factor=attention.context_attn_factor(
+        attn_factor=context_attn_factor(
             freq_scale,
             ext_factor,
             keys.number("rope.scaling.attn_factor", 1.0),

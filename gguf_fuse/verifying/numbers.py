@@ -23,17 +23,20 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention
-from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, Linear, blas_threads
-from gguf_fuse.format.header import Header
+from gguf_fuse.attention import attend, split
+from gguf_fuse.attention.masks import padded_positions
+from gguf_fuse.attention.projections import Linear, apply_gate, split_rows
+from gguf_fuse.attention.shapes import Floats, group_heads
+from gguf_fuse.attention.softmax import AttentionParams
+from gguf_fuse.attention.threads import blas_threads
+from gguf_fuse.format.header import GGUFError, Header, read_tensors
 from gguf_fuse.format.shards import read_model
-from gguf_fuse.format.source import GGUFError
-from gguf_fuse.machine import free_bytes
+from gguf_fuse.machine import COMPUTE_THREADS, free_bytes
 from gguf_fuse.measuring.timing import interleaved
 from gguf_fuse.models import layer
 from gguf_fuse.models.layer import AttentionLayer, Heads, Projections
-from gguf_fuse.models.names import attention_layers, other_layers
 from gguf_fuse.models.spec import NotModelled
+from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.verifying.structure import Structure, compare_structure
@@ -72,7 +75,7 @@ class Options:
     n_decode: int = 4
     n_seqs: int = 3
     n_kv: int = 1000
-    threads: int = DEFAULT_THREADS
+    threads: int = COMPUTE_THREADS
     seed: int = 0
     structure_only: bool = False
     on_start: OnStart = ignore_start
@@ -186,7 +189,8 @@ def parse_layers(text: str) -> Choice:
 
 def choose_layers(header: Header, choice: Choice) -> list[str]:
     """Names of attention layers. Raises GGUFError for a number that no layer has."""
-    names = attention_layers(header.tensors)
+    scalars = read_tensors(header, fusion.scalar_names(header))
+    names = [found.name for found in fusion.examine(header, scalars, any_architecture=True)]
     if choice.numbers is not None:
         by_number = {int(name.rpartition(".")[2]) for name in names}
         if absent := sorted(choice.numbers - by_number):
@@ -202,7 +206,7 @@ def _not_computed(header: Header, options: Options) -> tuple[LayerReport, ...]:
     if options.structure_only or options.layers.numbers is not None:
         return ()
     note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
-    return tuple(LayerReport(name, {}, note) for name in other_layers(header.tensors))
+    return tuple(LayerReport(name, {}, note) for name in fusion.other_layers(header.tensors))
 
 
 def _n_elements(header: Header, names: Sequence[str]) -> int:
@@ -365,7 +369,7 @@ class _Path:
 
     def decode(self, way: Attend, heads: Heads, cells: Sequence[int]) -> Floats:
         """One token of each sequence, its last cell -> [n_seqs, n_head, 1, head_dim_v]."""
-        filled = attention.padded_positions([cell + 1 for cell in cells], self.k.shape[2])
+        filled = padded_positions([cell + 1 for cell in cells], self.k.shape[2])
         return self.attend(way, heads, self.k, self.v, np.array(cells)[:, None], filled)
 
     def attend(
@@ -380,11 +384,11 @@ class _Path:
         """q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]; as in `attention`."""
         seen = layer.mask(self.layer.spec, q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
         attended = way(heads.q, k, v, seen, self.layer.params)
-        return attended if heads.gate is None else attention.apply_gate(attended, heads.gate)
+        return attended if heads.gate is None else apply_gate(attended, heads.gate)
 
     def largest_score(self, heads: Heads, k: Floats) -> float:
         """Largest scale · Σ|q k| of any query and any cell of k, masked or not."""
-        rows = attention.group_heads(heads.q, k.shape[1])  # [n_seqs, n_head_kv, group, n_tokens, d]
+        rows = group_heads(heads.q, k.shape[1])  # [n_seqs, n_head_kv, group, n_tokens, d]
         largest = 0.0
         for seq, head in itertools.product(range(k.shape[0]), range(k.shape[1])):
             queries = rows[seq, head].reshape(-1, k.shape[3])  # [group * n_tokens, head_dim]
@@ -399,12 +403,12 @@ def _project_exactly(
     """In float64, some rows at a time: a whole weight in float64 would double the memory."""
     doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
     outputs = [
-        attention.project(doubles, part.weight, part.scale, part.bias, clamp)
+        part.project(doubles, clamp)
         for linear in _linears(projections)
         for part in _row_blocks(linear)
     ]
     joined = np.concatenate(outputs, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
-    return attention.split_rows(joined, projections.rows)
+    return split_rows(joined, projections.rows)
 
 
 def _largest_sums(projections: Projections, x: Floats) -> list[float]:
@@ -416,7 +420,7 @@ def _largest_sums(projections: Projections, x: Floats) -> list[float]:
         for part in _row_blocks(linear)
     ]
     joined = np.concatenate(sums, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
-    return [float(np.max(part)) for part in attention.split_rows(joined, projections.rows)]
+    return [float(np.max(part)) for part in split_rows(joined, projections.rows)]
 
 
 def _linears(projections: Projections) -> tuple[Linear, ...]:
@@ -521,10 +525,10 @@ class _Trial:
         return {"projection": worst}
 
     def check_prefill(self, x: Floats) -> dict[str, Check]:
-        positions = attention.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
+        positions = padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
         heads = [path.heads(x, positions) for path in self.paths]
         self.fill_caches(heads)
-        ways = (attention.expanded_attention, attention.attention, _reference)
+        ways = (attend.expanded_attention, attend.attention, _reference)
         plain, fused, exact = (
             path.attend(way, own, own.k, own.v, positions, positions)
             for path, own, way in zip(self.paths, heads, ways, strict=True)
@@ -555,7 +559,7 @@ class _Trial:
             for path, own in zip(self.paths, heads, strict=True):
                 path.store(own, cells)
             plain, fused, exact = heads
-            ways = {_PLAIN: self.plain.decode(attention.expanded_attention, plain, cells)}
+            ways = {_PLAIN: self.plain.decode(attend.expanded_attention, plain, cells)}
             for name, way in self.decodes().items():
                 ways[f"decode_{name}"] = self.fused.decode(way, fused, cells)
             rounding = self.projected + 2 * self.exact.largest_score(exact, self.exact.k)
@@ -568,11 +572,10 @@ class _Trial:
         return [path.heads(x, positions) for path in self.paths]
 
     def decodes(self) -> dict[str, Attend]:
-        split = functools.partial(attention.split_attention, n_threads=self.options.threads)
         return {
-            "expand": attention.expanded_attention,
-            "broadcast": attention.broadcast_attention,
-            "split": split,
+            "expand": attend.expanded_attention,
+            "broadcast": attend.broadcast_attention,
+            "split": functools.partial(split.split_attention, n_threads=self.options.threads),
         }
 
     def timing(self, name: str) -> Timing:
@@ -593,7 +596,7 @@ class _Trial:
 def _reference(
     q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
 ) -> Floats:
-    return attention.reference_attention(q, k, v, mask, params)
+    return attend.reference_attention(q, k, v, mask, params)
 
 
 def _lengths(longest: int, n_seqs: int) -> list[int]:

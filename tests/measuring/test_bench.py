@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
-from typer.testing import CliRunner
 
-from gguf_fuse import attention
-from gguf_fuse.cli import app
+from gguf_fuse.attention import attend, projections, split
 from gguf_fuse.cli.report import projection_verdict
-from gguf_fuse.format.parser import read_header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.header import read_header
 from gguf_fuse.measuring import bench as benchmark
-from gguf_fuse.measuring import timing
-from gguf_fuse.measuring.bench import (
-    Bench,
-    DecodeRow,
-    ProjectionRow,
-    Shape,
-    bench,
-    check_plot,
-    plot,
-    shape_of,
-)
+from gguf_fuse.measuring.bench import DecodeRow, ProjectionRow, Shape, bench, shape_of
 from tests.conftest import blas_threads, fused_copy
+from tests.measuring.conftest import run_bench, some_result
 
 Model = Callable[..., Path]
-
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A benchmark of a moment."""
-    monkeypatch.setattr(benchmark, "N_TOKENS", (1, 3))
-    monkeypatch.setattr(benchmark, "N_KV", (64, 100))
-    monkeypatch.setattr(timing, "BUDGET_S", 0.0)
-    monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 8, (32, 16, 16)))
-
-
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
-
-
-def some_result() -> Bench:
-    projection = (ProjectionRow(1, 1.0, 1.0), ProjectionRow(8, 2.0, 1.0))
-    decode = tuple(DecodeRow(n, 8.0 * n, 2.0 * n, 1.0 * n, 0.5 * n) for n in (512, 1024))
-    return Bench("default shape", Shape(), 2, projection, decode, (2048,))
 
 
 def test_rows_are_what_was_asked_for(short: None) -> None:
@@ -74,7 +39,7 @@ def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> N
     result = replace(some_result(), decode=(row,))
     monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: result)
     monkeypatch.setenv("COLUMNS", str(columns))
-    shown = run().stdout.splitlines()
+    shown = run_bench().stdout.splitlines()
     assert max(map(len, shown)) <= columns
     (line,) = (line.split() for line in shown if line.startswith("65536"))
     assert line in (
@@ -83,18 +48,13 @@ def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> N
     )
 
 
-def test_rows_that_nobody_asked_for() -> None:
-    assert benchmark.N_TOKENS == (1, 8, 64, 512)
-    assert benchmark.N_KV == (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-
-
 WAYS = {  # by what is timed: who is called, and a time to tell them apart
-    "separate": ("project_separate", 1.0),
-    "fused": ("project_fused", 2.0),
-    "expand": ("expanded_attention", 3.0),
-    "broadcast": ("broadcast_attention", 4.0),
-    "split": ("split_attention", 5.0),
-    "stream": ("stream", 6.0),
+    "separate": (projections, "project_separate", 1.0),
+    "fused": (projections, "project_fused", 2.0),
+    "expand": (attend, "expanded_attention", 3.0),
+    "broadcast": (attend, "broadcast_attention", 4.0),
+    "split": (split, "split_attention", 5.0),
+    "stream": (benchmark, "stream", 6.0),
 }
 
 
@@ -103,26 +63,25 @@ def test_every_column_is_what_it_says(
     short: None, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 6, (32, 16, 12)))
-    monkeypatch.setattr(benchmark, "N_KV", (64, 600))  # `attention.attention` would split the 600
+    monkeypatch.setattr(benchmark, "N_KV", (64, 600))  # `attend.attention` would split the 600
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-    for name, _ in WAYS.values():
-        place = benchmark if name == "stream" else attention
+    for module, name, _ in WAYS.values():
 
         def spy(*arguments: Any, _name: str = name, **named: Any) -> None:
             calls.append((_name, arguments, named))
 
-        monkeypatch.setattr(place, name, spy)
+        monkeypatch.setattr(module, name, spy)
 
     def time_nothing(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         assert set(blas_threads()) == {threads}
         for name, way in ways.items():
             way()
-            assert calls[-1][0] == WAYS[name][0]
-        return {name: WAYS[name][1] for name in ways}
+            assert calls[-1][0] == WAYS[name][1]
+        return {name: WAYS[name][2] for name in ways}
 
     monkeypatch.setattr(benchmark, "interleaved", time_nothing)
     with threadpoolctl.threadpool_limits(3, user_api="blas"):
-        outcome = run("--json", "--threads", str(threads))
+        outcome = run_bench("--json", "--threads", str(threads))
     assert outcome.exit_code == 0, outcome.exception
     value = json.loads(outcome.stdout)
     assert value["projection"][1] == asdict(ProjectionRow(3, 1.0, 2.0))
@@ -160,7 +119,7 @@ def test_a_gate_counts_among_the_rows(model: Model) -> None:
 
 
 def test_a_model_without_a_known_shape(model: Model) -> None:
-    outcome = run(model(architecture="bitnet"))
+    outcome = run_bench(model(architecture="bitnet"))
     assert outcome.exit_code == 1
     assert "not modelled" in outcome.stderr
 
@@ -172,34 +131,13 @@ def test_too_long_contexts_are_left_out(short: None, monkeypatch: pytest.MonkeyP
     result = bench(threads=1)
     assert [row.n_kv for row in result.decode] == [64]
     assert result.left_out == (100,)
-    assert "left out, not enough free memory: n_kv 100" in run("--threads", "1").stdout
+    assert "left out, not enough free memory: n_kv 100" in run_bench("--threads", "1").stdout
 
 
 def test_memory_of_a_decode_counts_the_copies() -> None:
     shape = Shape()
     k_and_v = 2 * 4 * shape.n_head_kv * shape.head_dim * 1000
     assert benchmark._decode_bytes(shape, 1000) > k_and_v * (1 + 32 // 8)
-
-
-def test_ways_take_turns() -> None:
-    calls: list[str] = []
-    ways = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    ms = timing.interleaved(ways, budget_s=0.0)
-    assert set(ms) == {"a", "b"}
-    assert calls == list("aabb") * timing.MIN_REPEATS  # each turn: one call to settle, one timed
-
-
-def test_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only the calls move; the first call of each turn, the longest, is no time."""
-    now = 0.0
-    costs = iter([100.0, 1.0, 100.0, 9.0, 100.0, 2.0, 100.0, 30.0, 100.0, 5.0])
-
-    def way() -> None:
-        nonlocal now
-        now += next(costs)
-
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
-    assert timing.interleaved({"a": way}, budget_s=0.0) == {"a": 5000.0}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -230,7 +168,7 @@ def test_streaming_ends_with_its_last_thread(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_json_is_as_documented(short: None) -> None:
-    value = json.loads(run("--json", "--threads", "2").stdout)
+    value = json.loads(run_bench("--json", "--threads", "2").stdout)
     assert set(value) == {"source", "shape", "threads", "projection", "decode", "left_out"}
     assert (value["source"], value["threads"]) == ("default shape", 2)
     shape = benchmark.DEFAULT_SHAPE
@@ -243,7 +181,7 @@ def test_json_is_as_documented(short: None) -> None:
 
 
 def test_table_says_where_fusing_gains_nothing(short: None, model: Model) -> None:
-    outcome = run(model(), "--threads", "1")
+    outcome = run_bench(model(), "--threads", "1")
     assert outcome.exit_code == 0
     for word in ("n_tokens", "separate", "fused", "n_kv", "broadcast", "split", "here, in numpy"):
         assert word in outcome.stdout
@@ -260,87 +198,3 @@ def test_table_says_where_fusing_gains_nothing(short: None, model: Model) -> Non
 def test_the_verdict_follows_the_measurement(separate: tuple[float, float], expected: str) -> None:
     rows = [ProjectionRow(n, ms, 1.0) for n, ms in zip((1, 8), separate, strict=True)]
     assert expected in projection_verdict(rows)
-
-
-def test_plot_without_matplotlib_is_one_line(
-    short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name)
-    )
-    outcome = run("--plot", tmp_path / "decode.png")
-    assert outcome.exit_code == 1
-    assert outcome.stderr.count("\n") == 1
-    assert "gguf-fuse[plot]" in outcome.stderr
-    assert outcome.stdout == ""
-
-
-@pytest.mark.parametrize("name", ["decode.jpg", "decode", "absent/decode.png"])
-def test_plots_that_cannot_be_written(name: str, tmp_path: Path) -> None:
-    with pytest.raises(GGUFError, match=r"must end in|does not exist"):
-        check_plot(tmp_path / name)
-
-
-def test_a_plot_with_too_long_a_name_is_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / ("a" * 300)
-    outcome = run("--plot", folder / "decode.png")
-    assert (outcome.exit_code, outcome.stdout) == (1, "")
-    assert outcome.stderr == f"gguf-fuse: {folder}: File name too long\n"
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_plot_in_place_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(GGUFError, match=r"a\.png: is a folder; --plot wants the name of a file"):
-        plot(some_result(), tmp_path / "a.png")
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_nothing_to_plot(tmp_path: Path) -> None:
-    with pytest.raises(GGUFError, match=r"a\.png: nothing to draw"):
-        plot(replace(some_result(), decode=()), tmp_path / "a.png")
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_a_plot_that_cannot_be_written_loses_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: some_result())
-    outcome = run("--plot", "/proc/self/a.png")
-    assert outcome.exit_code == 1
-    assert "1024" in outcome.stdout
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-@pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
-def test_plot_draws_a_file(tmp_path: Path, name: str, magic: bytes) -> None:
-    plot(some_result(), tmp_path / name)
-    assert (tmp_path / name).read_bytes().startswith(magic)
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_the_command_draws_all_curves(
-    short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from matplotlib.axes import Axes
-
-    result, curves = some_result(), list[tuple[list[float], list[float]]]()
-    draw = Axes.plot
-
-    def spy(axes: Axes, x: Any, y: Any, *arguments: Any, **named: Any) -> Any:
-        curves.append((x, y))
-        return draw(axes, x, y, *arguments, **named)
-
-    monkeypatch.setattr(Axes, "plot", spy)
-    monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: result)
-    assert run("-q", "--plot", tmp_path / "a.svg").exit_code == 0
-    columns = zip(*(asdict(row).values() for row in result.decode), strict=True)
-    n_kv, *times = map(list, columns)
-    assert curves == [(n_kv, column) for column in times]
-    drawn = (tmp_path / "a.svg").read_text()
-    for label in (
-        "K and V expanded to all heads",
-        "broadcast",
-        "split over KV",
-        "merely read once",
-    ):
-        assert f"{label} -->" in drawn  # a text is drawn as curves, with itself as a comment
