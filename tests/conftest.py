@@ -12,7 +12,7 @@ import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.api import Options, Result, fuse, unfuse
-from gguf_fuse.random_model import ModelSpec, write_random_model
+from tests.models.random_model import ModelSpec, write_random_model
 
 # Tests rewrite thousands of small files: none of them has to survive a power failure.
 FAST = Options(sync=False)

@@ -40,8 +40,6 @@ from gguf_fuse.format.header import (
     read_tensors,
 )
 from gguf_fuse.models.layer import Projections, project
-from gguf_fuse.random_architectures import LAYOUTS
-from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.verifying import numbers as checker
 from gguf_fuse.verifying.numbers import (
     Choice,
@@ -54,6 +52,8 @@ from gguf_fuse.verifying.numbers import (
 )
 from gguf_fuse.verifying.structure import compare_structure
 from tests.conftest import blas_threads, fused_copy, gguf_fuse, unfused_copy
+from tests.models.architectures import LAYOUTS
+from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.test_layer import ENCODERS
 
 Model = Callable[..., Path]

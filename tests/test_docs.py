@@ -16,8 +16,8 @@ import pytest
 
 import gguf_fuse
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
-from gguf_fuse.random_architectures import LAYOUTS
-from gguf_fuse.random_model import demo_spec, write_random_model
+from tests.models.architectures import LAYOUTS
+from tests.models.random_model import demo_spec, write_random_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

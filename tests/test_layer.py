@@ -25,7 +25,7 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from gguf_fuse import api as rewrite
-from gguf_fuse import attention, random_model
+from gguf_fuse import attention
 from gguf_fuse.attention import Linear
 from gguf_fuse.format.header import GGUFError, read_header, read_tensors
 from gguf_fuse.models import layer
@@ -34,11 +34,12 @@ from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
 from gguf_fuse.models.spec import NotModelled, Window
 from gguf_fuse.planning.plan import NothingToDo
-from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
-from gguf_fuse.random_model import ModelSpec
 from tests import forward, llama_judge
 from tests.conftest import fused_copy
 from tests.edit import edited, zeros
+from tests.models import random_model
+from tests.models.architectures import LAYOUTS, Layout, Value
+from tests.models.random_model import ModelSpec
 
 EXACT = 5e-5
 GELU = 1e-3

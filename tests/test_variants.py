@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse.random_architectures import LAYOUTS, Layout, Value
 from tests.conftest import fused_copy
 from tests.llama_judge import available, embeddings, log_probabilities
+from tests.models.architectures import LAYOUTS, Layout, Value
 from tests.test_exceptions import HRM
 from tests.test_layer import EXTRA
 

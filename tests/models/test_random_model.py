@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from gguf_fuse.random_architectures import LAYOUTS
-from gguf_fuse.random_model import (
+from tests import llama_judge
+from tests.llama_judge import LoadFailed, log_probabilities, rewrite_with_llama_cpp
+from tests.models.architectures import LAYOUTS
+from tests.models.random_model import (
     ModelSpec,
     data_bytes,
     spec_of_size,
     write_random_model,
 )
-from tests import llama_judge
-from tests.llama_judge import LoadFailed, log_probabilities, rewrite_with_llama_cpp
 
 needs_llama_cpp = pytest.mark.skipif(
     not llama_judge.available(), reason="the judge, xllamacpp, is not installed"
 )
-MAKE_MODEL = Path(__file__).parent.parent / "scripts" / "make_model.py"
+ROOT = Path(__file__).parents[2]
+MAKE_MODEL = ROOT / "scripts" / "make_model.py"
 # Bytes, words, and more of them than any default window.
 PROMPT = [1, 5, 9, 77, 200, 300, 44, 12, 13, 260, 280, 31]
 # Loaders that want Q, K and V in one, apart, and an encoder first.
@@ -238,14 +239,18 @@ def test_memory_stays_small_for_a_large_model(tmp_path: Path) -> None:
         pytest.skip("reads the peak from /proc")  # ru_maxrss would count the parent's too
     program = (
         "import sys, gguf\n"
-        "from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model\n"
+        "from tests.models.random_model import ModelSpec, spec_of_size, write_random_model\n"
         "types = {'*': gguf.GGMLQuantizationType.F16}\n"
         "write_random_model(sys.argv[1], spec_of_size(ModelSpec(types=types), 300_000_000))\n"
         "print(*(line for line in open('/proc/self/status') if 'VmHWM' in line))\n"
     )
     path = tmp_path / "large.gguf"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert path.stat().st_size > 250_000_000
     assert int(done.stdout.split()[1]) * 1024 < 150_000_000

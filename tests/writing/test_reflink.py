@@ -20,10 +20,10 @@ from gguf import GGUFReader
 
 from gguf_fuse.api import Options, Reflink, fuse, unfuse
 from gguf_fuse.format.header import GGUFError, read_header
-from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import PADDING_KEY, Copy, Placement, place
 from tests.conftest import gguf_fuse
+from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.test_fusion import assert_fused, sha256
 
 IMAGE_BYTES = 1400 << 20

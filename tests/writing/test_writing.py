@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from gguf_fuse.api import fuse
 from gguf_fuse.format.header import GGUFError, read_header
-from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import Copy, place
 from tests.conftest import FAST, dry, fused_copy, gguf_fuse
+from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.pack import Tensor, valid
 
 Model = Callable[..., Path]

@@ -17,7 +17,7 @@ Value = bool | int | float | str | Sequence[Any]
 class Layout:
     """What the loader of one architecture reads.
 
-    `layer` lists the tensors of a layer in file order; "|" divides kinds of layers that take
+    `layer` lists the tensors of a layer in file order; "|" divides forms of layers that take
     turns. `@qkv` stands for Q, K and V with all that belongs to them (`@qk`: no V), `@ffn` for a
     gated feed-forward, dense or of experts as the spec asks.
     """
@@ -186,7 +186,7 @@ _BITNET = (
     "ffn_sub_norm.weight"
 )
 
-# No Q, K and V of the usual kind; the first layer is dense.
+# No Q, K and V as elsewhere; the first layer is dense.
 _DEEPSEEK2 = Layout(
     f"{_LATENT} {_DENSE} | {_LATENT} {_PLAIN_SHARED}",
     ne={
@@ -223,7 +223,7 @@ LAYOUTS: dict[str, Layout] = {
         sliding_window=8,
         keys={"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     ),
-    # The pattern is 6 unless the file says otherwise: 2 lets two layers show both kinds.
+    # The pattern is 6 unless the file says otherwise: 2 lets two layers show both forms.
     "gemma3": Layout(
         _GEMMA2,
         outer=_TIED,

@@ -19,10 +19,10 @@ from gguf_fuse.api import fuse
 from gguf_fuse.format.header import read_header, read_tensors
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
-from gguf_fuse.random_model import ModelSpec, write_random_model
 from tests import llama_judge, pack
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, finish, zeros
+from tests.models.random_model import ModelSpec, write_random_model
 
 Model = Callable[..., Path]
 

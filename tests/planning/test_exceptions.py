@@ -21,12 +21,12 @@ from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import ARCHITECTURES
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
-from gguf_fuse.random_architectures import LAYOUTS, Layout
 from gguf_fuse.verifying.numbers import Options as VerifyOptions
 from gguf_fuse.verifying.numbers import verify
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited
 from tests.llama_judge import LoadFailed, available, log_probabilities
+from tests.models.architectures import LAYOUTS, Layout
 
 Model = Callable[..., Path]
 
