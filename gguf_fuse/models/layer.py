@@ -32,13 +32,11 @@ class Projections:
     """Q, K and V of one layer, as the file has them: three weights, or one and where to split."""
 
     rows: Rows
-    separate: tuple[Linear, Linear, Linear] | None  # [rows of each, n_embd]
-    fused: Linear | None  # [q + k + v rows, n_embd]
+    linears: tuple[Linear, ...]  # [rows of each, n_embd], or one [q + k + v rows, n_embd]
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
-        """The weights that there are, in order: three or one."""
-        return self.separate or tuple(filter(None, [self.fused]))
+    def fused(self) -> bool:
+        return len(self.linears) == 1
 
 
 class Norm(NamedTuple):
@@ -78,10 +76,9 @@ def project(
     Through one matrix or three, as the file has them; clamp is `AttentionSpec.clamp`
     (llama-graph.cpp, build_qkv). Raises ValueError if x does not fit.
     """
-    if projections.fused is not None:
-        return attention.project_fused(x, projections.fused, projections.rows, clamp)
-    assert projections.separate is not None
-    q, k, v = projections.separate
+    if projections.fused:
+        return attention.project_fused(x, projections.linears[0], projections.rows, clamp)
+    q, k, v = projections.linears
     return attention.project_separate(x, q, k, v, clamp)
 
 
@@ -174,16 +171,15 @@ def read_projections(
     if fused is not None:
         q_rows, k_rows, v_rows = fused_rows(header, name)
         fused = _with_separate_biases(header, fused, name)
-        return Projections((q_rows, k_rows, v_rows), None, fused)
+        return Projections((q_rows, k_rows, v_rows), (fused,))
     found = [_linear(header, f"{name}.{part}") for part in ATTENTION_PARTS]
     if v_is_k and found[2] is None:
         found[2] = found[1]
-    separate = [linear for linear in found if linear is not None]
-    if len(separate) < len(found):
+    q, k, v = found
+    if q is None or k is None or v is None:
         absent = ATTENTION_PARTS[found.index(None)]
         raise NotModelled(f"{header.path}: {name} has no {absent}.weight of its own")
-    q, k, v = separate
-    return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v), None)
+    return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v))
 
 
 def read_layer(
@@ -247,9 +243,9 @@ def _linear_shapes(place: str, linear: Linear, rows: int, width: int) -> _Shapes
 
 def _shapes(layer: AttentionLayer) -> _Shapes:
     spec, projections = layer.spec, layer.projections
-    separate = projections.separate is not None
-    parts = ATTENTION_PARTS if separate else (FUSED_ATTENTION,)
-    all_rows = spec.rows if separate else (sum(spec.rows),)
+    fused = projections.fused
+    parts = (FUSED_ATTENTION,) if fused else ATTENTION_PARTS
+    all_rows = (sum(spec.rows),) if fused else spec.rows
     for part, linear, rows in zip(parts, projections.linears, all_rows, strict=True):
         yield from _linear_shapes(part, linear, rows, spec.n_embd)
     yield "attn_sinks.weight", layer.params.sinks, [(spec.n_head,)]
@@ -280,7 +276,7 @@ def _require_known(header: Header, spec: AttentionSpec) -> None:
         if layer == spec.name and rest and rest not in known:
             raise NotModelled(
                 f"{header.path}: {tensor.name}: what it does to the attention of "
-                f"{spec.architecture!r} is not modelled"
+                f"{header.architecture!r} is not modelled"
             )
 
 

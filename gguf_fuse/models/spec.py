@@ -47,7 +47,6 @@ class AttentionSpec:
     """
 
     name: str
-    architecture: str
     n_embd: int
     n_head: int
     n_head_kv: int
@@ -117,7 +116,6 @@ def _spec(rules: Rules, keys: Keys, name: str, n_ctx: int | None) -> AttentionSp
     rotates = rules.layout != "none" and rules.rotates(keys.index, window is not None)
     spec = AttentionSpec(
         name=name,
-        architecture=str(keys.header.architecture),
         n_embd=keys.n_embd,
         n_head=keys.n_head,
         n_head_kv=keys.integer("attention.head_count_kv", keys.n_head),

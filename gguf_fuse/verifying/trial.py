@@ -79,33 +79,29 @@ class _Path:
         )  # [n_seqs, n_head_kv, n_cells, head_dim], [..., head_dim_v]
         self.k[:, :, :n_prompt], self.v[:, :, :n_prompt] = heads.k, heads.v
 
-    def store(self, heads: Heads, cells: Sequence[int]) -> None:
-        """One token of each sequence goes into a cell of its own."""
+    def cached(self, heads: Heads, cells: Sequence[int]) -> Heads:
+        """One token of each sequence, stored in its cell -> its Q, with K and V of all cells."""
         for seq, cell in enumerate(cells):
             self.k[seq, :, cell] = heads.k[seq, :, 0]  # [n_head_kv, head_dim]
             self.v[seq, :, cell] = heads.v[seq, :, 0]  # [n_head_kv, head_dim_v]
+        return heads._replace(k=self.k, v=self.v)
 
     def decode(self, way: Attend, heads: Heads, cells: Sequence[int]) -> Floats:
-        """One token of each sequence, its last cell -> [n_seqs, n_head, 1, head_dim_v]."""
+        """What `cached` gives, for the last filled cells -> [n_seqs, n_head, 1, head_dim_v]."""
         filled = attention.padded_positions([cell + 1 for cell in cells], self.k.shape[2])
-        return self.attend(way, heads, self.k, self.v, np.array(cells)[:, None], filled)
+        return self.attend(way, heads, np.array(cells)[:, None], filled)
 
     def attend(
-        self,
-        way: Attend,
-        heads: Heads,
-        k: Floats,
-        v: Floats,
-        q_positions: Positions,
-        k_positions: Positions,
+        self, way: Attend, heads: Heads, q_positions: Positions, k_positions: Positions
     ) -> Floats:
         """q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]; as in `attention`."""
         seen = layer.mask(self.layer.spec, q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
-        attended = way(heads.q, k, v, seen, self.layer.params)
+        attended = way(heads.q, heads.k, heads.v, seen, self.layer.params)
         return attended if heads.gate is None else attention.apply_gate(attended, heads.gate)
 
-    def largest_score(self, heads: Heads, k: Floats) -> float:
-        """Largest scale · Σ|q k| of any query and any cell of k, masked or not."""
+    def largest_score(self, heads: Heads) -> float:
+        """Largest scale · Σ|q k| of any query and any cell, masked or not."""
+        k = heads.k  # [n_seqs, n_head_kv, n_kv, head_dim]
         rows = attention.group_heads(heads.q, k.shape[1])  # [n_seqs, n_head_kv, group, n_tokens, d]
         largest = 0.0
         for seq, head in itertools.product(range(k.shape[0]), range(k.shape[1])):
@@ -248,11 +244,11 @@ class Trial:
             attention.reference_attention,
         )
         plain, fused, exact = (
-            path.attend(way, own, own.k, own.v, positions, positions)
+            path.attend(way, own, positions, positions)
             for path, own, way in zip(self.paths, heads, ways, strict=True)
         )
         gauge = _Gauge()
-        rounding = self.projected + 2 * self.exact.largest_score(heads[2], heads[2].k)
+        rounding = self.projected + 2 * self.exact.largest_score(heads[2])
         gauge.add(exact, {_PLAIN: plain, "prefill": fused}, rounding)
         return gauge.checks()
 
@@ -273,22 +269,19 @@ class Trial:
         gauge = _Gauge()
         for step in range(self.options.n_decode):
             cells = [context + step for context in self.contexts]
-            heads = self.decode_heads(cells)
-            for path, own in zip(self.paths, heads, strict=True):
-                path.store(own, cells)
-            plain, fused, exact = heads
+            plain, fused, exact = self.decode_heads(cells)
             ways = {_PLAIN: self.plain.decode(attention.expanded_attention, plain, cells)}
             for name, way in self.decodes().items():
                 ways[f"decode_{name}"] = self.fused.decode(way, fused, cells)
-            rounding = self.projected + 2 * self.exact.largest_score(exact, self.exact.k)
+            rounding = self.projected + 2 * self.exact.largest_score(exact)
             reference = self.exact.decode(attention.reference_attention, exact, cells)
             gauge.add(reference, ways, rounding)
         return gauge.checks()
 
     def decode_heads(self, cells: Sequence[int]) -> list[Heads]:
-        """One new token of each sequence, at the position of its cell, by every path."""
+        """One new token of each sequence, at the position of its cell, by every path; cached."""
         x, positions = self.activations(1), np.array(cells)[:, None]  # [n_seqs, 1]
-        return [path.heads(x, positions) for path in self.paths]
+        return [path.cached(path.heads(x, positions), cells) for path in self.paths]
 
     def decodes(self) -> dict[str, Attend]:
         split = functools.partial(attention.split_attention, n_threads=self.options.threads)

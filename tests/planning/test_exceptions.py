@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.format.header import read_header, read_tensors
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import ARCHITECTURES
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
-from gguf_fuse.verifying.numbers import Options as VerifyOptions
-from gguf_fuse.verifying.numbers import verify
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited
 from tests.llama_judge import LoadFailed, available, log_probabilities

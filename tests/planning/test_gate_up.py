@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.format.header import GGUFError, read_header, read_tensors
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning import unfuse as unfusion
 from gguf_fuse.planning.fusions import GATE_UP, KINDS, QKV, Kind
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
-from gguf_fuse.verifying.numbers import Options as VerifyOptions
-from gguf_fuse.verifying.numbers import verify
 from gguf_fuse.writing.place import place
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
 from tests.edit import edited, zeros

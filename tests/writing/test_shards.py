@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.api import Options, Result, fuse, unfuse
 from gguf_fuse.format import shards
 from gguf_fuse.format.header import GGUFError
-from gguf_fuse.verifying import numbers as checker
 from gguf_fuse.writing import publish as write
 from tests import llama_judge, pack
 from tests.conftest import FAST, fused_copy, gguf_fuse
@@ -264,7 +264,7 @@ def test_verify_takes_shards_on_either_side(model: Model) -> None:
     fused = [fused_copy(original), kept(parts[0], "fused", len(parts))[1]]
     for before in (original, parts[1]):
         for after in fused:
-            report = checker.verify(before, after)
+            report = verify(before, after)
             assert report.ok, report
             assert report.structure.n_fused > 0 and report.layers
 
@@ -276,7 +276,7 @@ def test_verify_finds_one_byte_in_any_shard(model: Model) -> None:
         data = bytearray(path.read_bytes())
         data[-40] ^= 1
         path.write_bytes(data)
-        report = checker.verify(original, fused[0], checker.Options(structure_only=True))
+        report = verify(original, fused[0], VerifyOptions(structure_only=True))
         (problem,) = report.structure.problems
         assert f"byte {len(data) - 40} of shard {number} of the fused file" in problem
         data[-40] ^= 1
@@ -288,7 +288,7 @@ def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
     n = len(names_of(original))
     fused = kept(in_three(original)[0], "fused", 3)
     other = cut(original, "other", (4, 8, n - 12))
-    report = checker.verify(other[0], fused[0], checker.Options(structure_only=True))
+    report = verify(other[0], fused[0], VerifyOptions(structure_only=True))
     assert [shards.SHARDS_KEY in problem for problem in report.structure.problems] == [True]
 
 
@@ -436,13 +436,13 @@ def test_unusual_sets_come_back(tmp_path: Path, change: Callable[[list[File]], o
     for shard, path in zip(made, paths, strict=True):
         save(shard, path)
     fused = kept(paths[0], "fused", 3)
-    assert checker.verify(paths[2], fused[1], checker.Options(structure_only=True)).ok
+    assert verify(paths[2], fused[1], VerifyOptions(structure_only=True)).ok
     back = kept(fused[2], "back", 3, unfuse)
     assert [sha256(path) for path in back] == [sha256(path) for path in paths]
     for name, limit in (("all.gguf", None), ("cut", 4)):
         fuse(paths[0], str(tmp_path / name), options=replace(FAST, split_max_tensors=limit))
     for path in (tmp_path / "all.gguf", *tmp_path.glob("cut-00002*")):
-        assert checker.verify(paths[0], path, checker.Options(structure_only=True)).ok
+        assert verify(paths[0], path, VerifyOptions(structure_only=True)).ok
 
 
 @pytest.mark.parametrize("given", [0, 1, 2])

@@ -25,6 +25,7 @@ from gguf_fuse.format.header import Header, read_header
 from gguf_fuse.models import layer
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
+from gguf_fuse.planning.unfuse import attention_rows
 
 Activation = Callable[[Floats], Floats]
 
@@ -173,7 +174,7 @@ class Forward:
         }
         names = [f"blk.{i}" for i in range(int(self.numbers("block_count")))]
         self.layers = [
-            self.change(layer.read_layer(self.header, name, self.n_ctx))
+            self.change(layer.read_layer(self.header, name, attention_rows, self.n_ctx))
             if self._has_attention(name)
             else None
             for name in names

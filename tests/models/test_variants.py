@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType as T
 from tests.conftest import fused_copy
 from tests.llama_judge import available, embeddings, log_probabilities
 from tests.models.architectures import LAYOUTS, Layout, Value
+from tests.models.extra_layouts import EXTRA
 from tests.test_exceptions import HRM
-from tests.test_layer import EXTRA
 
 pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
 
