@@ -27,6 +27,8 @@ from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
 from gguf_fuse.planning.unfuse import attention_rows
 
+PROMPT_BLOCK = 2048  # tokens
+
 Activation = Callable[[Floats], Floats]
 
 
@@ -373,11 +375,14 @@ def log_probabilities(
     dtype: type[np.floating[Any]] = np.float32,
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
 ) -> NDArray[np.float32]:
-    """One row after the prompt, one after each further token: [1 + len(continuation), n_vocab]."""
+    """One row after the prompt, one after each further token: [1 + len(continuation), n_vocab].
+
+    A long prompt goes in blocks, so that early tokens are not masked against all later ones.
+    """
     model = Forward(path, n_ctx, dtype, change)
-    rows = [model.log_probabilities(tokens)]
-    rows += [model.log_probabilities([token]) for token in continuation]
-    return np.stack(rows)
+    for start in range(0, len(tokens), PROMPT_BLOCK):
+        row = model.log_probabilities(tokens[start : start + PROMPT_BLOCK])
+    return np.stack([row, *(model.log_probabilities([token]) for token in continuation)])
 
 
 def embeddings(

@@ -79,6 +79,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         fused = _fuse(original, directory / "fused.gguf")
         rng = np.random.default_rng(7)
         tokens = [int(token) for token in rng.integers(3, 259, case.n_prompt + N_DECODE)]
+        tokens[0] = ord("A") + 3  # no part of a character: the judge asks once, not twice
         prompt, continuation = tokens[: case.n_prompt], tokens[case.n_prompt :]
         paths = [path for path in (original, fused) if path is not None]
         rows = judges.map(lambda path: _judge(case, path, prompt, continuation), paths)
