@@ -42,11 +42,15 @@ _VALUES = {
 def typed_values(draw: st.DrawFn) -> tuple[gguf.GGUFValueType, Any, gguf.GGUFValueType | None]:
     """(type, value, element type of an array)."""
     name = draw(st.sampled_from(sorted(_VALUES)))
-    kind = gguf.GGUFValueType[name]
+    value_type = gguf.GGUFValueType[name]
     if draw(st.booleans()):
-        return kind, draw(_VALUES[name]), None
+        return value_type, draw(_VALUES[name]), None
     # gguf-py writes no empty arrays
-    return gguf.GGUFValueType.ARRAY, draw(st.lists(_VALUES[name], min_size=1, max_size=5)), kind
+    return (
+        gguf.GGUFValueType.ARRAY,
+        draw(st.lists(_VALUES[name], min_size=1, max_size=5)),
+        value_type,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,8 +61,8 @@ def test_values_that_gguf_py_wrote(
     path = tmp_path_factory.mktemp("values") / "values.gguf"
     order = gguf.GGUFEndian.BIG if big else gguf.GGUFEndian.LITTLE
     writer = gguf.GGUFWriter(path, "llama", endianess=order)
-    for i, (kind, value, element) in enumerate(values):
-        writer.add_key_value(f"test.{i}", value, kind, element)
+    for i, (value_type, value, element) in enumerate(values):
+        writer.add_key_value(f"test.{i}", value, value_type, element)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

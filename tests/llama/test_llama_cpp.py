@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from tests.compare import PROMPT, assert_judged_equal, needs_llama_cpp
 from tests.conftest import fused_copy
-from tests.llama_judge import LoadFailed, available, log_probabilities
+from tests.edit import bytes_of
+from tests.llama_judge import LoadFailed, log_probabilities
 
-pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
+pytestmark = needs_llama_cpp
 
 Model = Callable[..., Path]
 
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
 
 # What each one stands for.
 WELL_KNOWN: dict[str, dict[str, Any]] = {
@@ -48,21 +49,16 @@ OTHERS = """apertus arcee baichuan chatglm cohere2 command-r deci ernie4_5 exaon
     smollm3 xverse""".split()
 
 
-def assert_judged_equal(original: Path, fused: Path) -> None:
-    before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
-    assert np.isfinite(before).all()
-    assert before.std() > 0.01
-    np.testing.assert_array_equal(before, after)
-
-
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("architecture", WELL_KNOWN)
-def test_identical_log_probabilities(model: Model, architecture: str, kind: str) -> None:
+def test_identical_log_probabilities(model: Model, architecture: str, type_: str) -> None:
     spec = {"architecture": architecture, **WELL_KNOWN[architecture]}
-    original = model(types={"*": TYPES[kind], **F32_ALWAYS}, **spec)
+    original = model(types={"*": TYPES[type_], **F32_ALWAYS}, **spec)
     assert_judged_equal(original, fused_copy(original))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_identical_log_probabilities_of_more_architectures(model: Model, architecture: str) -> None:
     original = model(architecture=architecture)
@@ -83,9 +79,8 @@ def test_identical_log_probabilities_with_equal_scales(model: Model) -> None:
 def test_the_judge_sees_one_changed_weight(model: Model) -> None:
     original = model(types={"*": T.F16})
     fused = fused_copy(original)
-    data = bytearray(fused.read_bytes())
-    data[-2000] ^= 0x40
-    fused.write_bytes(data)
+    with bytes_of(fused) as data:
+        data[-2000] ^= 0x40
     before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
     assert not np.array_equal(before, after)
 

@@ -678,3 +678,17 @@ LAYOUTS: dict[str, Layout] = {
         keys={"attention.relative_buckets_count": 8, "decoder_start_token_id": 0},
     ),
 }
+
+# Not among `LAYOUTS`, of which every one is tried by itself. Two blocks that take turns in six
+# layers: a low one twice, a high one, and all that once more.
+HRM_TEXT = Layout(
+    "@qkv attn_gate.weight attn_output.weight @ffn",
+    outer="token_embd.weight hrm.z_l_init output.weight",
+    ne={"hrm.z_l_init": "n_embd", "attn_gate": "n_embd q"},
+    keys={
+        "block_count": 6,
+        "hrm.layers_per_stack": 1,
+        "hrm.h_cycles": 2,
+        "hrm.l_cycles": 2,
+    },
+)

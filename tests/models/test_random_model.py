@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from tests import llama_judge
+from tests.compare import needs_llama_cpp, sha256
+from tests.edit import finish
 from tests.llama_judge import LoadFailed, log_probabilities, rewrite_with_llama_cpp
 from tests.models.architectures import LAYOUTS
 from tests.models.random_model import (
@@ -24,9 +24,6 @@ from tests.models.random_model import (
     write_random_model,
 )
 
-needs_llama_cpp = pytest.mark.skipif(
-    not llama_judge.available(), reason="the judge, xllamacpp, is not installed"
-)
 ROOT = Path(__file__).parents[2]
 MAKE_MODEL = ROOT / "scripts" / "make_model.py"
 # Bytes, words, and more of them than any default window.
@@ -49,10 +46,6 @@ def tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
 
 def values(tensor: gguf.ReaderTensor) -> np.ndarray:
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- shapes, types, data -----------------------------------------------------------------------
@@ -160,12 +153,12 @@ def test_a_fused_model_has_the_bytes_of_the_separate_one(name: str, tmp_path: Pa
     separate = tensors(write(tmp_path / "separate.gguf", **options))
     fused = tensors(write(tmp_path / "fused.gguf", **options, fused=True))
     for layer in ("blk.0", "blk.1"):
-        for kind in ("weight", "bias"):
+        for suffix in ("weight", "bias"):
             parts = [
-                separate.pop(f"{layer}.attn_{part}.{kind}").data.tobytes()
+                separate.pop(f"{layer}.attn_{part}.{suffix}").data.tobytes()
                 for part in ("q", "k", "v")
             ]
-            assert fused.pop(f"{layer}.attn_qkv.{kind}").data.tobytes() == b"".join(parts)
+            assert fused.pop(f"{layer}.attn_qkv.{suffix}").data.tobytes() == b"".join(parts)
     assert list(separate) == list(fused)
     for tensor_name, tensor in separate.items():
         assert np.array_equal(tensor.data, fused[tensor_name].data)
@@ -174,8 +167,8 @@ def test_a_fused_model_has_the_bytes_of_the_separate_one(name: str, tmp_path: Pa
 @pytest.mark.parametrize(("rule", "n_different"), [("equal", 1), ("unequal", 3)])
 def test_scales_are_equal_or_not(rule: str, n_different: int, tmp_path: Path) -> None:
     found = tensors(write(tmp_path / "model.gguf", scales=rule, input_scales=rule))
-    for kind in ("scale", "input_scale"):
-        names = [f"blk.0.attn_{part}.{kind}" for part in ("q", "k", "v")]
+    for suffix in ("scale", "input_scale"):
+        names = [f"blk.0.attn_{part}.{suffix}" for part in ("q", "k", "v")]
         assert len({found[name].data.tobytes() for name in names}) == n_different
 
 
@@ -213,7 +206,7 @@ def test_big_endian_holds_the_same_numbers(name: str, tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
     one, same, other = (
-        digest(write(tmp_path / f"{n}.gguf", "qwen2", seed=seed, types={"*": Type.Q8_0}))
+        sha256(write(tmp_path / f"{n}.gguf", "qwen2", seed=seed, types={"*": Type.Q8_0}))
         for n, seed in enumerate([7, 7, 8])
     )
     assert one == same != other
@@ -234,6 +227,7 @@ def test_no_two_rows_near_each_other_are_alike(tmp_path: Path) -> None:
     assert len(np.unique(rows[:1021], axis=0)) == 1021
 
 
+@pytest.mark.slow
 def test_memory_stays_small_for_a_large_model(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads the peak from /proc")  # ru_maxrss would count the parent's too
@@ -296,6 +290,7 @@ def test_metadata_can_be_added_replaced_and_left_out(tmp_path: Path) -> None:
 # --- llama.cpp as the judge --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("architecture", sorted(set(LAYOUTS) - ONLY_FUSED - {"t5"}))
 def test_llama_cpp_loads_it(architecture: str, tmp_path: Path) -> None:
@@ -336,6 +331,7 @@ def test_a_crash_is_a_result(tmp_path: Path) -> None:
     assert crash.value.signal in ("SIGSEGV", "SIGBUS", "SIGABRT")
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize(
     "options",
@@ -367,6 +363,7 @@ def test_llama_cpp_loads_variants(options: dict[str, Any], tmp_path: Path) -> No
     assert np.isfinite(rows).all()
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 def test_a_large_vocabulary_is_a_real_one(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", n_vocab=128256, n_embd=32, n_layer=1, n_head=2)
@@ -405,10 +402,7 @@ def test_a_lora_adapter_changes_the_separate_model_and_is_refused_by_the_fused(
         name = f"blk.{layer}.attn_q.weight.lora_"
         writer.add_tensor(name + "a", rng.standard_normal((4, 64), dtype=np.float32))
         writer.add_tensor(name + "b", rng.standard_normal((64, 4), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     separate = write(tmp_path / "separate.gguf")
     plain = log_probabilities(separate, PROMPT, n_predict=0)
     adapted = log_probabilities(separate, PROMPT, n_predict=0, lora=adapter)
@@ -433,7 +427,7 @@ def test_llama_cpp_refuses_what_is_no_model(tmp_path: Path) -> None:
 def test_llama_cpp_would_write_the_same_bytes(alignment: int, tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", "qwen3", alignment=alignment, types={"*": Type.Q8_0})
     rewrite_with_llama_cpp(path, tmp_path / "copy.gguf")
-    assert digest(path) == digest(tmp_path / "copy.gguf")
+    assert sha256(path) == sha256(tmp_path / "copy.gguf")
 
 
 # --- the script --------------------------------------------------------------------------------
@@ -465,7 +459,7 @@ def test_the_script_writes_what_its_options_say(tmp_path: Path) -> None:
         seed=5,
     )
     write_random_model(tmp_path / "twin.gguf", spec)
-    assert digest(out) == digest(tmp_path / "twin.gguf")
+    assert sha256(out) == sha256(tmp_path / "twin.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "twin.gguf"]
 
 

@@ -18,9 +18,8 @@ from gguf import GGMLQuantizationType as T
 
 from tests.conftest import fused_copy
 from tests.llama_judge import available, embeddings, log_probabilities
-from tests.models.architectures import LAYOUTS, Layout, Value
+from tests.models.architectures import HRM_TEXT, LAYOUTS, Layout, Value
 from tests.models.extra_layouts import EXTRA
-from tests.test_exceptions import HRM
 
 pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
 
@@ -285,8 +284,8 @@ VARIANTS: dict[str, Variant] = {
         Layout(_LLAMA, keys={"num_loops": 2}),
         {"scales": "equal", "types": {"blk.1.attn_v.weight": T.F16}},
     ),
-    "hrm_text": Variant("hrm_text", HRM, {"bias": True}),
-    "hrm_text, mixed": Variant("hrm_text", HRM, {"types": {"blk.1.attn_v.weight": T.F16}}),
+    "hrm_text": Variant("hrm_text", HRM_TEXT, {"bias": True}),
+    "hrm_text, mixed": Variant("hrm_text", HRM_TEXT, {"types": {"blk.1.attn_v.weight": T.F16}}),
     "mimo2, a scale of V": Variant("mimo2", _MIMO2_SCALED, {"bias": True}),
     "mimo2, a scale of V, no flash": Variant("mimo2", _MIMO2_SCALED, judge=_NO_FLASH),
     # A quantized cache turns Q, K and V, which may be views of the fused result.

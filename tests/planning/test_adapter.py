@@ -20,34 +20,32 @@ from gguf import GGMLQuantizationType as T
 
 from gguf_fuse.planning.adapter import fused_rank
 from gguf_fuse.planning.fuse import NothingToDo, Refused
-from tests.conftest import fused_copy, gguf_fuse, unfused_copy
-from tests.edit import edited, zeros
-from tests.llama_judge import LoadFailed, available, log_probabilities
-from tests.test_fusion import sha256
-
-needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
+from tests.compare import PROMPT, needs_llama_cpp, sha256
+from tests.conftest import fused_copy, unfused_copy
+from tests.edit import edited, finish, zeros
+from tests.llama_judge import LoadFailed, log_probabilities
+from tests.server import Run
 
 Model = Callable[..., Path]
 Make = Callable[..., Path]
 
 N_EMBD, ROWS = 64, {"q": 64, "k": 32, "v": 32}
 BASE = {"n_embd": N_EMBD, "n_head": 4, "n_head_kv": 2, "n_layer": 2}
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
 
 TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16}
 
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Make:
-    """Write an adapter: lora(ranks={"q": 4, "k": 4, "v": 4}, kind=T.F16, alpha=8.0, ...)."""
+    """Write an adapter: lora(ranks={"q": 4, "k": 4, "v": 4}, type=T.F16, alpha=8.0, ...)."""
 
     def make(
         name: str = "lora.gguf",
         *,
         ranks: Mapping[str, int] | None = None,
         layers: Mapping[int, Mapping[str, int]] | None = None,
-        kind: T = T.F32,
-        kinds: Mapping[str, T] | None = None,
+        type: T = T.F32,
+        types: Mapping[str, T] | None = None,
         alpha: float | None = 8.0,
         output: bool = True,
         size: float = 0.3,
@@ -69,7 +67,7 @@ def lora(tmp_path: Path) -> Make:
                 weight = f"blk.{layer}.attn_{part}.weight"
                 for end, shape in (("a", (rank, N_EMBD)), ("b", (n_rows, rank))):
                     values = size * rng.standard_normal(shape, dtype=np.float32)
-                    chosen = (kinds or {}).get(f"{part}.{end}", kind)
+                    chosen = (types or {}).get(f"{part}.{end}", type)
                     data = gguf.quants.quantize(values, chosen)
                     if big_endian and chosen == T.BF16:  # bytes to gguf-py, which leaves them
                         data = data.view(np.uint16).byteswap().view(np.uint8)
@@ -77,10 +75,7 @@ def lora(tmp_path: Path) -> Make:
                         blocks = data.reshape(-1, 34)
                         blocks[:, :2] = blocks[:, 1::-1]
                     writer.add_tensor(f"{weight}.lora_{end}", data, raw_dtype=chosen)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return tmp_path / name
 
     return make
@@ -131,11 +126,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_log_probabilities_agree(model: Model, lora: Make, kind: str, case: dict[str, Any]) -> None:
-    separate, adapter = model(types={"*": TYPES[kind]}, **BASE), lora(kind=TYPES[kind], **case)
+@pytest.mark.parametrize("type_", ["F32", "F16"])
+def test_log_probabilities_agree(
+    model: Model, lora: Make, type_: str, case: dict[str, Any]
+) -> None:
+    separate, adapter = model(types={"*": TYPES[type_]}, **BASE), lora(type=TYPES[type_], **case)
     fused = fused_copy(separate)
     exact: dict[str, Any] = {"cache_type": "f32", "flash_attention": "off"}
     plain = log_probabilities(separate, PROMPT, **exact)
@@ -149,16 +147,16 @@ def test_log_probabilities_agree(model: Model, lora: Make, kind: str, case: dict
     # Measured: equal bit for bit where factors are powers of two, else 7e-6 at most for F32. Where
     # an F16 B becomes F32, llama.cpp no longer rounds what it multiplies to F16: up to 1.3e-2.
     odd = case.get("ranks", {}).get("k") == 6 and case.get("alpha", 8.0)
-    np.testing.assert_allclose(after, before, atol=3e-2 if odd and kind == "F16" else 5e-5)
+    np.testing.assert_allclose(after, before, atol=3e-2 if odd and type_ == "F16" else 5e-5)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("big_endian", [False, True], ids=["little", "big"])
 def test_way_back(
-    model: Model, lora: Make, case: dict[str, Any], kind: str, big_endian: bool
+    model: Model, lora: Make, case: dict[str, Any], type_: str, big_endian: bool
 ) -> None:
-    base, adapter = model(**BASE), lora(kind=TYPES[kind], big_endian=big_endian, **case)
+    base, adapter = model(**BASE), lora(type=TYPES[type_], big_endian=big_endian, **case)
     fused = fused_copy(adapter, base=base)
     assert sha256(unfused_copy(fused)) == sha256(adapter)
     if not big_endian and "layers" not in case:
@@ -171,22 +169,22 @@ def types_of(path: Path) -> dict[str, T]:
     return {t.name.split(".", 2)[2]: t.tensor_type for t in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES.keys())
-def test_types_are_kept(lora: Make, kind: T) -> None:
-    types = types_of(fused_copy(lora(kind=kind)))
-    assert types["attn_qkv.weight.lora_a"] == types["attn_qkv.weight.lora_b"] == kind
+@pytest.mark.parametrize("type_", TYPES.values(), ids=TYPES.keys())
+def test_types_are_kept(lora: Make, type_: T) -> None:
+    types = types_of(fused_copy(lora(type=type_)))
+    assert types["attn_qkv.weight.lora_a"] == types["attn_qkv.weight.lora_b"] == type_
 
 
 @pytest.mark.parametrize(
     ("case", "a", "b"),
     [
-        ({"kind": T.F16, "size": 12000.0}, T.F16, T.F32),  # times 4 overflows F16
-        ({"kind": T.F16, "ranks": {"q": 8, "k": 6, "v": 6}}, T.F16, T.F32),  # not a power of two
-        ({"kinds": {"k.a": T.F16, "v.b": T.BF16}}, T.F32, T.F32),
-        ({"kind": T.F16, "kinds": {"v.a": T.BF16}}, T.F32, T.F16),
-        ({"kind": T.F16, "kinds": {"q.a": T.Q8_0, "k.a": T.Q8_0, "v.a": T.Q8_0}}, T.Q8_0, T.F16),
-        ({"kind": T.F16, "kinds": {"q.a": T.Q8_0}}, T.F32, T.F16),
-        ({"kind": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False}, T.Q8_0, T.F32),
+        ({"type": T.F16, "size": 12000.0}, T.F16, T.F32),  # times 4 overflows F16
+        ({"type": T.F16, "ranks": {"q": 8, "k": 6, "v": 6}}, T.F16, T.F32),  # not a power of two
+        ({"types": {"k.a": T.F16, "v.b": T.BF16}}, T.F32, T.F32),
+        ({"type": T.F16, "types": {"v.a": T.BF16}}, T.F32, T.F16),
+        ({"type": T.F16, "types": {"q.a": T.Q8_0, "k.a": T.Q8_0, "v.a": T.Q8_0}}, T.Q8_0, T.F16),
+        ({"type": T.F16, "types": {"q.a": T.Q8_0}}, T.F32, T.F16),
+        ({"type": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False}, T.Q8_0, T.F32),
     ],
 )
 def test_types_that_become_f32_and_the_way_back(
@@ -203,8 +201,8 @@ def test_types_that_become_f32_and_the_way_back(
 @pytest.mark.parametrize(
     "case",
     [
-        {"kind": T.F16, "kinds": {"q.a": T.Q8_0}},
-        {"kind": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False},
+        {"type": T.F16, "types": {"q.a": T.Q8_0}},
+        {"type": T.Q8_0, "ranks": {"q": 32, "k": 32, "v": 64}, "output": False},
     ],
     ids=["A", "B"],
 )
@@ -240,11 +238,11 @@ def test_what_is_not_attention_is_copied(lora: Make) -> None:
             assert after.fields[key].contents() == field.contents()
 
 
-def test_verify_is_not_what_comes_next(lora: Make, tmp_path: Path) -> None:
+def test_verify_is_not_what_comes_next(lora: Make, tmp_path: Path, run: Run) -> None:
     """It compares models: the command would fail."""
-    done = gguf_fuse("fuse", lora(), tmp_path / "out.gguf")
-    assert done.returncode == 0
-    assert "next:" not in done.stdout
+    done = run("fuse", lora(), tmp_path / "out.gguf")
+    assert done.code == 0
+    assert "next:" not in done.out
 
 
 def test_fused_layers_of_the_base_alone_are_fused(model: Model, lora: Make) -> None:
@@ -277,24 +275,24 @@ def test_rows_of_a_missing_part_follow_from_other_layers(lora: Make) -> None:
     assert_same_delta(adapter, fused, 1e-13)
 
 
-def test_json(lora: Make, tmp_path: Path) -> None:
-    adapter = lora(kind=T.F16)
-    done = gguf_fuse("fuse", adapter, tmp_path / "out.gguf", "--json")
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+def test_json(lora: Make, tmp_path: Path, run: Run) -> None:
+    adapter = lora(type=T.F16)
+    done = run("fuse", adapter, tmp_path / "out.gguf", "--json")
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
     assert (answer["architecture"], answer["fused"], answer["skipped"]) == ("llama", 2, 0)
     assert (answer["tensors_in"], answer["tensors_out"]) == (16, 8)
     first = {"layer": "blk.0", "status": "fused", "reason": None}
     assert answer["layers"][0] == first | {"types": ["F16"] * 3, "rows": [64, 32, 32]}
-    inspected = json.loads(gguf_fuse("inspect", adapter, "--json").stdout)
+    inspected = json.loads(run("inspect", adapter, "--json").out)
     assert [layer["status"] for layer in inspected["layers"]] == ["fusable"] * 2
-    inspected = json.loads(gguf_fuse("inspect", tmp_path / "out.gguf", "--json").stdout)
+    inspected = json.loads(run("inspect", tmp_path / "out.gguf", "--json").out)
     assert [layer["status"] for layer in inspected["layers"]] == ["fused"] * 2
 
 
-def test_inspect_says_why_a_loader_keeps_it_separate(lora: Make) -> None:
+def test_inspect_says_why_a_loader_keeps_it_separate(lora: Make, run: Run) -> None:
     adapter = lora(architecture="bitnet")
-    layers = json.loads(gguf_fuse("inspect", adapter, "--json").stdout)["layers"]
+    layers = json.loads(run("inspect", adapter, "--json").out)["layers"]
     reason = "llama.cpp's loader for bitnet needs separate Q, K and V"
     assert [(layer["status"], layer["reason"]) for layer in layers] == [("separate", reason)] * 2
 
@@ -326,9 +324,9 @@ def test_values_that_would_overflow_are_refused(lora: Make) -> None:
         fused_copy(lora(size=5e37))
 
 
-def test_pipe(lora: Make, tmp_path: Path) -> None:
+def test_pipe(lora: Make, tmp_path: Path, run: Run) -> None:
     adapter = lora()
-    assert gguf_fuse("fuse", adapter, tmp_path / "out.gguf").returncode == 0
+    assert run("fuse", adapter, tmp_path / "out.gguf").code == 0
     with (tmp_path / "piped.gguf").open("wb") as pipe:
         command = [sys.executable, "-m", "gguf_fuse", "fuse", str(adapter), "-"]
         subprocess.run(command, stdout=pipe, check=True)

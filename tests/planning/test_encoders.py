@@ -23,10 +23,11 @@ from gguf_fuse.api import fuse
 from gguf_fuse.planning.loaders import PROJECTORS, Loader, projector
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import llama_judge
-from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
-from tests.edit import edited
+from tests.compare import assert_fused, needs_llama_cpp, sha256
+from tests.conftest import dry, fused_copy, unfused_copy
+from tests.edit import edited, finish
 from tests.pack import STRING, UINT32, File, Pair, Tensor, tensor
-from tests.test_fusion import assert_fused, sha256
+from tests.server import Run
 
 N_EMBD, N_HEAD = 64, 4
 LONG = {"v": "vision", "a": "audio"}
@@ -118,11 +119,11 @@ def test_biases_and_norms_of_a_head(
         (Encoder("internvl", norm=N_EMBD), "attn_q_norm has 64 elements, not one head's 16"),
     ],
 )
-def test_layers_that_are_left(tmp_path: Path, encoder: Encoder, reason: str) -> None:
+def test_layers_that_are_left(tmp_path: Path, encoder: Encoder, reason: str, run: Run) -> None:
     original = save(tmp_path, {"v": encoder})
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf", "--json")
-    assert done.returncode == 3
-    layers = json.loads(done.stdout)["layers"]
+    done = run("fuse", original, tmp_path / "out.gguf", "--json")
+    assert done.code == 3
+    layers = json.loads(done.out)["layers"]
     assert [layer["layer"] for layer in layers] == ["v.blk.0", "v.blk.1"]
     assert all(reason in layer["reason"] for layer in layers)
     assert list(tmp_path.iterdir()) == [original]
@@ -166,8 +167,6 @@ def test_qwen25o_is_two_types() -> None:
 
 # -- in llama.cpp -------------------------------------------------------------------------------
 
-needs_llama_cpp = pytest.mark.skipif(not llama_judge.available(), reason="no xllamacpp")
-
 N_PATCH = 4  # in each direction, of 8 x 8 pixels
 # Tensors behind the layers, by projector type: shapes in numpy's order, the text model's width 64.
 HEADS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -195,12 +194,12 @@ HEADS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-def vision_shapes(kind: str, norm: int | None) -> dict[str, tuple[int, ...]]:
+def vision_shapes(projector: str, norm: int | None) -> dict[str, tuple[int, ...]]:
     """Tensors of a small encoder, shapes in numpy's order. norm: elements of Q's and K's norm."""
     n, n_ff = N_EMBD, 96
     shapes: dict[str, tuple[int, ...]] = {
         "v.patch_embd.weight": (n, 3, 8, 8),
-        "v.position_embd.weight": (N_PATCH**2 + (kind == "internvl"), n),
+        "v.position_embd.weight": (N_PATCH**2 + (projector == "internvl"), n),
     }
     for layer in range(2):
         block = f"v.blk.{layer}."
@@ -212,16 +211,16 @@ def vision_shapes(kind: str, norm: int | None) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{block}ffn_down.weight": (n, n_ff), f"{block}ffn_down.bias": (n,)}
         if norm:
             shapes |= {f"{block}attn_{part}_norm.weight": (norm,) for part in "qk"}
-    return shapes | {"v.post_ln.weight": (n,), "v.post_ln.bias": (n,)} | HEADS[kind]
+    return shapes | {"v.post_ln.weight": (n,), "v.post_ln.bias": (n,)} | HEADS[projector]
 
 
 def write_vision_model(
-    path: Path, kind: str, norm: int | None = None, *, fused: bool = False
+    path: Path, projector: str, norm: int | None = None, *, fused: bool = False
 ) -> Path:
     """A random encoder. fused: Q, K and V as one tensor from the start."""
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", kind)
+    writer.add_string("clip.projector_type", projector)
     writer.add_bool("clip.use_gelu", True)
     for key, value in {
         "embedding_length": N_EMBD,
@@ -240,7 +239,7 @@ def write_vision_model(
         writer.add_array(f"clip.vision.{key}", [0.5, 0.5, 0.5])
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, shape in vision_shapes(kind, norm).items():
+    for name, shape in vision_shapes(projector, norm).items():
         scale = 0.1 if len(shape) == 1 else float(np.prod(shape[1:])) ** -0.5
         values = scale * rng.standard_normal(shape, dtype=np.float32)
         is_norm = len(shape) == 1 and name.endswith("weight")
@@ -251,10 +250,7 @@ def write_vision_model(
             tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
     for name, data in tensors.items():
         writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -265,22 +261,23 @@ def png(seed: int) -> bytes:
     rows = rng.integers(0, 256, (n, 3 * n), dtype=np.uint8)
     pixels = b"".join(b"\0" + row.tobytes() for row in rows)
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
 
     head = struct.pack(">IIBBBBB", n, n, 8, 2, 0, 0, 0)
     parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("norm", [None, N_EMBD // N_HEAD])
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", HEADS)
 def test_identical_log_probabilities_after_an_image(
-    model: Callable[..., Path], tmp_path: Path, kind: str, norm: int | None
+    model: Callable[..., Path], tmp_path: Path, name: str, norm: int | None
 ) -> None:
-    text, separate = model(n_embd=64), write_vision_model(tmp_path / "mmproj.gguf", kind, norm)
+    text, separate = model(n_embd=64), write_vision_model(tmp_path / "mmproj.gguf", name, norm)
     fused = fused_copy(separate)
     assert_fused(separate, fused)
     before = llama_judge.image_log_probabilities(text, separate, png(1))
@@ -305,11 +302,12 @@ def test_why_a_norm_over_all_heads_is_left(model: Callable[..., Path], tmp_path:
     assert caught.value.signal == "SIGABRT"
 
 
+@pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_a_norm_of_q_or_k_alone(
-    model: Callable[..., Path], tmp_path: Path, part: str, kind: str
+    model: Callable[..., Path], tmp_path: Path, part: str, name: str
 ) -> None:
     """The norm of Q decides whether K is normed head by head, but not beside fused ones."""
 
@@ -322,8 +320,8 @@ def test_a_norm_of_q_or_k_alone(
         return llama_judge.image_log_probabilities(text, path, png(1))
 
     text, norm = model(n_embd=64), N_EMBD // N_HEAD
-    separate = only(write_vision_model(tmp_path / "mmproj.gguf", kind, norm))
-    fused = only(write_vision_model(tmp_path / "fused.gguf", kind, norm, fused=True))
+    separate = only(write_vision_model(tmp_path / "mmproj.gguf", name, norm))
+    fused = only(write_vision_model(tmp_path / "fused.gguf", name, norm, fused=True))
     if part == "q":
         np.testing.assert_array_equal(judged(separate), judged(fused))
         np.testing.assert_array_equal(judged(separate), judged(fused_copy(separate)))

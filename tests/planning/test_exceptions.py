@@ -5,7 +5,6 @@ What is fused and what is left, llama.cpp's judgement, and the way back, bit for
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +21,13 @@ from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import ARCHITECTURES
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
+from tests.compare import PROMPT, assert_judged_equal, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, unfused_copy
-from tests.edit import edited
+from tests.edit import edited, tensors_in
 from tests.llama_judge import LoadFailed, available, log_probabilities
-from tests.models.architectures import LAYOUTS, Layout
+from tests.models.architectures import HRM_TEXT, LAYOUTS
 
 Model = Callable[..., Path]
-
-needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
-
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def assert_sound(original: Path, fused: Path) -> None:
@@ -43,10 +35,7 @@ def assert_sound(original: Path, fused: Path) -> None:
     assert verify(original, fused, VerifyOptions(structure_only=True)).ok
     assert sha256(unfused_copy(fused)) == sha256(original)
     if available():
-        before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
-        assert np.isfinite(before).all()
-        assert before.std() > 0.01
-        np.testing.assert_array_equal(before, after)
+        assert_judged_equal(original, fused)
 
 
 def found(path: Path, **kwargs: Any) -> dict[str, str | None]:
@@ -81,12 +70,12 @@ LAYERED: dict[str, tuple[int, dict[str, str | None]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("type_", ["F32", "Q8_0"])
 @pytest.mark.parametrize("architecture", LAYERED)
-def test_layer_by_layer(model: Model, architecture: str, kind: str) -> None:
+def test_layer_by_layer(model: Model, architecture: str, type_: str) -> None:
     n_layer, expected = LAYERED[architecture]
     # F32 in every file: what state spaces and the streams of gemma3n are made of.
-    types = {"*": T[kind], "*.ssm_*": T.F32, "*.shortconv.conv*": T.F32, "*.altup*": T.F32}
+    types = {"*": T[type_], "*.ssm_*": T.F32, "*.shortconv.conv*": T.F32, "*.altup*": T.F32}
     original = model(architecture=architecture, n_layer=n_layer, types=types)
     assert found(original) == expected
     fused = fused_copy(original)
@@ -138,20 +127,16 @@ DIFFER = "scales differ: a fused tensor has one"
 NVFP4 = {"*.attn_*.weight": T.NVFP4}
 
 
-def equalize(path: Path, layer: int, kind: str = "scale") -> None:
+def equalize(path: Path, layer: int, suffix: str = "scale") -> None:
     """Give K and V of one layer the scale of Q, in the file."""
-    reader = gguf.GGUFReader(path, "r+")
-    scales = {tensor.name: tensor.data for tensor in reader.tensors}
-    for part in "kv":
-        scales[f"blk.{layer}.attn_{part}.{kind}"][:] = scales[f"blk.{layer}.attn_q.{kind}"]
-    reader.data.flush()  # type: ignore[attr-defined]
+    with tensors_in(path) as scales:
+        for part in "kv":
+            scales[f"blk.{layer}.attn_{part}.{suffix}"][:] = scales[f"blk.{layer}.attn_q.{suffix}"]
 
 
 def set_scale(path: Path, name: str, value: float) -> None:
-    reader = gguf.GGUFReader(path, "r+")
-    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == name)
-    tensor.data[:] = value
-    reader.data.flush()  # type: ignore[attr-defined]
+    with tensors_in(path) as scales:
+        scales[name][:] = value
 
 
 @pytest.mark.parametrize("types", [{}, {"*": T.Q4_0}, NVFP4], ids=["F32", "Q4_0", "NVFP4"])
@@ -248,20 +233,6 @@ def test_what_those_loaders_do_with_separate_scales(
     np.testing.assert_array_equal(log_probabilities(original, PROMPT), before)
 
 
-# Two blocks that take turns in six layers: a low one twice, a high one, and all that once more.
-HRM = Layout(
-    "@qkv attn_gate.weight attn_output.weight @ffn",
-    outer="token_embd.weight hrm.z_l_init output.weight",
-    ne={"hrm.z_l_init": "n_embd", "attn_gate": "n_embd q"},
-    keys={
-        "block_count": 6,
-        "hrm.layers_per_stack": 1,
-        "hrm.h_cycles": 2,
-        "hrm.l_cycles": 2,
-    },
-)
-
-
 @needs_llama_cpp
 @pytest.mark.parametrize("layer", [0, 1])
 def test_scales_of_layers_that_stand_for_others(
@@ -270,7 +241,7 @@ def test_scales_of_layers_that_stand_for_others(
     """hrm_text's loader seeks the second block's scales by the form of the first: with one of the
     two fused it finds too few tensors, so that a mixed file must stay as it is.
     """
-    monkeypatch.setitem(LAYOUTS, "hrm_text", HRM)
+    monkeypatch.setitem(LAYOUTS, "hrm_text", HRM_TEXT)
     types = {f"blk.{layer}.attn_v.weight": T.F16}
     without_scales = model(architecture="hrm_text", types=types)
     assert_sound(without_scales, fused_copy(without_scales))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,43 +18,12 @@ from gguf_fuse.format.header import read_header, read_tensors
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import llama_judge, pack
+from tests.compare import assert_fused, metadata, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, unfused_copy
-from tests.edit import edited, finish, zeros
+from tests.edit import edited, shuffled, zeros
 from tests.models.random_model import ModelSpec, write_random_model
 
 Model = Callable[..., Path]
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
-    """All that gguf-py sees, without the record of the fusion."""
-    pseudo = {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
-    return {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if key not in pseudo and not key.startswith("gguf_fuse.")
-    }
-
-
-def assert_fused(original: Path, fused: Path) -> None:
-    """gguf-py reads the same metadata, and data that is the concatenation or untouched."""
-    before, after = gguf.GGUFReader(original), gguf.GGUFReader(fused)
-    assert metadata(before) == metadata(after)
-    old = {tensor.name: tensor for tensor in before.tensors}
-    for tensor in after.tensors:
-        if ".attn_qkv." not in tensor.name or tensor.name in old:
-            parts = [old.pop(tensor.name)]
-        else:
-            parts = [old.pop(tensor.name.replace("qkv", part)) for part in "qkv"]
-        expected = [part.data for part in parts]
-        if tensor.name.endswith("scale"):
-            expected = expected[:1]
-        assert {part.tensor_type for part in parts} == {tensor.tensor_type}
-        np.testing.assert_array_equal(tensor.data, np.concatenate(expected))
-    assert not old
 
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -87,7 +54,7 @@ def test_fuse_and_way_back(model: Model, spec: dict[str, Any]) -> None:
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
-@pytest.mark.skipif(not llama_judge.available(), reason="xllamacpp is not installed")
+@needs_llama_cpp
 def test_way_back_of_a_file_that_llama_cpp_wrote(model: Model, tmp_path: Path) -> None:
     written = tmp_path / "llama.cpp.gguf"
     llama_judge.rewrite_with_llama_cpp(model(architecture="qwen2", n_head_kv=2), written)
@@ -113,26 +80,12 @@ def test_any_order_of_tensors_comes_back(
         n_vocab=262,
     )
     write_random_model(folder / "model.gguf", spec)
-    shuffled = folder / "shuffled.gguf"
+    mixed = folder / "shuffled.gguf"
     seed = data.draw(st.integers(0, 2**32))
-    write_shuffled(folder / "model.gguf", shuffled, seed)
-    fused = fused_copy(shuffled)
-    assert_fused(shuffled, fused)
-    assert sha256(unfused_copy(fused)) == sha256(shuffled)
-
-
-def write_shuffled(source: Path, target: Path, seed: int) -> None:
-    """The same model with its tensors in another order, by gguf-py."""
-    reader = gguf.GGUFReader(source)
-    alignment = int(reader.alignment)
-    writer = gguf.GGUFWriter(target, "llama")
-    writer.add_custom_alignment(alignment)
-    writer.add_block_count(3)
-    tensors = list(reader.tensors)
-    random.Random(seed).shuffle(tensors)
-    for tensor in tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    finish(writer)
+    shuffled(folder / "model.gguf", mixed, seed)
+    fused = fused_copy(mixed)
+    assert_fused(mixed, fused)
+    assert sha256(unfused_copy(fused)) == sha256(mixed)
 
 
 # -- layers that are left ------------------------------------------------------------------------
@@ -271,10 +224,10 @@ def test_biases_in_blocks_are_left(tmp_path: Path) -> None:
     assert reasons(path) == ["biases of Q4_0 come in blocks", None]
 
 
-@pytest.mark.parametrize("kind", ["scales", "input_scales"])
-def test_unequal_scales_are_left(model: Model, kind: str) -> None:
-    name = kind.removesuffix("s")
-    assert reasons(model(**{kind: "unequal"})) == [f"{name}s differ: a fused tensor has one"] * 2
+@pytest.mark.parametrize("scales", ["scales", "input_scales"])
+def test_unequal_scales_are_left(model: Model, scales: str) -> None:
+    name = scales.removesuffix("s")
+    assert reasons(model(**{scales: "unequal"})) == [f"{name}s differ: a fused tensor has one"] * 2
 
 
 @pytest.mark.parametrize("name", ["mimo2", "gemma3n", "hrm_text", "kimi-linear"])

@@ -4,7 +4,6 @@ and llama.cpp's judgement.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -26,15 +25,15 @@ from gguf_fuse.planning.fusions import GATE_UP, KINDS, QKV, Kind
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from gguf_fuse.writing.place import place
+from tests.compare import PROMPT, assert_fused, assert_judged_equal, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy
-from tests.edit import edited, zeros
+from tests.edit import bytes_of, edited, tensors_in, zeros
 from tests.llama_judge import LoadFailed, available, log_probabilities
+from tests.server import Run
 
 Model = Callable[..., Path]
 
-needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
 
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
 READERS = sorted(n for n, row in ARCHITECTURES.items() if row.gate_up.loader is Loader.READS_FUSED)
 # What stays F32 in every file of that architecture.
 F32_ALWAYS = {"*.ssm_*": T.F32, "*hc_*": T.F32}
@@ -43,30 +42,9 @@ BOTH = (QKV, GATE_UP)
 KINDS_TO_FUSE = {"gate and up": (GATE_UP,), "both": BOTH}
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def experts(architecture: str = "qwen35moe", **spec: Any) -> dict[str, Any]:
     """A model with experts that its loader reads fused."""
     return {"architecture": architecture, "n_expert": 4, **spec}
-
-
-def assert_fused(original: Path, fused: Path) -> None:
-    """gguf-py reads data that is joined, or untouched."""
-    old = {tensor.name: tensor for tensor in gguf.GGUFReader(original).tensors}
-    for tensor in gguf.GGUFReader(fused).tensors:
-        if tensor.name in old:
-            parts, axis = [old.pop(tensor.name)], 0
-        elif ".attn_qkv." in tensor.name:
-            parts, axis = [old.pop(tensor.name.replace("qkv", part)) for part in "qkv"], 0
-        else:
-            names = [tensor.name.replace("gate_up", part) for part in ("gate", "up")]
-            parts, axis = [old.pop(name) for name in names], 1  # [n_expert, n_ff, n_embd]
-        assert {part.tensor_type for part in parts} == {tensor.tensor_type}
-        expected = np.concatenate([part.data for part in parts], axis=axis)
-        np.testing.assert_array_equal(tensor.data, expected)
-    assert not old
 
 
 # -- data and the way back -----------------------------------------------------------------------
@@ -82,9 +60,9 @@ def test_fuse_and_way_back(model: Model, architecture: str, kinds: tuple[Kind, .
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
-@pytest.mark.parametrize("kind", [T.F16, T.Q8_0, T.Q4_0, T.Q4_K, T.IQ4_XS, T.MXFP4])
-def test_types(model: Model, kind: T) -> None:
-    original = model(**experts("granite_swa", n_embd=256, types={"*": kind}))
+@pytest.mark.parametrize("type_", [T.F16, T.Q8_0, T.Q4_0, T.Q4_K, T.IQ4_XS, T.MXFP4])
+def test_types(model: Model, type_: T) -> None:
+    original = model(**experts("granite_swa", n_embd=256, types={"*": type_}))
     fused = fused_copy(original, kinds=BOTH)
     assert_fused(original, fused)
     assert sha256(unfused_copy(fused)) == sha256(original)
@@ -311,18 +289,12 @@ def test_no_experts(model: Model) -> None:
 # -- llama.cpp -----------------------------------------------------------------------------------
 
 
-def assert_judged_equal(original: Path, fused: Path) -> None:
-    before, after = log_probabilities(original, PROMPT), log_probabilities(fused, PROMPT)
-    assert np.isfinite(before).all()
-    assert before.std() > 0.01
-    np.testing.assert_array_equal(before, after)
-
-
+@pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("architecture", READERS)
-def test_identical_log_probabilities(model: Model, architecture: str, kind: str) -> None:
-    original = model(**experts(architecture, types={"*": TYPES[kind], **F32_ALWAYS}))
+def test_identical_log_probabilities(model: Model, architecture: str, type_: str) -> None:
+    original = model(**experts(architecture, types={"*": TYPES[type_], **F32_ALWAYS}))
     assert_judged_equal(original, fused_copy(original, kinds=BOTH))
 
 
@@ -346,11 +318,8 @@ def test_the_judge_tells_gate_from_up(model: Model) -> None:
 
 def edit_experts(path: Path, layer: int, edit: Callable[[Any], None]) -> None:
     """Change the fused weight in the file, [n_expert, 2 * n_ff, row bytes or elements]."""
-    reader = gguf.GGUFReader(path, "r+")
-    name = f"blk.{layer}.ffn_gate_up_exps.weight"
-    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == name)
-    edit(tensor.data)
-    reader.data.flush()  # type: ignore[attr-defined]
+    with tensors_in(path) as tensors:
+        edit(tensors[f"blk.{layer}.ffn_gate_up_exps.weight"])
 
 
 def swap_halves(path: Path) -> None:
@@ -371,9 +340,9 @@ def test_verify_passes(model: Model) -> None:
     assert (report.structure.n_fused, report.structure.n_fused_experts) == (1, 2)
 
 
-@pytest.mark.parametrize("kind", [T.F32, T.Q8_0])
-def test_verify_names_a_flipped_bit(model: Model, kind: T) -> None:
-    original = model(**experts(types={"*_exps.weight": kind}))
+@pytest.mark.parametrize("type_", [T.F32, T.Q8_0])
+def test_verify_names_a_flipped_bit(model: Model, type_: T) -> None:
+    original = model(**experts(types={"*_exps.weight": type_}))
     fused = fused_copy(original, kinds=BOTH)
 
     def flip(data: Any) -> None:
@@ -431,12 +400,11 @@ def test_verify_names_experts_that_cannot_be_compared(
 def test_a_wrong_record_is_named(model: Model, old: int, new: int) -> None:
     original = model(**experts("granite_swa", n_layer=1))
     fused = fused_copy(original, kinds=(GATE_UP,))
-    data = bytearray(fused.read_bytes())
     key = b"gguf_fuse.rows" if old == 128 else b"gguf_fuse.version"
-    at = data.index(key) + len(key) + (16 if old == 128 else 4)
-    assert data[at] == old
-    data[at] = new
-    fused.write_bytes(data)
+    with bytes_of(fused) as data:
+        at = data.index(key) + len(key) + (16 if old == 128 else 4)
+        assert data[at] == old
+        data[at] = new
     (problem,) = problems(original, fused)
     assert "gguf_fuse." in problem
     with pytest.raises(GGUFError, match="the record of the fusion does not fit the file"):
@@ -447,10 +415,9 @@ def test_a_wrong_record_is_named(model: Model, old: int, new: int) -> None:
 def test_a_record_of_another_version(model: Model, kinds: tuple[Kind, ...], false: int) -> None:
     original = model(**experts("granite_swa", n_layer=1))
     fused = fused_copy(original, kinds=kinds)
-    data = bytearray(fused.read_bytes())
     key = b"gguf_fuse.version"
-    data[data.index(key) + len(key) + 4] = false
-    fused.write_bytes(data)
+    with bytes_of(fused) as data:
+        data[data.index(key) + len(key) + 4] = false
     words = f"gguf_fuse.version.*{false}, its tensors are of another version"
     assert re.search(words, problems(original, fused)[0])
     with pytest.raises(GGUFError, match=words):
@@ -493,25 +460,25 @@ QKV_FLAG, GATE_UP_FLAG = (kind.flag for kind in KINDS)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_commands(model: Model, flags: list[str], kinds: tuple[Kind, ...]) -> None:
+def test_commands(model: Model, flags: list[str], kinds: tuple[Kind, ...], run: Run) -> None:
     original = model(**experts())
     expected = fused_copy(original, kinds=kinds)
     output = original.with_name("out.gguf")
-    done = gguf_fuse(*flags, original, output)
-    assert done.returncode == 0, done.stderr
+    done = run(*flags, original, output)
+    assert done.code == 0, done.err
     assert sha256(output) == sha256(expected)
-    assert ("fused into ffn_gate_up_exps" in done.stdout) == (GATE_UP in kinds)
-    assert ("fused into attn_qkv" in done.stdout) == (QKV in kinds)
-    back = gguf_fuse("unfuse", output, original.with_name("back.gguf"))
-    assert back.returncode == 0, back.stderr
+    assert ("fused into ffn_gate_up_exps" in done.out) == (GATE_UP in kinds)
+    assert ("fused into attn_qkv" in done.out) == (QKV in kinds)
+    back = run("unfuse", output, original.with_name("back.gguf"))
+    assert back.code == 0, back.err
     assert sha256(original.with_name("back.gguf")) == sha256(original)
 
 
-def test_json(model: Model) -> None:
+def test_json(model: Model, run: Run) -> None:
     original = model(architecture="hy_v3")
     output = original.with_name("out.gguf")
-    done = gguf_fuse(QKV_FLAG, GATE_UP_FLAG, original, output, "--json")
-    answer = json.loads(done.stdout)
+    done = run(QKV_FLAG, GATE_UP_FLAG, original, output, "--json")
+    answer = json.loads(done.out)
     assert [(layer["layer"], layer["rows"]) for layer in answer["layers"]] == [
         ("blk.0", [64, 32, 32]),
         ("blk.1", [64, 32, 32]),
@@ -520,17 +487,16 @@ def test_json(model: Model) -> None:
     assert (answer["fused"], answer["skipped"]) == (3, 0)
     assert answer["tensors_in"] - answer["tensors_out"] == 2 + 2 + 1
     assert answer["layers"][2]["types"] == ["F32", "F32"]
-    before, after = (
-        json.loads(gguf_fuse("inspect", path, "--json").stdout) for path in (original, output)
-    )
+    before, after = (json.loads(run("inspect", path, "--json").out) for path in (original, output))
     assert [layer["status"] for layer in before["layers"]] == ["fusable"] * 3
     assert [layer["status"] for layer in after["layers"]] == ["fused"] * 3
-    assert "reads fused gate and up of experts" in gguf_fuse("inspect", original).stdout
+    assert "reads fused gate and up of experts" in run("inspect", original).out
 
 
 # -- many experts --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_many_experts_stay_cheap(model: Model) -> None:
     """60 layers of 256 experts: 30,720 pieces take little time and memory."""
     types = {"*_exps.weight": T.Q4_0}
@@ -552,7 +518,7 @@ def test_many_experts_stay_cheap(model: Model) -> None:
 
 @pytest.mark.parametrize("architecture", ["deepseek2", "gemma4"])
 def test_verify_computes_what_it_knows(model: Model, architecture: str) -> None:
-    """deepseek2 has no attention of the usual kind: its experts are compared all the same."""
+    """deepseek2 has another attention than most: its experts are compared all the same."""
     original = model(**experts(architecture))
     fused = fused_copy(original, kinds=BOTH)
     assert verify(original, fused).ok

@@ -19,10 +19,11 @@ from gguf import GGMLQuantizationType as T
 
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import pack
-from tests.conftest import fused_copy, gguf_fuse, unfused_copy
-from tests.llama_judge import available, rewrite_with_llama_cpp
+from tests.compare import needs_llama_cpp, sha256
+from tests.conftest import fused_copy, unfused_copy
+from tests.llama_judge import rewrite_with_llama_cpp
 from tests.pack import ARRAY, STRING, UINT32, Array, File, Pair, Tensor
-from tests.test_fusion import sha256
+from tests.server import Run
 
 N_EMBD = 32
 WEIGHTS = ("attn_k", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate_exps", "ffn_up")
@@ -73,8 +74,8 @@ def test_fuse_and_way_back(tmp_path: Path, order: str, prefix: str) -> None:
     fused = fused_copy(original)
     before, after = entries(original), entries(fused)
     for layer in (0, 1):
-        for kind in ("in_sum2", "counts"):
-            name = f"{prefix}blk.{layer}.attn_{{}}.weight.{kind}"
+        for end in ("in_sum2", "counts"):
+            name = f"{prefix}blk.{layer}.attn_{{}}.weight.{end}"
             for part in "qkv":
                 assert before.pop(name.format(part)) == after[name.format("qkv")]
             del after[name.format("qkv")]
@@ -85,7 +86,7 @@ def test_fuse_and_way_back(tmp_path: Path, order: str, prefix: str) -> None:
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
-@pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
+@needs_llama_cpp
 def test_llama_cpp_reads_and_rewrites_it(tmp_path: Path) -> None:
     fused = fused_copy(save(imatrix(), tmp_path))
     rewrite_with_llama_cpp(fused, tmp_path / "again.gguf")
@@ -93,6 +94,7 @@ def test_llama_cpp_reads_and_rewrites_it(tmp_path: Path) -> None:
     assert sha256(tmp_path / "again.gguf") == sha256(fused)
 
 
+@pytest.mark.slow
 def test_no_room_for_the_record(tmp_path: Path) -> None:
     file = imatrix(n_layers=1)
     file.pairs += [Pair(f"k{i}", UINT32, 0) for i in range(65_521 - len(file.pairs))]
@@ -103,10 +105,10 @@ def test_no_room_for_the_record(tmp_path: Path) -> None:
 def test_an_imatrix_of_a_fused_model_gets_three_equal_entries(tmp_path: Path) -> None:
     original = save(imatrix(("attn_output", "attn_qkv", "ffn_up")), tmp_path)
     before, after = entries(original), entries(unfused_copy(original))
-    for kind in ("in_sum2", "counts"):
+    for end in ("in_sum2", "counts"):
         for part in "qkv":
-            name = f"blk.1.attn_{part}.weight.{kind}"
-            assert after[name] == before[f"blk.1.attn_qkv.weight.{kind}"]
+            name = f"blk.1.attn_{part}.weight.{end}"
+            assert after[name] == before[f"blk.1.attn_qkv.weight.{end}"]
     assert len(after) == len(before) + 8
 
 
@@ -126,29 +128,29 @@ def test_a_recurrent_attn_qkv_stays(tmp_path: Path) -> None:
         unfused_copy(save(imatrix(("attn_qkv", "ffn_up")), tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["in_sum2", "counts"])
-def test_unequal_entries_are_an_error(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("end", ["in_sum2", "counts"])
+def test_unequal_entries_are_an_error(tmp_path: Path, end: str, run: Run) -> None:
     file = imatrix()
-    other = {"in_sum2": N_EMBD, "counts": 1}[kind]
-    file.tensor(f"blk.1.attn_k.weight.{kind}", data=np.full(other, 7, "<f4").tobytes())
+    other = {"in_sum2": N_EMBD, "counts": 1}[end]
+    file.tensor(f"blk.1.attn_k.weight.{end}", data=np.full(other, 7, "<f4").tobytes())
     original = save(file, tmp_path)
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf")
-    assert done.returncode == 1
-    assert f"blk.1: {kind} of attn_q, attn_k and attn_v differ" in done.stderr
+    done = run("fuse", original, tmp_path / "out.gguf")
+    assert done.code == 1
+    assert f"blk.1: {end} of attn_q, attn_k and attn_v differ" in done.err
     assert list(tmp_path.iterdir()) == [original]
 
 
-def test_a_layer_without_all_three_is_left(tmp_path: Path) -> None:
+def test_a_layer_without_all_three_is_left(tmp_path: Path, run: Run) -> None:
     file = imatrix()
     file.tensors = [t for t in file.tensors if not str(t.name).startswith("blk.0.attn_v")]
     original = save(file, tmp_path)
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf", "--json")
-    answer = json.loads(done.stdout)
+    done = run("fuse", original, tmp_path / "out.gguf", "--json")
+    answer = json.loads(done.out)
     assert [layer["status"] for layer in answer["layers"]] == ["skipped", "fused"]
     assert answer["layers"][0]["reason"] == "no entry of attn_v"
     assert answer["layers"][1]["types"] == ["F32"] * 3
     assert (answer["architecture"], answer["fused"], answer["skipped"]) == (None, 1, 1)
-    inspected = json.loads(gguf_fuse("inspect", original, "--json").stdout)
+    inspected = json.loads(run("inspect", original, "--json").out)
     assert [layer["status"] for layer in inspected["layers"]] == ["not fusable", "fusable"]
     assert sha256(unfused_copy(tmp_path / "out.gguf")) == sha256(original)
 
@@ -161,12 +163,12 @@ def test_base_tells_which_layers_are_fused(tmp_path: Path, model: Callable[..., 
 
 
 @pytest.mark.parametrize("options", [(), ("--quiet",)])
-def test_command(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_command(tmp_path: Path, options: tuple[str, ...], run: Run) -> None:
     original, fused, back = save(imatrix(), tmp_path), tmp_path / "f.gguf", tmp_path / "b.gguf"
-    done = gguf_fuse("--fuse-qkv-weights", original, fused, *options)
-    assert done.returncode == 0, done.stderr
-    assert bool(done.stdout) is not bool(options)
-    assert gguf_fuse("unfuse", fused, back, *options).returncode == 0
+    done = run("--fuse-qkv-weights", original, fused, *options)
+    assert done.code == 0, done.err
+    assert bool(done.out) is not bool(options)
+    assert run("unfuse", fused, back, *options).code == 0
     assert sha256(back) == sha256(original)
 
 

@@ -22,9 +22,9 @@ from gguf_fuse.api import Options, Reflink, fuse, unfuse
 from gguf_fuse.format.header import GGUFError, read_header
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import PADDING_KEY, Copy, Placement, place
+from tests.compare import assert_fused, sha256
 from tests.conftest import gguf_fuse
 from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
-from tests.test_fusion import assert_fused, sha256
 
 IMAGE_BYTES = 1400 << 20
 MAKE = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
@@ -32,12 +32,12 @@ MAKE = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 
 @pytest.fixture(scope="module", params=MAKE)
 def mounted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    kind = request.param
+    name = request.param
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         pytest.skip("mounting an image takes root")
-    if shutil.which(MAKE[kind][0]) is None:
-        pytest.skip(f"{MAKE[kind][0]} is not installed")
-    yield from loop_mount(MAKE[kind], tmp_path_factory.mktemp(kind))
+    if shutil.which(MAKE[name][0]) is None:
+        pytest.skip(f"{MAKE[name][0]} is not installed")
+    yield from loop_mount(MAKE[name], tmp_path_factory.mktemp(name))
 
 
 def loop_mount(make: list[str], folder: Path) -> Iterator[Path]:
@@ -66,12 +66,12 @@ def options(reflink: Reflink, **more: Any) -> Options:
     return Options(reflink=reflink, **more)
 
 
-@pytest.mark.parametrize("kind", [T.F16, T.Q4_0], ids=lambda kind: kind.name)
-def test_a_clone_is_the_copy_and_takes_no_space(mounted: Path, kind: T) -> None:
-    folder = mounted / kind.name
+@pytest.mark.parametrize("type_", [T.F16, T.Q4_0], ids=lambda type_: type_.name)
+def test_a_clone_is_the_copy_and_takes_no_space(mounted: Path, type_: T) -> None:
+    folder = mounted / type_.name
     folder.mkdir()
     original, fused, copied, back = (folder / f"{name}.gguf" for name in "ofcb")
-    write_random_model(original, spec_of_size(ModelSpec(types={"*": kind}), 210_000_000))
+    write_random_model(original, spec_of_size(ModelSpec(types={"*": type_}), 210_000_000))
     most_new = read_header(original).data_start + (1 << 20)
 
     before = used_bytes(mounted)

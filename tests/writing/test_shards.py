@@ -1,12 +1,10 @@
-"""Models in several files: found, checked, merged, kept apart, cut anew; all of them or nothing.
+"""Models in several files: merged, kept apart, cut anew; all of them or nothing.
 
 The shards that go in are written by gguf-py, so that the package has no say in what a set is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -17,120 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
 from gguf_fuse import VerifyOptions, verify
-from gguf_fuse.api import Options, Result, fuse, unfuse
+from gguf_fuse.api import Options, fuse, unfuse
 from gguf_fuse.format import shards
 from gguf_fuse.format.header import GGUFError
 from gguf_fuse.writing import publish as write
-from tests import llama_judge, pack
-from tests.conftest import FAST, fused_copy, gguf_fuse
-from tests.pack import INT32, STRING, UINT16, UINT32, File, valid
+from tests import pack
+from tests.compare import assert_judged_equal, needs_llama_cpp, sha256
+from tests.conftest import FAST, fused_copy
+from tests.edit import bytes_of
+from tests.pack import INT32, UINT16, save, valid
+from tests.shards import (
+    CUTS,
+    between_q_k_and_v,
+    cut,
+    failure,
+    in_three,
+    kept,
+    names_of,
+    one_by_one,
+    read,
+    shard_paths,
+)
 
 Model = Callable[..., Path]
-Tensors = list[tuple[str, int, bytes]]
-
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def shard_paths(prefix: Path | str, count: int) -> list[Path]:
-    return [Path(f"{prefix}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-
-
-class Writer(gguf.GGUFWriter):  # type: ignore[misc, unused-ignore]
-    """gguf-py's, with the keys in the order of llama-gguf-split."""
-
-    def add_shard_kv_data(self) -> None:
-        super().add_shard_kv_data()
-        for pairs in self.kv_data:
-            if "split.count" in pairs:
-                pairs["split.count"] = pairs.pop("split.count")
-
-
-def cut(path: Path, name: str, sizes: Sequence[int] = (), **limits: int) -> list[Path]:
-    """The same model in shards of so many tensors, or within gguf-py's own limits, by gguf-py."""
-    reader = gguf.GGUFReader(path)
-    kind = Writer if limits else gguf.GGUFWriter
-    writer = kind(path.with_name(f"{name}.gguf"), "", **limits)  # type: ignore[arg-type]
-    writer.kv_data[0].clear()
-    writer.data_alignment = reader.alignment
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF."):
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    if sizes:
-        flat = list(writer.tensors[0].items())
-        ends = np.cumsum(sizes)
-        assert ends[-1] == len(flat)
-        writer.tensors = [dict(flat[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return shard_paths(path.with_name(name), len(writer.tensors))
-
-
-def names_of(path: Path) -> list[str]:
-    return [tensor.name for tensor in gguf.GGUFReader(path).tensors]
-
-
-def read(paths: Sequence[Path]) -> tuple[dict[str, Any], Tensors]:
-    """What gguf-py finds: the first file's metadata without what tells of shards, all tensors."""
-    readers = [gguf.GGUFReader(path) for path in paths]
-    ours = ("GGUF.", "split.", shards.SHARDS_KEY)
-    metadata = {
-        key: field.contents()
-        for key, field in readers[0].fields.items()
-        if not key.startswith(ours)
-    }
-    tensors = [tensor for reader in readers for tensor in reader.tensors]
-    return metadata, [(t.name, int(t.tensor_type), t.data.tobytes()) for t in tensors]
-
-
-def in_three(path: Path, name: str = "in") -> list[Path]:
-    n = len(names_of(path))
-    return cut(path, name, (5, 7, n - 12))
-
-
-def between_q_k_and_v(path: Path) -> list[Path]:
-    """Shards that end behind each Q and each K of every layer."""
-    names = names_of(path)
-    ends = [at for at, name in enumerate(names, 1) if name.endswith(("_q.weight", "_k.weight"))]
-    ends.append(len(names))
-    return cut(path, "in", np.diff([0, *ends]).tolist())
-
-
-def one_by_one(path: Path) -> list[Path]:
-    """A tensor each: where K and V were, nothing is left."""
-    return cut(path, "in", split_max_tensors=1)
-
-
-CUTS: dict[str, Callable[[Path], list[Path]]] = {
-    "anywhere": in_three,
-    "between Q, K and V": between_q_k_and_v,
-    "one by one": one_by_one,
-}
 SPECS: dict[str, dict[str, Any]] = {
     "grouped": {"n_head": 8, "n_head_kv": 2, "types": {"*": T.F16}},
     "biases": {"architecture": "qwen2", "n_head_kv": 2},
     "not all fusable": {"n_embd": 256, "types": {"*": T.Q4_0, "blk.0.attn_v.weight": T.Q8_0}},
     "odd sizes": {"n_embd": 36, "n_head": 3, "n_head_kv": 1},
 }
-
-
-def kept(path: Path, name: str, count: int, way: Callable[..., Result] = fuse) -> list[Path]:
-    """What `way` writes with the sharding of `path`."""
-    paths = shard_paths(path.with_name(name), count)
-    way(path, str(paths[0]), options=FAST)
-    return paths
 
 
 # -- what comes out ------------------------------------------------------------------------------
@@ -224,15 +143,8 @@ def test_cutting_a_file_that_was_merged_by_llama_cpp(tmp_path: Path) -> None:
         assert sorted(keys) == sorted(shards.SPLIT_KEYS)
 
 
-def test_sizes() -> None:
-    texts = {"4G": 4 * 10**9, "500M": 500 * 10**6, "1K": 1000, "77": 77}
-    assert {text: shards.parse_size(text) for text in texts} == texts
-    for text in ("", "0", "0G", "-1", "1.5G", "4g", "4GB", "G", "4 G", "9" * 20):
-        with pytest.raises(ValueError, match="4G"):
-            shards.parse_size(text)
-
-
-@pytest.mark.skipif(not llama_judge.available(), reason="xllamacpp is not installed")
+@pytest.mark.slow
+@needs_llama_cpp
 @pytest.mark.parametrize("into", CUTS.values(), ids=CUTS.keys())
 def test_llama_cpp_loads_kept_shards(model: Model, into: Callable[[Path], list[Path]]) -> None:
     original = model("whole.gguf", architecture="qwen2", n_head_kv=2, types={"*": T.F16})
@@ -240,7 +152,8 @@ def test_llama_cpp_loads_kept_shards(model: Model, into: Callable[[Path], list[P
     assert_judged_equal(original, kept(parts[0], "fused", len(parts))[0])
 
 
-@pytest.mark.skipif(not llama_judge.available(), reason="xllamacpp is not installed")
+@pytest.mark.slow
+@needs_llama_cpp
 @pytest.mark.parametrize("limit", [{"split_max_tensors": 4}, {"split_max_size": 60_000}])
 def test_llama_cpp_loads_new_shards(model: Model, limit: dict[str, int]) -> None:
     original = model("whole.gguf", n_head_kv=2, types={"*": T.Q8_0})
@@ -249,13 +162,7 @@ def test_llama_cpp_loads_new_shards(model: Model, limit: dict[str, int]) -> None
     assert_judged_equal(original, min(original.parent.glob("out-*")))
 
 
-def assert_judged_equal(original: Path, fused: Path) -> None:
-    before, after = (llama_judge.log_probabilities(path, PROMPT) for path in (original, fused))
-    assert np.isfinite(before).all() and before.std() > 0.01
-    np.testing.assert_array_equal(before, after)
-
-
-# -- the other commands --------------------------------------------------------------------------
+# -- verify --------------------------------------------------------------------------------------
 
 
 def test_verify_takes_shards_on_either_side(model: Model) -> None:
@@ -273,14 +180,13 @@ def test_verify_finds_one_byte_in_any_shard(model: Model) -> None:
     original = model("whole.gguf")
     fused = kept(in_three(original)[0], "fused", 3)
     for number, path in enumerate(fused, 1):
-        data = bytearray(path.read_bytes())
-        data[-40] ^= 1
-        path.write_bytes(data)
+        with bytes_of(path) as data:
+            data[-40] ^= 1
         report = verify(original, fused[0], VerifyOptions(structure_only=True))
         (problem,) = report.structure.problems
         assert f"byte {len(data) - 40} of shard {number} of the fused file" in problem
-        data[-40] ^= 1
-        path.write_bytes(data)
+        with bytes_of(path) as data:
+            data[-40] ^= 1
 
 
 def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
@@ -292,217 +198,18 @@ def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
     assert [shards.SHARDS_KEY in problem for problem in report.structure.problems] == [True]
 
 
-def test_inspect(model: Model) -> None:
-    original = model("whole.gguf")
-    parts = in_three(original)
-    whole, one = (
-        json.loads(gguf_fuse("inspect", path, "--json").stdout) for path in (original, parts[1])
-    )
-    assert one["file"] == str(parts[1])
-    assert one["file_bytes"] == sum(path.stat().st_size for path in parts)
-    assert one | {key: whole[key] for key in ("file", "file_bytes")} == whole
-    assert "one of 3 shards" in gguf_fuse("inspect", parts[1]).stdout
-
-
-def test_command_line(model: Model, tmp_path: Path) -> None:
-    original = model("whole.gguf")
-    parts = in_three(original)
-    out = shard_paths(tmp_path / "out", 3)
-    done = gguf_fuse("fuse", parts[1], out[0], "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert (result["input"], result["output"]) == (str(parts[1]), str(out[0]))
-    copied = result["bytes_copied"] + result["bytes_cloned"]
-    assert copied > sum(len(data) for _, _, data in read(out)[1])
-    piped = subprocess.run(
-        [sys.executable, "-m", "gguf_fuse", "fuse", str(parts[2]), "-"],
-        capture_output=True,
-        check=True,
-    )
-    assert piped.stdout == fused_copy(original).read_bytes()
-    for options in (["--split-max-size", "50K"], ["--split-max-tensors", "6"]):
-        done = gguf_fuse("unfuse", out[2], tmp_path / options[1], *options)
-        assert done.returncode == 0, done.stderr
-        assert read(sorted(tmp_path.glob(f"{options[1]}-*"))) == read([original])
-
-
-WRONG_USAGE = {
-    "both": ["out", "--split-max-size", "4G", "--split-max-tensors", "4"],
-    "size": ["out", "--split-max-size", "4 apples"],
-    "tensors": ["out", "--split-max-tensors", "0"],
-    "pipe": ["-", "--split-max-tensors", "1"],
-}
-
-
-@pytest.mark.parametrize("arguments", WRONG_USAGE.values(), ids=WRONG_USAGE.keys())
-def test_wrong_usage(model: Model, tmp_path: Path, arguments: list[str]) -> None:
-    original = model()
-    done = gguf_fuse("fuse", original, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert list(tmp_path.iterdir()) == [original]
-
-
 def test_a_pipe_is_one_file(model: Model) -> None:
     with pytest.raises(GGUFError, match=r"^-: standard output is one file; shards need a name"):
         fuse(model(), "-", options=Options(split_max_tensors=1))
 
 
+@pytest.mark.slow
 def test_more_shards_than_can_be_numbered(tmp_path: Path) -> None:
     file = valid()  # 6 tensors when it is fused
     small = pack.tensor("", (1,))
     file.tensors += [replace(small, name=f"t{i}") for i in range(65_530)]
     text = failure(save(file, tmp_path / "in.gguf"), tmp_path / "out", split_max_tensors=1)
     assert text == f"{tmp_path}/out: 65536 shards; at most 65535 are possible"
-
-
-# -- bad sets ------------------------------------------------------------------------------------
-
-
-def save(file: File, path: Path) -> Path:
-    path.write_bytes(file.pack())
-    return path
-
-
-def good_set(n_tensors: int = 10) -> list[File]:
-    """Three shards of `valid()`, by hand."""
-    file = valid()
-    groups = (file.tensors[:3], file.tensors[3:6], file.tensors[6:])
-    made = []
-    for number, tensors in enumerate(groups):
-        shard = File([*file.pairs] if number == 0 else [], tensors)
-        shard.key("split.no", UINT16, number).key("split.count", UINT16, 3)
-        made.append(shard.key("split.tensors.count", INT32, n_tensors))
-    return made
-
-
-Spoil = Callable[[list[File]], object]
-BAD_SETS: dict[str, tuple[Spoil, int, tuple[str, ...]]] = {
-    # what is wrong, the shard that the message must name, and its words
-    "count": (lambda s: s[1].key("split.count", UINT16, 4), 2, ("split.count is 4", "not 3")),
-    "no count": (lambda s: s[2].pairs.pop(1), 3, ("split.count is missing",)),
-    "no number": (lambda s: s[1].pairs.pop(0), 2, ("split.no is missing",)),
-    "text as number": (lambda s: s[1].key("split.no", STRING, "1"), 2, ("split.no",)),
-    "doubled": (lambda s: s.__setitem__(2, s[1]), 3, ("shard 2 of 3 by its split.no", "twice")),
-    "tensor twice": (
-        lambda s: s[2].tensors.append(s[1].tensors[0]),
-        3,
-        (str(valid().tensors[3].name), "00002-of-00003"),
-    ),
-    "another model": (lambda s: s[2].key("split.tensors.count", INT32, 7), 3, ("is 7, but 10",)),
-    "no total": (lambda s: [shard.pairs.pop() for shard in s], 1, ("split.tensors.count",)),
-    "tensor lost": (lambda s: s[1].tensors.pop(), 1, ("is 10, but", "hold 9 tensors")),
-    "byte order": (lambda s: setattr(s[1], "order", ">"), 2, ("byte order is big",)),
-    "version": (lambda s: setattr(s[2], "version", 2), 3, ("version is 2",)),
-}
-
-
-def test_a_good_set_is_good(tmp_path: Path) -> None:
-    paths = shard_paths(tmp_path / "in", 3)
-    for shard, path in zip(good_set(), paths, strict=True):
-        save(shard, path)
-    fuse(paths[1], str(tmp_path / "out"), options=FAST)
-    whole = save(valid(), tmp_path / "whole.gguf")
-    assert (tmp_path / "out").read_bytes() == fused_copy(whole).read_bytes()
-
-
-def reorder(made: list[File]) -> None:
-    for shard in made:
-        shard.pairs.sort(key=lambda pair: not str(pair.key).startswith("split."))
-
-
-def align_first(made: list[File]) -> None:
-    """As llama-gguf-split does: only the first shard has the key, the others are at 32."""
-    made[0].key("general.alignment", UINT32, 64).alignment = 64
-
-
-def add_more(made: list[File]) -> None:
-    made[1].key("general.architecture", STRING, "llama").key("note", STRING, "kept")
-
-
-UNUSUAL: dict[str, Callable[[list[File]], object]] = {
-    "big endian": lambda s: [setattr(shard, "order", ">") for shard in s],
-    "version 2": lambda s: [setattr(shard, "version", 2) for shard in s],
-    "split keys first": reorder,
-    "own alignments": align_first,
-    "metadata in the second": add_more,
-    "nothing in the second": lambda s: [s[2].tensors.extend(s[1].tensors), s[1].tensors.clear()],
-}
-
-
-@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL.keys())
-def test_unusual_sets_come_back(tmp_path: Path, change: Callable[[list[File]], object]) -> None:
-    made, paths = good_set(), shard_paths(tmp_path / "in", 3)
-    change(made)
-    for shard, path in zip(made, paths, strict=True):
-        save(shard, path)
-    fused = kept(paths[0], "fused", 3)
-    assert verify(paths[2], fused[1], VerifyOptions(structure_only=True)).ok
-    back = kept(fused[2], "back", 3, unfuse)
-    assert [sha256(path) for path in back] == [sha256(path) for path in paths]
-    for name, limit in (("all.gguf", None), ("cut", 4)):
-        fuse(paths[0], str(tmp_path / name), options=replace(FAST, split_max_tensors=limit))
-    for path in (tmp_path / "all.gguf", *tmp_path.glob("cut-00002*")):
-        assert verify(paths[0], path, VerifyOptions(structure_only=True)).ok
-
-
-@pytest.mark.parametrize("given", [0, 1, 2])
-@pytest.mark.parametrize(("spoil", "number", "words"), BAD_SETS.values(), ids=BAD_SETS.keys())
-def test_bad_set(
-    tmp_path: Path, spoil: Spoil, number: int, words: tuple[str, ...], given: int
-) -> None:
-    made, paths = good_set(), shard_paths(tmp_path / "in", 3)
-    spoil(made)
-    for shard, path in zip(made, paths, strict=True):
-        save(shard, path)
-    outcome = failure(paths[given], tmp_path / "out.gguf")
-    if given + 1 == number and words[0].startswith("split.count is 4"):
-        words = ("is shard 2 of 4", "its name")
-    assert outcome.startswith(f"{paths[number - 1]}: ")
-    assert [word for word in words if word not in outcome] == []
-    assert sorted(tmp_path.iterdir()) == paths
-
-
-def failure(source: Path, output: Path, **options: Any) -> str:
-    with pytest.raises(GGUFError) as caught:
-        fuse(source, str(output), options=replace(FAST, **options))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-@pytest.mark.parametrize("given", [0, 1, 2])
-def test_missing_shards(tmp_path: Path, given: int) -> None:
-    paths = shard_paths(tmp_path / "in", 3)
-    save(good_set()[given], paths[given])
-    text = failure(paths[given], tmp_path / "out")
-    first, second = sorted({1, 2, 3} - {given + 1})
-    assert text.startswith(f"{paths[given]}: missing of 3 shards: {first}, {second}; ")
-    assert text.endswith(f"no {paths[first - 1]}")
-    assert list(tmp_path.iterdir()) == [paths[given]]
-
-
-@pytest.mark.parametrize("name", ["in.gguf", "in-00002-of-00004.gguf", "in-2-of-3.gguf"])
-def test_name_that_is_none_of_a_shard(tmp_path: Path, name: str) -> None:
-    path = save(good_set()[1], tmp_path / name)
-    text = failure(path, tmp_path / "out")
-    assert text.startswith(f"{path}: is shard 2 of 3") and "-00002-of-00003.gguf" in text
-
-
-def test_damaged_shard(tmp_path: Path) -> None:
-    paths = shard_paths(tmp_path / "in", 3)
-    for shard, path in zip(good_set(), paths, strict=True):
-        save(shard, path)
-    os.truncate(paths[2], paths[2].stat().st_size - 1000)
-    assert failure(paths[0], tmp_path / "out").startswith(f"{paths[2]}: tensor")
-
-
-def test_absurd_count(tmp_path: Path) -> None:
-    file = valid().key("split.no", UINT32, 0).key("split.count", UINT32, 2**32 - 1)
-    path = save(file, tmp_path / "in-00001-of-00002.gguf")
-    assert "4294967295" in failure(path, tmp_path / "out")
-    file.key("split.count", UINT32, 65535)
-    path = save(file, tmp_path / "in-00001-of-65535.gguf")
-    assert "missing of 65535 shards: 2, 3, 4, 5, 6, 7, 8, 9, ...; " in failure(path, tmp_path / "o")
 
 
 # -- the output's name ---------------------------------------------------------------------------
@@ -722,6 +429,7 @@ def test_shard_that_is_cut_meanwhile(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
 def test_more_shards_than_open_files(model: Model, tmp_path: Path) -> None:
     original = model("whole.gguf", n_layer=8)

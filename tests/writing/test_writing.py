@@ -21,8 +21,10 @@ from gguf_fuse.format.header import GGUFError, read_header
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import Copy, place
 from tests.conftest import FAST, dry, fused_copy, gguf_fuse
+from tests.edit import bytes_of
 from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
 from tests.pack import Tensor, valid
+from tests.server import Run
 
 Model = Callable[..., Path]
 
@@ -63,12 +65,11 @@ def test_padding_is_zero_whatever_the_input_had_there(model: Model) -> None:
     original = model(n_embd=36, n_head=3, n_head_kv=1, alignment=32)
     expected = fused_copy(original).read_bytes()
     header = read_header(original)
-    data = bytearray(original.read_bytes())
-    for tensor in header.tensors:
-        end = header.data_start + tensor.offset + tensor.n_bytes
-        data[end : end + -end % header.alignment] = b"\xaa" * (-end % header.alignment)
-    assert data != original.read_bytes()
-    original.write_bytes(data)
+    with bytes_of(original) as data:
+        for tensor in header.tensors:
+            end = header.data_start + tensor.offset + tensor.n_bytes
+            data[end : end + -end % header.alignment] = b"\xaa" * (-end % header.alignment)
+        assert data != original.read_bytes()
     again = original.with_name("again.gguf")
     fuse(original, str(again), options=FAST)
     assert again.read_bytes() == expected
@@ -117,6 +118,7 @@ def test_placement_pads_the_last_tensor(model: Model) -> None:
     assert place(plan).n_bytes % 256 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
@@ -251,7 +253,9 @@ def test_always_cloning_fails_where_nothing_lies_alike(
 
 
 @pytest.mark.parametrize("what", ["trailing bytes", "no end padding", "order"])
-def test_a_layout_that_will_not_come_back_is_told(model: Model, tmp_path: Path, what: str) -> None:
+def test_a_layout_that_will_not_come_back_is_told(
+    model: Model, tmp_path: Path, what: str, run: Run
+) -> None:
     file = valid()
     if what == "order":  # the data of the first two tensors lies the other way round
         first, second = file.tensors[:2]
@@ -264,10 +268,10 @@ def test_a_layout_that_will_not_come_back_is_told(model: Model, tmp_path: Path, 
     if what == "no end padding":
         data = data[: -(-len(file.tensors[-1].data) % 32)]
     original.write_bytes(data)
-    done = gguf_fuse("fuse", original, tmp_path / "out.gguf")
-    assert done.returncode == 0, done.stderr
-    assert "not this file bit for bit" in done.stdout
-    assert "bit for bit" not in gguf_fuse("fuse", model(), tmp_path / "canonical.gguf").stdout
+    done = run("fuse", original, tmp_path / "out.gguf")
+    assert done.code == 0, done.err
+    assert "not this file bit for bit" in done.out
+    assert "bit for bit" not in run("fuse", model(), tmp_path / "canonical.gguf").out
 
 
 def second_size(tensor: Tensor) -> int:
