@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from gguf_fuse.api import Inspection, Options, Result, fuse, inspect, unfuse
     from gguf_fuse.format.source import GGUFError
     from gguf_fuse.planning.plan import NothingToDo, Refused
-    from gguf_fuse.verifying.numbers import Options as VerifyOptions
-    from gguf_fuse.verifying.numbers import Report, verify
+    from gguf_fuse.verifying.report import Report, VerifyOptions
+    from gguf_fuse.verifying.verify import verify
 
 __all__ = [
     "GGUFError",
@@ -45,13 +45,13 @@ _HOMES = {
     "NothingToDo": ("planning.plan", "NothingToDo"),
     "Options": ("api", "Options"),
     "Refused": ("planning.plan", "Refused"),
-    "Report": ("verifying.numbers", "Report"),
+    "Report": ("verifying.report", "Report"),
     "Result": ("api", "Result"),
-    "VerifyOptions": ("verifying.numbers", "Options"),
+    "VerifyOptions": ("verifying.report", "VerifyOptions"),
     "fuse": ("api", "fuse"),
     "inspect": ("api", "inspect"),
     "unfuse": ("api", "unfuse"),
-    "verify": ("verifying.numbers", "verify"),
+    "verify": ("verifying.verify", "verify"),
 }
 
 

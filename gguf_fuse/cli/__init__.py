@@ -355,17 +355,19 @@ def verify(
 ) -> None:
     """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
     from gguf_fuse.cli import report
-    from gguf_fuse.verifying import numbers as checker
+    from gguf_fuse.verifying.layers import parse_layers
+    from gguf_fuse.verifying.report import VerifyOptions
+    from gguf_fuse.verifying.verify import verify as verify_files
 
     try:
-        choice = checker.parse_layers(layers)
+        choice = parse_layers(layers)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from error
     with _steps(quiet) as (on_start, on_progress):
-        result = checker.verify(
+        result = verify_files(
             original,
             fused,
-            checker.Options(
+            VerifyOptions(
                 layers=choice,
                 n_prompt=n_prompt,
                 n_decode=n_decode,

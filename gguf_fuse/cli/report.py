@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from gguf_fuse.measuring.bench import Bench, DecodeRow, ProjectionRow
-    from gguf_fuse.verifying.numbers import Check, LayerReport, Report, Timing
+    from gguf_fuse.verifying.report import Check, LayerReport, Report, Timing
     from gguf_fuse.verifying.structure import Structure
 
 _INSPECT_STATUS = {

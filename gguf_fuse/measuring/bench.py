@@ -17,12 +17,13 @@ from gguf_fuse.attention.projections import Linear
 from gguf_fuse.attention.shapes import Floats
 from gguf_fuse.attention.softmax import AttentionParams
 from gguf_fuse.attention.threads import blas_threads, run_on_threads
-from gguf_fuse.format.header import GGUFError, Header
+from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.machine import COMPUTE_THREADS, free_bytes
 from gguf_fuse.measuring.timing import interleaved
+from gguf_fuse.models.names import attention_layers
 from gguf_fuse.models.spec import read_spec
-from gguf_fuse.planning.fuse import layer_names
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 
 N_TOKENS = (1, 8, 64, 512)
@@ -111,7 +112,7 @@ def bench(
 def shape_of(header: Header) -> tuple[str, Shape]:
     """Of the first attention layer that can be computed, and a name for it. Raises GGUFError."""
     refusal: GGUFError | None = None
-    for layer in layer_names(header.tensors):
+    for layer in attention_layers(header.tensors):
         try:
             spec = read_spec(header, layer)
         except GGUFError as error:

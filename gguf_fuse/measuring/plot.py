@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from gguf_fuse.format.header import GGUFError
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.measuring.bench import Bench
 
 

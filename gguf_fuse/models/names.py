@@ -1,45 +1,48 @@
-"""Names of a model's layers and of the tensors of attention, as GGUF has them."""
+"""How tensors of a layer are called: which layers have attention of their own, and their order."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gguf_fuse.format.header import TensorInfo
 
-LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"
 ATTENTION_PARTS = ("attn_q", "attn_k", "attn_v")
 FUSED_ATTENTION = "attn_qkv"
 
+LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"  # a regular expression
+_LAYER_OF_TENSOR = re.compile(rf"({LAYER})\.")
+
 
 def layer_order(layer: str) -> tuple[str, int]:
-    """To sort layers by: encoder and decoder apart, then by number."""
-    return layer.split("blk")[0], int(layer.rpartition(".")[2])
+    """The key to sort layers by: what stands before "blk", then the number."""
+    prefix, _, number = layer.rpartition("blk.")
+    return prefix, int(number)
 
 
-def layers_with(names: Iterable[str], parts: Iterable[str]) -> list[str]:
-    """The layers that have a weight of one of the parts, in order."""
-    pattern = re.compile(rf"({LAYER})\.(?:{'|'.join(parts)})\.weight")
-    return sorted({m[1] for name in names if (m := pattern.fullmatch(name))}, key=layer_order)
+def layers_with_weights(tensors: Iterable[TensorInfo], names: Sequence[str]) -> list[str]:
+    """Layers that have the weight of at least one of these ("attn_q"), each once, in order."""
+    weight = re.compile(rf"({LAYER})\.(?:{'|'.join(names)})\.weight")
+    found = {match[1] for tensor in tensors if (match := weight.fullmatch(tensor.name))}
+    return sorted(found, key=layer_order)
 
 
-def attention_layers(tensors: Iterable[TensorInfo]) -> list[str]:
-    """The layers that have a Q, K or V of their own, or a fused one, in order."""
+def attention_layers(tensors: Sequence[TensorInfo]) -> list[str]:
+    """Layers with Q, K or V of their own, or one weight for all three, in order.
+
+    Recurrent layers of qwen3next and qwen35 have an attn_qkv of another layout, and no output.
+    """
     names = {tensor.name for tensor in tensors}
-    found = layers_with(names, (*ATTENTION_PARTS, FUSED_ATTENTION))
-    return [layer for layer in found if _is_attention(layer, names)]
+    outputs = ("attn_output.weight", "attn_out.weight")
+    return [
+        layer
+        for layer in layers_with_weights(tensors, (*ATTENTION_PARTS, FUSED_ATTENTION))
+        if f"{layer}.{FUSED_ATTENTION}.weight" not in names
+        or any(f"{layer}.{output}" in names for output in outputs)
+    ]
 
 
-def other_layers(tensors: Iterable[TensorInfo]) -> list[str]:
+def other_layers(tensors: Sequence[TensorInfo]) -> list[str]:
     """Layers without Q, K or V of their own: other attention (MLA, linear), or none."""
-    tensors = list(tensors)
-    found = [re.match(rf"{LAYER}(?=\.)", tensor.name) for tensor in tensors]
-    others = {match[0] for match in found if match}.difference(attention_layers(tensors))
-    return sorted(others, key=layer_order)
-
-
-def _is_attention(layer: str, names: set[str]) -> bool:
-    """Recurrent layers of qwen3next and qwen35 own an attn_qkv of another layout, no output."""
-    if f"{layer}.{FUSED_ATTENTION}.weight" not in names:
-        return True
-    return f"{layer}.attn_output.weight" in names or f"{layer}.attn_out.weight" in names
+    found = {match[1] for tensor in tensors if (match := _LAYER_OF_TENSOR.match(tensor.name))}
+    return sorted(found.difference(attention_layers(tensors)), key=layer_order)

@@ -7,7 +7,7 @@ An expert tensor is one such slice for each expert: the join is inside each expe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gguf_fuse.format.header import TensorInfo
@@ -15,7 +15,7 @@ from gguf_fuse.models.names import (
     ATTENTION_PARTS,
     FUSED_ATTENTION,
     attention_layers,
-    layers_with,
+    layers_with_weights,
 )
 
 JOINED = ("weight", "bias")  # suffixes of tensors that are laid end to end
@@ -44,11 +44,11 @@ class Fusion:
         """How names of fused tensors end."""
         return tuple(f".{self.fused}.{suffix}" for suffix in (*JOINED, *SHARED))
 
-    def layers(self, tensors: Iterable[TensorInfo]) -> list[str]:
+    def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
         """Names of the layers that have a weight of a part, or the fused one, in order."""
         if self is QKV:
             return attention_layers(tensors)
-        return layers_with((tensor.name for tensor in tensors), (*self.parts, self.fused))
+        return layers_with_weights(tensors, (*self.parts, self.fused))
 
     def dims_of(self, suffix: str) -> int:
         """Dimensions that a weight or a bias must have."""

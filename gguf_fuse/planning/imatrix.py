@@ -98,8 +98,8 @@ def unfuse(header: Header) -> Plan:
 
 def _layer_names(header: Header) -> list[str]:
     """The layers, by the same rules as a model's: an entry stands for its weight."""
-    entries = (tensor for tensor in header.tensors if tensor.name.endswith(ENTRY[0]))
-    return attention_layers(replace(t, name=t.name.removesuffix(ENTRY[0])) for t in entries)
+    entries = [tensor for tensor in header.tensors if tensor.name.endswith(ENTRY[0])]
+    return attention_layers([replace(t, name=t.name.removesuffix(ENTRY[0])) for t in entries])
 
 
 def _check_entry(header: Header, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.api import fuse, unfuse
-from gguf_fuse.verifying import numbers as checker
 from gguf_fuse.writing.cut import parse_size
 from tests.compare import sha256
 from tests.conftest import FAST, fused_copy
@@ -95,13 +95,13 @@ def test_unusual_sets_come_back(tmp_path: Path, change: Callable[[list[File]], o
     for shard, path in zip(made, paths, strict=True):
         save(shard, path)
     fused = kept(paths[0], "fused", 3)
-    assert checker.verify(paths[2], fused[1], checker.Options(structure_only=True)).ok
+    assert verify(paths[2], fused[1], VerifyOptions(structure_only=True)).ok
     back = kept(fused[2], "back", 3, unfuse)
     assert [sha256(path) for path in back] == [sha256(path) for path in paths]
     for name, limit in (("all.gguf", None), ("cut", 4)):
         fuse(paths[0], str(tmp_path / name), options=replace(FAST, split_max_tensors=limit))
     for path in (tmp_path / "all.gguf", *tmp_path.glob("cut-00002*")):
-        assert checker.verify(paths[0], path, checker.Options(structure_only=True)).ok
+        assert verify(paths[0], path, VerifyOptions(structure_only=True)).ok
 
 
 @pytest.mark.parametrize("given", [0, 1, 2])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gguf_fuse.format.header import GGUFError
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.measuring import bench as benchmark
 from gguf_fuse.measuring.plot import check_plot, plot
 from tests.measuring.conftest import run_bench, some_result

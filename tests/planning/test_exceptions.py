@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import ARCHITECTURES
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
-from gguf_fuse.verifying.numbers import Options as VerifyOptions
-from gguf_fuse.verifying.numbers import verify
 from tests.compare import PROMPT, assert_judged_equal, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, tensors_in

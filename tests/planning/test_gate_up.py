@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
@@ -25,8 +26,6 @@ from gguf_fuse.planning import unfuse as unfusion
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
 from gguf_fuse.planning.plan import NothingToDo, Plan, Refused, Status
-from gguf_fuse.verifying.numbers import Options as VerifyOptions
-from gguf_fuse.verifying.numbers import verify
 from gguf_fuse.writing.place import place
 from tests.compare import PROMPT, assert_fused, assert_judged_equal, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, gguf_fuse, unfused_copy

@@ -18,11 +18,11 @@ import gguf
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.api import Options, fuse, unfuse
 from gguf_fuse.format import shards
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.record import SHARDS_KEY
-from gguf_fuse.verifying import numbers as checker
 from gguf_fuse.writing import publish as write
 from tests import pack
 from tests.compare import assert_judged_equal, needs_llama_cpp, sha256
@@ -172,7 +172,7 @@ def test_verify_takes_shards_on_either_side(model: Model) -> None:
     fused = [fused_copy(original), kept(parts[0], "fused", len(parts))[1]]
     for before in (original, parts[1]):
         for after in fused:
-            report = checker.verify(before, after)
+            report = verify(before, after)
             assert report.ok, report
             assert report.structure.n_fused > 0 and report.layers
 
@@ -183,7 +183,7 @@ def test_verify_finds_one_byte_in_any_shard(model: Model) -> None:
     for number, path in enumerate(fused, 1):
         with bytes_of(path) as data:
             data[-40] ^= 1
-        report = checker.verify(original, fused[0], checker.Options(structure_only=True))
+        report = verify(original, fused[0], VerifyOptions(structure_only=True))
         (problem,) = report.structure.problems
         assert f"byte {len(data) - 40} of shard {number} of the fused file" in problem
         with bytes_of(path) as data:
@@ -195,7 +195,7 @@ def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
     n = len(names_of(original))
     fused = kept(in_three(original)[0], "fused", 3)
     other = cut(original, "other", (4, 8, n - 12))
-    report = checker.verify(other[0], fused[0], checker.Options(structure_only=True))
+    report = verify(other[0], fused[0], VerifyOptions(structure_only=True))
     assert [SHARDS_KEY in problem for problem in report.structure.problems] == [True]
 
 

@@ -1,4 +1,4 @@
-"""Values of tensors, and what cannot be had; `test_layer` compares types and byte orders."""
+"""Values of tensors, and what cannot be had; `test_reading` compares types and byte orders."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def test_what_is_not_there_has_no_values(model: Model) -> None:
     assert read_values(read_header(model()), "blk.0.attn_x.weight") is None
 
 
-@pytest.mark.parametrize(("kind", "name"), [(T.Q8_1, "Q8_1"), (142, "type 142")])
-def test_types_that_gguf_py_cannot_dequantize(kind: int, name: str, model: Model) -> None:
+@pytest.mark.parametrize(("tensor_type", "name"), [(T.Q8_1, "Q8_1"), (142, "type 142")])
+def test_types_that_gguf_py_cannot_dequantize(tensor_type: int, name: str, model: Model) -> None:
     header = read_header(model())
-    tensor = replace(_tensor(header), type=int(kind))
+    tensor = replace(_tensor(header), type=int(tensor_type))
     with pytest.raises(GGUFError, match=rf"'{NAME}': gguf-py cannot dequantize {name}$"):
         dequantized(header, tensor, bytes(tensor.n_bytes))
 

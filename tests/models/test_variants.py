@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as T
 from tests.conftest import fused_copy
 from tests.llama_judge import available, embeddings, log_probabilities
 from tests.models.architectures import HRM_TEXT, LAYOUTS, Layout, Value
-from tests.test_layer import EXTRA
+from tests.models.extra_layouts import EXTRA
 
 pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
 

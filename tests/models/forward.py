@@ -22,10 +22,14 @@ from numpy.typing import NDArray
 from gguf_fuse.attention import attend, norms
 from gguf_fuse.attention.projections import Linear
 from gguf_fuse.attention.shapes import Floats
-from gguf_fuse.format.header import Header, read_header
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.parser import read_header
 from gguf_fuse.models import layer
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
+from gguf_fuse.planning.unfuse import attention_rows
+
+PROMPT_BLOCK = 2048  # tokens
 
 Activation = Callable[[Floats], Floats]
 
@@ -174,7 +178,7 @@ class Forward:
         }
         names = [f"blk.{i}" for i in range(int(self.numbers("block_count")))]
         self.layers = [
-            self.change(layer.read_layer(self.header, name, self.n_ctx))
+            self.change(layer.read_layer(self.header, name, attention_rows, self.n_ctx))
             if self._has_attention(name)
             else None
             for name in names
@@ -373,11 +377,14 @@ def log_probabilities(
     dtype: type[np.floating[Any]] = np.float32,
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
 ) -> NDArray[np.float32]:
-    """One row after the prompt, one after each further token: [1 + len(continuation), n_vocab]."""
+    """One row after the prompt, one after each further token: [1 + len(continuation), n_vocab].
+
+    A long prompt goes in blocks, so that early tokens are not masked against all later ones.
+    """
     model = Forward(path, n_ctx, dtype, change)
-    rows = [model.log_probabilities(tokens)]
-    rows += [model.log_probabilities([token]) for token in continuation]
-    return np.stack(rows)
+    for start in range(0, len(tokens), PROMPT_BLOCK):
+        row = model.log_probabilities(tokens[start : start + PROMPT_BLOCK])
+    return np.stack([row, *(model.log_probabilities([token]) for token in continuation)])
 
 
 def embeddings(
