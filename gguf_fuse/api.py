@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from gguf_fuse.choices import OnMismatch as OnMismatch
+from gguf_fuse.choices import Reflink as Reflink
 from gguf_fuse.format import shards
 from gguf_fuse.format.header import GGUFError, Header, TensorInfo, read_tensor, read_tensors
 from gguf_fuse.planning import fuse as fusion
@@ -34,8 +35,6 @@ from gguf_fuse.writing.publish import (
 STANDARD_OUTPUT = "-"
 
 AnyPath = str | os.PathLike[str]
-OnMismatch = Literal["skip", "error"]
-Reflink = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)

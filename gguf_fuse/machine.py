@@ -1,10 +1,13 @@
-"""How much memory a computation may take."""
+"""Threads and memory that this machine has to give."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
+COPY_THREADS = min(2, os.cpu_count() or 1)  # of commands that rewrite
+COMPUTE_THREADS = min(4, os.cpu_count() or 1)  # of commands that compute
 SPARE = 0.8  # of what is free, the most to take
 
 

@@ -78,6 +78,9 @@ class Options:
     on_progress: OnProgress = ignore_progress
 
 
+VerifyOptions = Options
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """The largest error of one way to compute, relative to the largest value of the reference.
