@@ -8,57 +8,48 @@ What the commands do, importable:
     report = gguf_fuse.verify("in.gguf", "out.gguf")
 
 Functions raise `GGUFError` with the line that the command would print; `NothingToDo` and `Refused`
-are kinds of it. Nothing is loaded before it is used: `import gguf_fuse` costs nothing.
+are special cases of it. Nothing is loaded before it is used: `import gguf_fuse` costs nothing.
 """
-
-from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from gguf_fuse.api import Inspection, Options, Result, fuse, inspect, unfuse
-    from gguf_fuse.format.source import GGUFError
-    from gguf_fuse.planning.plan import NothingToDo, Refused
-    from gguf_fuse.verifying.report import Report, VerifyOptions
-    from gguf_fuse.verifying.verify import verify
-
-__all__ = [
-    "GGUFError",
-    "Inspection",
-    "NothingToDo",
-    "Options",
-    "Refused",
-    "Report",
-    "Result",
-    "VerifyOptions",
-    "fuse",
-    "inspect",
-    "unfuse",
-    "verify",
-]
-
-_HOMES = {
-    "GGUFError": ("format.header", "GGUFError"),
-    "Inspection": ("api", "Inspection"),
-    "NothingToDo": ("planning.plan", "NothingToDo"),
-    "Options": ("api", "Options"),
-    "Refused": ("planning.plan", "Refused"),
-    "Report": ("verifying.report", "Report"),
-    "Result": ("api", "Result"),
-    "VerifyOptions": ("verifying.report", "VerifyOptions"),
-    "fuse": ("api", "fuse"),
-    "inspect": ("api", "inspect"),
-    "unfuse": ("api", "unfuse"),
-    "verify": ("verifying.verify", "verify"),
+_PUBLIC = {  # by the module that has them
+    "api": "Inspection Options Result fuse inspect unfuse",
+    "format.source": "GGUFError",
+    "planning.fusions": "GATE_UP QKV",
+    "planning.plan": "NothingToDo Refused",
+    "verifying.report": "Report VerifyOptions",
+    "verifying.verify": "verify",
 }
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+__all__ = sorted(_MODULES)
+
+if TYPE_CHECKING:  # for type checkers, which do not read the table; a test compares the two
+    from gguf_fuse.api import Inspection as Inspection
+    from gguf_fuse.api import Options as Options
+    from gguf_fuse.api import Result as Result
+    from gguf_fuse.api import fuse as fuse
+    from gguf_fuse.api import inspect as inspect
+    from gguf_fuse.api import unfuse as unfuse
+    from gguf_fuse.format.source import GGUFError as GGUFError
+    from gguf_fuse.planning.fusions import GATE_UP as GATE_UP
+    from gguf_fuse.planning.fusions import QKV as QKV
+    from gguf_fuse.planning.plan import NothingToDo as NothingToDo
+    from gguf_fuse.planning.plan import Refused as Refused
+    from gguf_fuse.verifying.report import Report as Report
+    from gguf_fuse.verifying.report import VerifyOptions as VerifyOptions
+    from gguf_fuse.verifying.verify import verify as verify
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'gguf_fuse' has no attribute {name!r}")
     from importlib import import_module
 
-    module, attribute = _HOMES[name]
-    return getattr(import_module(f"gguf_fuse.{module}"), attribute)
+    return getattr(import_module(f"gguf_fuse.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from gguf_fuse.choices import OnMismatch, Reflink
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError, opened
@@ -26,7 +26,6 @@ from gguf_fuse.writing.place import Placement, place
 from gguf_fuse.writing.publish import (
     Options,
     Output,
-    Reflink,
     Written,
     check_destinations,
     write,
@@ -47,7 +46,6 @@ __all__ = [
 STANDARD_OUTPUT = "-"
 
 AnyPath = str | os.PathLike[str]
-OnMismatch = Literal["skip", "error"]
 
 
 @dataclass(frozen=True)

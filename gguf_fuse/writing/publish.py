@@ -14,9 +14,9 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 from uuid import uuid4
 
+from gguf_fuse.choices import Reflink
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.machine import COPY_THREADS
@@ -32,8 +32,6 @@ from gguf_fuse.writing.copy import (
     write_all,
 )
 from gguf_fuse.writing.place import Copy, Placement
-
-Reflink = Literal["auto", "always", "never"]
 
 TEMPORARY_MARK = ".gguf-fuse-"
 

@@ -1,0 +1,65 @@
+"""The command demo."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from gguf_fuse.cli.console import EXIT_NOT_VERIFIED, fail, failing, printer
+from gguf_fuse.cli.fuse import fuse
+from gguf_fuse.cli.unfuse import unfuse
+from gguf_fuse.cli.verify import verify
+from gguf_fuse.planning.fusions import QKV
+
+
+@failing
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Leave the files there.")
+    ] = None,
+) -> None:
+    """Make a small model with random weights, fuse it, verify it, and take it back."""
+    with tempfile.TemporaryDirectory(prefix="gguf-fuse-demo-") as scratch:
+        folder = keep or Path(scratch)
+        names = ("model.gguf", "model-fused.gguf", "model-back.gguf")
+        model, fused, back = (folder / name for name in names)
+        _say(f"a llama-like model with random weights: {model}")
+        _make(model)
+        _say(f"$ gguf-fuse {QKV.flag} {model.name} {fused.name}")
+        fuse(model, str(fused))
+        _say(f"$ gguf-fuse verify {model.name} {fused.name}")
+        verify(model, fused)
+        _say(f"$ gguf-fuse unfuse {fused.name} {back.name}")
+        unfuse(fused, str(back))
+        same = model.read_bytes() == back.read_bytes()
+        _say(f"$ cmp {model.name} {back.name}")
+        if not same:
+            fail(f"{back}: differs from {model}", EXIT_NOT_VERIFIED)
+        printer().print("identical, byte for byte")
+    if keep is None:
+        _say("the files are removed again; --keep FOLDER leaves them there")
+
+
+def _make(model: Path) -> None:
+    from gguf_fuse.cli.demo_model import write_demo_model
+    from gguf_fuse.format.source import GGUFError
+
+    try:
+        model.parent.mkdir(parents=True, exist_ok=True)
+        if model.exists():
+            raise GGUFError(f"{model}: exists already; give an empty folder")
+        try:
+            write_demo_model(model)
+        except BaseException:
+            model.unlink(missing_ok=True)  # half a file
+            raise
+    except OSError as error:
+        raise GGUFError(f"{model.parent}: {error.strerror}") from error
+
+
+def _say(line: str) -> None:
+    printer().print(f"\n[bold]{escape(line)}[/]", highlight=False, soft_wrap=True)

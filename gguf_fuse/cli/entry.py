@@ -1,0 +1,102 @@
+"""The program: its commands, its signals, and the bare form that means fuse."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from gguf_fuse import __version__
+from gguf_fuse.cli.bench import bench
+from gguf_fuse.cli.demo import demo
+from gguf_fuse.cli.fuse import fuse
+from gguf_fuse.cli.inspect import inspect
+from gguf_fuse.cli.unfuse import unfuse
+from gguf_fuse.cli.verify import verify
+from gguf_fuse.planning.fusions import GATE_UP, QKV
+
+app = typer.Typer(
+    name="gguf-fuse",
+    help=(
+        "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
+        f"gguf-fuse {QKV.flag} in.gguf out.gguf\n\n"
+        "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf\n\n"
+        f"{GATE_UP.flag}, alone or beside it, joins gate and up of experts."
+    ),
+    epilog=(
+        "Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or "
+        "to unfuse, nothing written; 4 verification failed; 130 interrupted."
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_EXAMPLES = {  # in the order of --help
+    fuse: "fuse model-Q4_0.gguf model-Q4_0-fused.gguf",
+    unfuse: "unfuse model-Q4_0-fused.gguf model-Q4_0.gguf",
+    inspect: "inspect model-Q4_0.gguf",
+    verify: "verify model-Q4_0.gguf model-Q4_0-fused.gguf",
+    bench: "bench model-Q4_0.gguf --plot decode.png",
+    demo: "demo --keep demo-files",
+}
+for _command, _example in _EXAMPLES.items():
+    app.command(epilog=f"Example: gguf-fuse {_example}")(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gguf-fuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console command. The bare form `gguf-fuse --fuse-qkv-weights IN OUT` means `fuse`.
+
+    So does `gguf-fuse --fuse-gate-up-exps IN OUT`, and both flags together.
+    """
+    # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
+    # need; this is 2^16 cycles. It is read when numpy is loaded.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+    arguments = sys.argv[1:]
+    # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
+    asked = any(argument.startswith("--fuse-") for argument in arguments)
+    if asked and arguments[0] not in {command.__name__ for command in _EXAMPLES}:
+        arguments = ["fuse", *arguments]
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):  # a name may not fit the encoding
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _stop)
+    app(arguments, prog_name="gguf-fuse")
+
+
+_STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+def _stop(caught: int, frame: object) -> NoReturn:
+    """End as the signal asks, once: another one in the midst of the cleaning up would break it."""
+    for number in _STOPPING:
+        signal.signal(number, lambda caught, frame: None)
+    if caught == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + caught)

@@ -1,0 +1,118 @@
+"""The command inspect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.text import Text
+
+from gguf_fuse.cli.console import failing, one_line, print_json, printer, text
+from gguf_fuse.cli.options import AsJson, In
+from gguf_fuse.planning.fusions import GATE_UP, QKV, Fusion
+
+if TYPE_CHECKING:
+    from gguf_fuse.api import Inspection
+    from gguf_fuse.planning.loaders import Architecture
+    from gguf_fuse.planning.plan import Layer
+
+_STYLES = {"fusable": "green", "fused": "cyan"}
+_LOADERS = {  # by the name of a Loader; else "unknown"
+    "READS_FUSED": "reads fused",
+    "ALREADY_FUSED": "reads fused",
+    "NEEDS_SEPARATE": "needs separate",
+    "CRASHES": "needs separate",
+}
+_PROOFS = {
+    "measured": "measured: a model was fused and loaded",
+    "source": "by its source code",
+    "none": "it is not in the table",
+}
+
+
+@failing
+def inspect(source: In, as_json: AsJson = False) -> None:
+    """Show what IN holds and what fusing would do to it. Reads the header only."""
+    from gguf_fuse import api
+    from gguf_fuse.cli import layers
+
+    found = api.inspect(source)
+    if as_json:
+        return print_json(_json(found))
+    out = printer()
+    for label, value in _file_lines(found):
+        out.print(f"[bold]{label:<13}[/]{escape(one_line(value))}", highlight=False)
+    out.print()
+    nothing = "no layers that could be fused"
+    out.print(layers.layer_table(_rows(found)) if found.layers else nothing)
+
+
+def _status(layer: Layer) -> str:
+    """As people and JSON are told: why a layer is not fusable is in its reason."""
+    from gguf_fuse.planning.plan import Status
+
+    shown = Status.MISMATCH if layer.status is Status.INCOMPLETE else layer.status
+    return str(shown.value)
+
+
+def _rows(found: Inspection) -> Iterator[tuple[Layer, Text]]:
+    from gguf_fuse.cli.layers import fused_tensor
+
+    for layer in found.layers:
+        status = _status(layer)
+        reason = f": {layer.reason}" if layer.reason else ""
+        style = _STYLES.get(status, "yellow")
+        yield layer, text(f"{fused_tensor(layer)}{status}{reason}", style)
+
+
+def _file_lines(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What is said of the file as a whole: labels and values."""
+    from gguf_fuse.format.types import type_name
+
+    header = found.header
+    counts = Counter(type_name(tensor.type) for tensor in header.tensors)
+    types = ", ".join(f"{n} {name}" for name, n in counts.most_common())
+    size = decimal(header.file_bytes)
+    if header.shards:
+        size = f"one of {len(header.shards)} shards, {size} together"
+    layout = f"{header.byte_order} endian, alignment {header.alignment}"
+    yield "file", f"{header.path} ({size})"
+    yield "format", f"GGUF v{header.version}, {layout}"
+    yield "architecture", str(header.architecture or "-")
+    yield "name", str(header.metadata.get("general.name", "-"))
+    yield "metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"
+    yield "tensors", f"{len(header.tensors)}: {types}"
+    yield "loader", _loader_line(found.loader, QKV)
+    if any(layer.fusion is GATE_UP for layer in found.layers):
+        yield "", _loader_line(found.loader, GATE_UP)
+
+
+def _loader_line(row: Architecture, fusion: Fusion) -> str:
+    from gguf_fuse.planning.loaders import FIRST_BUILD, Loader
+
+    reads = row.reads(fusion)
+    since = reads.loader is Loader.READS_FUSED and fusion is QKV
+    build = f" since build {FIRST_BUILD}" if since else ""
+    return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.proof]})"
+
+
+def _json(found: Inspection) -> dict[str, Any]:
+    from gguf_fuse.cli.layers import layer_json
+
+    header = found.header
+    return {
+        "file": header.path,
+        "version": header.version,
+        "byte_order": header.byte_order,
+        "alignment": header.alignment,
+        "architecture": header.architecture,
+        "name": header.metadata.get("general.name"),
+        "n_tensors": len(header.tensors),
+        "n_metadata": len(header.metadata),
+        "file_bytes": header.file_bytes,
+        "layers": [layer_json(layer, _status(layer)) for layer in found.layers],
+        "loader": _LOADERS.get(found.loader.qkv.loader.name, "unknown"),
+    }

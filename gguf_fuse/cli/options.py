@@ -1,0 +1,138 @@
+"""Every argument and option that several commands have, declared once for typer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gguf_fuse.choices import Reflink
+from gguf_fuse.cli.console import progress_bar
+from gguf_fuse.machine import COPY_THREADS
+
+if TYPE_CHECKING:
+    from gguf_fuse.api import Options
+
+
+def existing_file(metavar: str, words: str) -> Any:
+    """An argument; whether the file can be read is found out, and told, when it is opened."""
+    return typer.Argument(metavar=metavar, help=words, readable=False)
+
+
+In = Annotated[Path, existing_file("IN", "The GGUF file to read; of shards, any one of them.")]
+Out = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help="The GGUF file to write; - writes to a pipe. OUT-00001-of-0000N.gguf keeps the N "
+        "shards that IN has; any other name merges them.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide everything, write nothing.")]
+AnyArchitecture = Annotated[
+    bool, typer.Option("--any-architecture", help="Even where llama.cpp would not load the result.")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.")]
+ComputeThreads = Annotated[
+    int, typer.Option("--threads", min=1, max=256, help="Threads.", show_default="up to 4")
+]
+CopyThreads = Annotated[
+    int, typer.Option(min=1, max=64, help="Threads that copy.", show_default="2")
+]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How OUT is written: what fuse and unfuse have in common, in the order of --help."""
+
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing OUT.")] = False
+    quiet: Quiet = False
+    threads: CopyThreads = COPY_THREADS
+    reflink: Annotated[
+        Reflink, typer.Option(help="Share blocks with IN where the file system can.")
+    ] = "auto"
+    sync: Annotated[
+        bool, typer.Option(help="Wait until OUT is on the disk, not only in its cache.")
+    ] = True
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[K|M|G]",
+            help="Cut OUT into shards, each with so many bytes of tensors at most (K, M, G: powers "
+            "of 1000), as llama-gguf-split does: OUT, less its .gguf, comes before "
+            "-00001-of-0000N.gguf.",
+        ),
+    ] = None
+    split_max_tensors: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Cut OUT into shards of N tensors.")
+    ] = None
+
+    @contextmanager
+    def options(self, output: str, *, dry_run: bool, as_json: bool) -> Iterator[Options]:
+        """What api takes, with a progress bar. Raises typer.BadParameter."""
+        from gguf_fuse.api import Options
+
+        if output == "-":
+            self._check_standard_output(dry_run, as_json)
+        max_size = self._max_size(output)
+        with progress_bar(self.quiet, of_bytes=True) as bar:
+            yield Options(
+                dry_run,
+                self.force,
+                self.sync,
+                self.threads,
+                self.reflink,
+                on_start=functools.partial(bar.start, "writing"),
+                on_progress=bar.advance,
+                on_flush=functools.partial(bar.rename, "waiting for the disk"),
+                split_max_size=max_size,
+                split_max_tensors=self.split_max_tensors,
+            )
+
+    def _check_standard_output(self, dry_run: bool, as_json: bool) -> None:
+        if as_json:
+            raise typer.BadParameter("--json and OUT - both want standard output")
+        if not dry_run and sys.__stdout__ is None:
+            raise typer.BadParameter("OUT is -, but standard output is closed")
+        if not dry_run and sys.stdout.isatty():
+            raise typer.BadParameter(
+                "OUT is -, but standard output is a terminal; pipe it somewhere"
+            )
+
+    def _max_size(self, output: str) -> int | None:
+        """Bytes that a shard may have at most."""
+        from gguf_fuse.writing.cut import parse_size
+
+        size, tensors = self.split_max_size, self.split_max_tensors
+        if size is not None and tensors is not None:
+            raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
+        if output == "-" and (size, tensors) != (None, None):
+            raise typer.BadParameter("OUT is -, which cannot be cut into shards")
+        try:
+            return None if size is None else parse_size(size)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
+
+
+def writing(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of Writing in place of the last parameter, `how: Writing`."""
+    options = inspect.signature(Writing, eval_str=True).parameters
+    signature = inspect.signature(command, eval_str=True)
+    *own, _ = signature.parameters.values()
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        how = {name: kwargs.pop(name) for name in options if name in kwargs}
+        command(*args, **kwargs, how=Writing(**how))
+
+    shown = signature.replace(parameters=[*own, *options.values()])
+    run.__signature__ = shown  # type: ignore[attr-defined]
+    return run
