@@ -16,10 +16,9 @@ from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
-from gguf_fuse.planning.base import Rows, base_rows
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
-from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Status, summary
+from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, summary
 from gguf_fuse.writing.copy import clone_block
 from gguf_fuse.writing.cut import divide
 from gguf_fuse.writing.place import Placement, place
@@ -166,16 +165,15 @@ def _fuse_plan(
         raise Refused(
             f"{header.path}: of general.type {general_type!r} only Q, K and V can be fused"
         )
-    rows = None if base is None else _base_rows(base, any_architecture)
+    rows: Rows | None = None
+    if base is not None:
+        base_header = read_model(base)
+        rows = unfusing.base_rows(base_header, TensorInfo.read, any_architecture=any_architecture)
     if general_type == "imatrix":
         return imatrix.fuse(header, TensorInfo.read, rows=rows)
     from gguf_fuse.planning import fuse_adapter  # numpy, which only adapters need: 0.1 s
 
     return fuse_adapter.fuse(header, TensorInfo.read, rows=rows, any_architecture=any_architecture)
-
-
-def _base_rows(path: AnyPath, any_architecture: bool) -> Rows:
-    return base_rows(read_model(path), TensorInfo.read, any_architecture=any_architecture)
 
 
 def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:

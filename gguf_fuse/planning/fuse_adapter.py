@@ -21,24 +21,12 @@ from gguf_fuse.format.types import F32, row_bytes
 from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.models.dequantize import FLOATS, decode_floats, encode_floats
 from gguf_fuse.models.names import layer_order
-from gguf_fuse.planning import record
-from gguf_fuse.planning.base import KEPT_SEPARATE, Rows
+from gguf_fuse.planning import lora, record
 from gguf_fuse.planning.fuse import loader_of, obey_loader, refuse_loader
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.lora import (
-    WEIGHT,
-    A,
-    B,
-    Block,
-    Pair,
-    decoded,
-    fused_rank,
-    is_scaled,
-    known_rows,
-    place_blocks,
-    read_pairs,
-)
+from gguf_fuse.planning.lora import A, B, Block, Pair, decoded
 from gguf_fuse.planning.plan import (
+    KEPT_SEPARATE,
     Computed,
     Layer,
     NothingToDo,
@@ -46,19 +34,11 @@ from gguf_fuse.planning.plan import (
     PlannedTensor,
     Read,
     Refused,
+    Rows,
     Status,
     listed,
     summary,
     untouched,
-)
-from gguf_fuse.planning.record import (
-    NOT_THERE,
-    ORIGINALS_KEY,
-    POSITIONS_KEY,
-    RANKS_KEY,
-    ROWS_KEY,
-    STORED_KEY,
-    TYPES_KEY,
 )
 
 
@@ -107,9 +87,9 @@ def examine(
         raise Refused(
             f"{header.path}: adapter.type is {adapter_type!r}: only LoRA adapters can be fused"
         )
-    pairs = read_pairs(header)
-    known = known_rows(pairs)
-    names = {match[1] for name in pairs if (match := WEIGHT.fullmatch(name))}
+    pairs = lora.read_pairs(header)
+    known = lora.known_rows(pairs)
+    names = {match[1] for name in pairs if (match := lora.WEIGHT.fullmatch(name))}
     layers = (_decide(header, name, pairs, rows, known) for name in sorted(names, key=layer_order))
     return tuple(
         obey_loader(layer, loader_of(header, layer.name), any_architecture) for layer in layers
@@ -171,7 +151,7 @@ def fuse(
     fusable = [layer for layer in layers if layer.status is Status.FUSABLE]
     if not fusable:
         _raise_nothing_to_fuse(header, layers)
-    pairs, scaled = read_pairs(header), is_scaled(header)
+    pairs, scaled = lora.read_pairs(header), lora.is_scaled(header)
     fused = [_fused_pair(header, layer, pairs, scaled, read) for layer in fusable]
     record_pairs = _encode_record(header, fused, read)
     tensors = _fused_tensors(header, fused, read)
@@ -192,9 +172,9 @@ def _fused_pair(
     parts = tuple(pairs.get(f"{layer.name}.{part}.weight") for part in QKV.parts)
     found = [pair for pair in parts if pair is not None]
     ranks = [pair.rank for pair in found]
-    rank = fused_rank(ranks) if scaled else sum(ranks)
+    rank = lora.fused_rank(ranks) if scaled else sum(ranks)
     own_ranks = [pair.rank if pair else None for pair in parts]
-    blocks = place_blocks(layer.rows, own_ranks, rank, scaled)
+    blocks = lora.place_blocks(layer.rows, own_ranks, rank, scaled)
     a_types = {pair.a.type for pair in found}
     a_type = a_types.pop() if len(a_types) == 1 else F32
     b_type, b_stored = _choose_b(header, parts, blocks, read)
@@ -321,21 +301,21 @@ def _encode_record(header: Header, fused: Sequence[_FusedPair], read: Read) -> l
     types, positions, stored, originals = [], [], [], bytearray()
     for made in fused:
         for part, whole in zip(made.parts, made.stored, strict=True):
-            types.append(NOT_THERE if part is None else part.type)
-            positions.append(NOT_THERE if part is None else position[part.name])
-            stored.append(len(originals) if part and whole else NOT_THERE)
+            types.append(record.NOT_THERE if part is None else part.type)
+            positions.append(record.NOT_THERE if part is None else position[part.name])
+            stored.append(len(originals) if part and whole else record.NOT_THERE)
             if part and whole:
                 originals += read(part)
     rows = [n for made in fused for n in made.rows]
     ranks = [pair.rank if pair else 0 for made in fused for pair in made.pairs]
     pairs = record.start(header, [made.name for made in fused])
     pairs += [
-        encode_pair(ROWS_KEY, ValueType.UINT64, rows, order),
-        encode_pair(RANKS_KEY, ValueType.UINT64, ranks, order),
-        encode_pair(TYPES_KEY, ValueType.INT64, types, order),
-        encode_pair(POSITIONS_KEY, ValueType.INT64, positions, order),
-        encode_pair(STORED_KEY, ValueType.INT64, stored, order),
+        encode_pair(record.ROWS_KEY, ValueType.UINT64, rows, order),
+        encode_pair(record.RANKS_KEY, ValueType.UINT64, ranks, order),
+        encode_pair(record.TYPES_KEY, ValueType.INT64, types, order),
+        encode_pair(record.POSITIONS_KEY, ValueType.INT64, positions, order),
+        encode_pair(record.STORED_KEY, ValueType.INT64, stored, order),
     ]
     if originals:
-        pairs.append(encode_pair(ORIGINALS_KEY, ValueType.UINT8, bytes(originals), order))
+        pairs.append(encode_pair(record.ORIGINALS_KEY, ValueType.UINT8, bytes(originals), order))
     return pairs

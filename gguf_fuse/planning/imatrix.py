@@ -17,10 +17,10 @@ from gguf_fuse.format.types import type_name
 from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.models.names import attention_layers
 from gguf_fuse.planning import record
-from gguf_fuse.planning.base import KEPT_SEPARATE, Rows
 from gguf_fuse.planning.fuse import fused_tensors
 from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.plan import (
+    KEPT_SEPARATE,
     Join,
     Layer,
     NothingToDo,
@@ -28,6 +28,7 @@ from gguf_fuse.planning.plan import (
     PlannedTensor,
     Read,
     Refused,
+    Rows,
     Status,
     summary,
 )
@@ -93,7 +94,7 @@ def unfuse(header: Header) -> Plan:
         if name.endswith(_FUSED_ENDS[0])
     ]
     restored = {name: _parts(tensors[name], at) for name, at in places.items()}
-    return record.unfused_plan(header, record.put_back(header, restored), changed)
+    return record.unfused_plan(header, restored, changed)
 
 
 def _layer_names(header: Header) -> list[str]:

@@ -17,6 +17,9 @@ from gguf_fuse.planning.fusions import QKV, Fusion
 
 Read = Callable[[TensorInfo], bytes]  # the data of a tensor: planning opens no file itself
 
+Rows = dict[str, tuple[int, ...]]  # of Q, K and V in the layers that a base has fused, by name
+
+KEPT_SEPARATE = "the base has no attn_qkv there"  # a reason of layers of adapters and matrices
 KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 
 
@@ -104,7 +107,7 @@ class Layer:
 class Plan:
     """A new file: its metadata, its tensors in order, and what became of each layer.
 
-    metadata: pairs, as they lie in the source or as new bytes; n_metadata: how many they are.
+    metadata: pairs, as they lie in the source or as new bytes.
     may_add_keys: whether keys of ours may be added to the metadata (for shards, for padding): in a
     fused file, but not on the way back.
     """
@@ -112,7 +115,6 @@ class Plan:
     version: int
     byte_order: ByteOrder
     alignment: int
-    n_metadata: int
     metadata: tuple[Segment | bytes, ...]
     tensors: tuple[PlannedTensor, ...]
     changed: tuple[Layer, ...]

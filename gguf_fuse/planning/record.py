@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from gguf_fuse.format.header import MAX_PAIRS, Header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import GGUFError, Segment
 from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.planning.fusions import GATE_UP, fusion_of
 from gguf_fuse.planning.plan import (
@@ -40,6 +40,7 @@ RANKS_KEY = KEY_PREFIX + "ranks"
 TYPES_KEY = KEY_PREFIX + "types"
 STORED_KEY = KEY_PREFIX + "stored"
 ORIGINALS_KEY = KEY_PREFIX + "originals"
+TENSOR_KEYS = (TYPES_KEY, POSITIONS_KEY, STORED_KEY)  # a number for each A, then each B
 NOT_THERE = -1
 # Pairs that the record, the padding and the keys of shards take, and some to spare.
 ROOM = 16
@@ -107,7 +108,7 @@ def damaged(header: Header, problem: str) -> NoReturn:
 Restored = Mapping[str, Sequence[tuple[int | None, PlannedTensor]]]
 
 
-def put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
+def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
     """Restored tensors at their places, the others in their order between them.
 
     Raises GGUFError if the places are none of the restored file, or a place or name comes twice.
@@ -149,36 +150,31 @@ def fused_plan(
             f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
             f"{MAX_PAIRS - ROOM} would"
         )
+    own: list[Segment | bytes] = [header.metadata.segment(key) for key in header.metadata]
     taken = {layer.label for layer in changed}
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(header.metadata) + len(pairs),
-        (*(header.metadata.segment(key) for key in header.metadata), *pairs),
-        tuple(tensors),
-        tuple(changed),
-        tuple(layer for layer in layers if layer.label not in taken),
-        may_add_keys=True,
-    )
+    skipped = [layer for layer in layers if layer.label not in taken]
+    return _plan(header, [*own, *pairs], tensors, changed, skipped, may_add_keys=True)
 
 
-def unfused_plan(
-    header: Header, tensors: Iterable[PlannedTensor], changed: Sequence[Layer]
-) -> Plan:
-    """The plan of the restored file: without the record."""
+def unfused_plan(header: Header, restored: Restored, changed: Sequence[Layer]) -> Plan:
+    """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does."""
     kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(kept),
-        tuple(header.metadata.segment(key) for key in kept),
-        tuple(tensors),
-        tuple(changed),
-        (),
-        may_add_keys=False,
-    )
+    metadata = [header.metadata.segment(key) for key in kept]
+    return _plan(header, metadata, _put_back(header, restored), changed, (), may_add_keys=False)
+
+
+def _plan(
+    header: Header,
+    metadata: Sequence[Segment | bytes],
+    tensors: Iterable[PlannedTensor],
+    changed: Sequence[Layer],
+    skipped: Sequence[Layer],
+    *,
+    may_add_keys: bool,
+) -> Plan:
+    layout = header.version, header.byte_order, header.alignment
+    layers = tuple(changed), tuple(skipped)
+    return Plan(*layout, tuple(metadata), tuple(tensors), *layers, may_add_keys)
 
 
 def refuse_twice(header: Header) -> None:

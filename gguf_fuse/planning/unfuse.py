@@ -15,7 +15,7 @@ from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import blocked, is_known, type_name
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
-from gguf_fuse.planning.fuse import loader_of, refuse_loader, require_model
+from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
 from gguf_fuse.planning.fusions import (
     FUSIONS,
     GATE_UP,
@@ -32,18 +32,13 @@ from gguf_fuse.planning.plan import (
     NothingToDo,
     Plan,
     PlannedTensor,
+    Read,
     Refused,
+    Rows,
     Status,
     listed,
 )
-from gguf_fuse.planning.record import (
-    POSITIONS_KEY,
-    RECORD_KEYS,
-    RECORD_VERSIONS,
-    ROWS_KEY,
-    TENSORS_KEY,
-    VERSION_KEY,
-)
+from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +88,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
         if split.suffix == "weight"
     )
     restored = {split.tensor.name: _parts(split) for split in splits}
-    return record.unfused_plan(header, record.put_back(header, restored), changed)
+    return record.unfused_plan(header, restored, changed)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
@@ -109,8 +104,25 @@ def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     return _rows_by_heads(header, layer, weight, loader_of(header, layer))
 
 
+def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> Rows:
+    """Of every layer that is fused in a model, which an adapter or a matrix is for.
+
+    A model without any fused layer counts as what `fuse` would make of it. read: as for `examine`.
+
+    Raises Refused for what is no model or cannot be split for certain, GGUFError for a record that
+    does not fit.
+    """
+    require_model(header)
+    layers = examine(header, read, any_architecture=any_architecture)
+    if any(layer.status is Status.FUSED for layer in layers):
+        layers = unfuse(header, any_architecture=True).changed
+    else:
+        layers = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
+    return {layer.name: layer.rows for layer in layers if layer.fusion is QKV}
+
+
 def _has_record(header: Header) -> bool:
-    return any(key in header.metadata for key in RECORD_KEYS)
+    return any(key in header.metadata for key in record.RECORD_KEYS)
 
 
 def _parts(split: _Split) -> list[tuple[int | None, PlannedTensor]]:
@@ -136,7 +148,7 @@ def _parts(split: _Split) -> list[tuple[int | None, PlannedTensor]]:
 
 
 def _recorded_splits(header: Header) -> list[_Split]:
-    version = record.version(header, RECORD_VERSIONS)
+    version = record.version(header, record.RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
     if version != record.version_of(names):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")

@@ -25,15 +25,6 @@ from gguf_fuse.planning.plan import (
     Status,
     listed,
 )
-from gguf_fuse.planning.record import (
-    NOT_THERE,
-    ORIGINALS_KEY,
-    POSITIONS_KEY,
-    RANKS_KEY,
-    ROWS_KEY,
-    STORED_KEY,
-    TYPES_KEY,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +72,7 @@ def unfuse(header: Header, read: Read) -> Plan:
         )
         for fused in recorded
     ]
-    return record.unfused_plan(header, record.put_back(header, restored), changed)
+    return record.unfused_plan(header, restored, changed)
 
 
 def _recorded(header: Header) -> list[_Recorded]:
@@ -94,7 +85,13 @@ def _recorded(header: Header) -> list[_Recorded]:
         values = record.array(header, key, int, each * len(names))
         return (tuple(values[at : at + each]) for at in range(0, len(values), each))
 
-    columns = ((ROWS_KEY, 3), (RANKS_KEY, 3), (TYPES_KEY, 6), (POSITIONS_KEY, 6), (STORED_KEY, 6))
+    columns = (
+        (record.ROWS_KEY, 3),
+        (record.RANKS_KEY, 3),
+        (record.TYPES_KEY, 6),
+        (record.POSITIONS_KEY, 6),
+        (record.STORED_KEY, 6),
+    )
     found = [numbers(key, each) for key, each in columns]
     return [_Recorded(*row) for row in zip(names, *found, strict=True)]
 
@@ -115,7 +112,7 @@ def _restored(
         for column, (end, ne) in zip((index, index + len(QKV.parts)), shapes, strict=True):
             type_id = fused.types[column]
             n_bytes = ne[1] * row_bytes(type_id, ne[0])
-            if fused.stored[column] != NOT_THERE:
+            if fused.stored[column] != record.NOT_THERE:
                 piece: Segment | Computed = _stored(header, fused.stored[column], n_bytes)
             else:
                 piece = _derived(header, pair, end, block, type_id, n_bytes, read)
@@ -132,22 +129,28 @@ def _check_recorded(header: Header, pair: Pair, fused: _Recorded) -> None:
             type_id = fused.types[column]
             derivable = type_id in FLOATS and tensor.type in FLOATS
             copied = column == index and type_id == tensor.type
-            possible = derivable or copied or fused.stored[column] != NOT_THERE
+            possible = derivable or copied or fused.stored[column] != record.NOT_THERE
             if rank and not (is_known(type_id) and possible):
-                record.damaged(header, f"{TYPES_KEY} has {type_id} for a part of {tensor.name!r}")
+                record.damaged(
+                    header, f"{record.TYPES_KEY} has {type_id} for a part of {tensor.name!r}"
+                )
             width = pair.a.ne[0] if column == index else rank
             if rank and width % TYPES[type_id].block:
-                record.damaged(header, f"{TYPES_KEY} has {type_id} for rows of {width}")
+                record.damaged(header, f"{record.TYPES_KEY} has {type_id} for rows of {width}")
 
 
 def _stored(header: Header, offset: int, n_bytes: int) -> Segment:
     """A range of the metadata: an array of bytes ends its pair."""
-    head = header.metadata.array_head(ORIGINALS_KEY) if ORIGINALS_KEY in header.metadata else None
+    head = (
+        header.metadata.array_head(record.ORIGINALS_KEY)
+        if record.ORIGINALS_KEY in header.metadata
+        else None
+    )
     if head is None or head[0] != ValueType.UINT8 or not 0 <= offset <= head[1] - n_bytes:
         record.damaged(
-            header, f"{ORIGINALS_KEY} does not hold bytes {offset} to {offset + n_bytes}"
+            header, f"{record.ORIGINALS_KEY} does not hold bytes {offset} to {offset + n_bytes}"
         )
-    pair = header.metadata.segment(ORIGINALS_KEY)
+    pair = header.metadata.segment(record.ORIGINALS_KEY)
     return pair.part(pair.n_bytes - head[1] + offset, n_bytes)
 
 

@@ -93,7 +93,6 @@ def _cut_alike(source: Header, plan: Plan) -> list[Plan]:
         part = replace(
             plan,
             alignment=shard.alignment,
-            n_metadata=len(metadata),
             metadata=metadata,
             tensors=tuple(t for t, home in zip(plan.tensors, homes, strict=True) if home == number),
         )
@@ -177,9 +176,7 @@ def _cut(source: Header, plan: Plan, groups: Sequence[Sequence[PlannedTensor]]) 
     for number, group in enumerate(groups):
         own = _split_pairs(number, len(groups), len(plan.tensors), plan.byte_order)
         metadata = (*(others if number else first), *own)
-        parts.append(
-            replace(plan, n_metadata=len(metadata), metadata=metadata, tensors=tuple(group))
-        )
+        parts.append(replace(plan, metadata=metadata, tensors=tuple(group)))
     return parts
 
 

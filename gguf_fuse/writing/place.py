@@ -127,8 +127,7 @@ def _header(plan: Plan, offsets: Sequence[int], n_padding: int | None) -> list[S
     pairs = list(plan.metadata)
     if n_padding is not None:
         pairs.append(encode_pair(PADDING_KEY, ValueType.UINT8, bytes(n_padding), plan.byte_order))
-    n_pairs = plan.n_metadata + (n_padding is not None)
-    start = encode_start(plan.version, plan.byte_order, len(plan.tensors), n_pairs)
+    start = encode_start(plan.version, plan.byte_order, len(plan.tensors), len(pairs))
     tensors = b"".join(
         encode_tensor(tensor.name, tensor.ne, tensor.type, offset, plan.byte_order)
         for tensor, offset in zip(plan.tensors, offsets, strict=True)
