@@ -107,7 +107,7 @@ _WITH_GELU = """
 CASES: dict[str, Case] = {
     # As `random_model` has them; then those that are only here.
     **{name: a_case(name) for name in _PLAIN},
-    # One layer, so that the table blurs as little as it can; two where both kinds must be there.
+    # One layer, so that the table blurs as little as it can; two where layers differ.
     **{name: a_case(name, limit=GELU, n_layer=1) for name in _WITH_GELU},
     **{name: a_case(name, limit=GELU) for name in ("gemma2", "gemma4", "nomic-bert-moe")},
     **{f"{name}, attention": a_case(name, feed_forward=False) for name in _WITH_GELU},

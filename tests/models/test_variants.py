@@ -70,15 +70,15 @@ _NO_EXPERTS: dict[str, Value] = {
 
 def _foreseeing(layout: Layout, n_layer: int, **keys: Value) -> Layout:
     """With one more layer, which predicts a token more and plays no part otherwise."""
-    kinds = layout.layer.split(" | ")
-    layers = [kinds[layer % len(kinds)] for layer in range(n_layer)]
+    patterns = layout.layer.split(" | ")
+    layers = [patterns[layer % len(patterns)] for layer in range(n_layer)]
     names = ("eh_proj", "enorm", "hnorm", "shared_head_norm")
     if "nextn.shared_head_norm" not in layout.ne:
         names = names[:3]
     extra = " ".join(f"nextn.{name}.weight" for name in names)
     return replace(
         layout,
-        layer=" | ".join([*layers, f"{kinds[-1]} {extra}"]),
+        layer=" | ".join([*layers, f"{patterns[-1]} {extra}"]),
         n_layer=n_layer + 1,
         ne={
             "nextn.eh_proj": "2*n_embd n_embd",

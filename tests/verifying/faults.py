@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as T
 from gguf.constants import GGUFValueType
 
-from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors, read_tensors
+from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.values import encode_pair
 from gguf_fuse.verifying.report import Report, VerifyOptions
