@@ -26,7 +26,6 @@ from tests.models.random_model import ModelSpec, write_random_model
 
 Model = Callable[..., Path]
 
-
 SPECS: dict[str, dict[str, Any]] = {
     "llama": {},
     "grouped": {"n_head": 8, "n_head_kv": 2},

@@ -35,7 +35,6 @@ from tests.server import Run
 
 Model = Callable[..., Path]
 
-
 READERS = sorted(n for n, row in ARCHITECTURES.items() if row.gate_up.loader is Loader.READS_FUSED)
 # What stays F32 in every file of that architecture.
 F32_ALWAYS = {"*.ssm_*": T.F32, "*hc_*": T.F32}

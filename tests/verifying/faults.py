@@ -33,7 +33,7 @@ class Contents:
     @classmethod
     def of(cls, path: Path) -> Contents:
         header = read_header(path)
-        data = read_tensors(header, [tensor.name for tensor in header.tensors])
+        data = {tensor.name: tensor.read() for tensor in header.tensors}
         return cls(
             path,
             {key: header.metadata.pair_bytes(key) for key in header.metadata},

@@ -135,9 +135,7 @@ def test_output_in_a_folder_of_someone_else(run: Run, tmp_path: Path) -> None:
 
 def test_output_on_a_terminal(packed: Path) -> None:
     master, slave = pty.openpty()
-    result = gguf_fuse(
-        "fuse", packed, "-", capture_output=False, stdout=slave, stderr=subprocess.PIPE
-    )
+    result = gguf_fuse("fuse", packed, "-", stdout=slave)
     os.close(slave)
     os.set_blocking(master, False)
     try:
@@ -155,9 +153,7 @@ def test_output_on_a_full_device(packed: Path) -> None:
         pytest.skip("no /dev/full")
     for arguments in (("inspect", packed), ("inspect", packed, "--json"), ("fuse", packed, "-")):
         with Path("/dev/full").open("w") as full:
-            result = gguf_fuse(
-                *arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE
-            )
+            result = gguf_fuse(*arguments, stdout=full)
         assert "Traceback" not in result.stderr, (arguments, result.stderr)
         assert result.returncode == 1
         assert result.stderr.startswith("gguf-fuse: standard output: ")

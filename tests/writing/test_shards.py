@@ -44,7 +44,6 @@ from tests.shards import (
 
 Model = Callable[..., Path]
 
-
 SPECS: dict[str, dict[str, Any]] = {
     "grouped": {"n_head": 8, "n_head_kv": 2, "types": {"*": T.F16}},
     "biases": {"architecture": "qwen2", "n_head_kv": 2},
