@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as T
-from gguf.constants import GGUFValueType
 
-from gguf_fuse.format.header import TensorInfo, align, encode_start, encode_tensors
+from gguf_fuse.format.header import align, encode_start, encode_tensor
 from gguf_fuse.format.parser import read_header
-from gguf_fuse.format.values import encode_pair
+from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.verifying.report import Report, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
 from gguf_fuse.verifying.verify import verify
@@ -33,22 +32,20 @@ class Contents:
     @classmethod
     def of(cls, path: Path) -> Contents:
         header = read_header(path)
-        data = {tensor.name: tensor.read() for tensor in header.tensors}
         return cls(
             path,
             {key: header.metadata.pair_bytes(key) for key in header.metadata},
-            {tensor.name: (tensor.ne, tensor.type, data[tensor.name]) for tensor in header.tensors},
+            {tensor.name: (tensor.ne, tensor.type, tensor.read()) for tensor in header.tensors},
         )
 
     def write(self) -> Path:
         header = read_header(self.path)
-        infos, body = [], bytearray()
+        order, infos, body = header.byte_order, bytearray(), bytearray()
         for name, (ne, tensor_type, data) in self.tensors.items():
-            infos.append(TensorInfo(name, ne, tensor_type, len(body), len(data)))
+            infos += encode_tensor(name, ne, tensor_type, len(body), order)
             body += data.ljust(align(len(data), header.alignment), b"\0")
-        order = header.byte_order
-        head = encode_start(header.version, order, len(infos), len(self.pairs))
-        head += b"".join(self.pairs.values()) + encode_tensors(infos, order)
+        head = encode_start(header.version, order, len(self.tensors), len(self.pairs))
+        head += b"".join(self.pairs.values()) + infos
         self.path.write_bytes(head.ljust(align(len(head), header.alignment), b"\0") + body)
         return self.path
 
@@ -61,7 +58,7 @@ class Contents:
         ne, tensor_type, _ = self.tensors[name]
         self.tensors[name] = ((*ne[:-1], len(rows)), tensor_type, b"".join(rows))
 
-    def pair(self, key: str, value_type: GGUFValueType, value: Any) -> None:
+    def pair(self, key: str, value_type: ValueType, value: Any) -> None:
         self.pairs[key] = encode_pair(key, value_type, value, "little")
 
 
@@ -134,16 +131,16 @@ def reorder_tensors(c: Contents) -> None:
 
 def change_a_value(c: Contents) -> None:
     key = f"{read_header(c.path).architecture}.rope.freq_base"
-    c.pair(key, GGUFValueType.FLOAT32, 500000)
+    c.pair(key, ValueType.FLOAT32, 500000)
 
 
 def change_a_long_value(c: Contents) -> None:
-    c.pair("general.name", GGUFValueType.STRING, "x" * 61)
+    c.pair("general.name", ValueType.STRING, "x" * 61)
 
 
 def change_a_value_type(c: Contents) -> None:
     key = f"{read_header(c.path).architecture}.block_count"
-    c.pair(key, GGUFValueType.UINT64, 2)
+    c.pair(key, ValueType.UINT64, 2)
 
 
 def change_a_token(c: Contents) -> None:
@@ -152,7 +149,7 @@ def change_a_token(c: Contents) -> None:
 
 def lose_a_token(c: Contents) -> None:
     tokens = read_header(c.path).metadata["tokenizer.ggml.tokens"]
-    c.pair("tokenizer.ggml.tokens", GGUFValueType.STRING, tokens[:-1])
+    c.pair("tokenizer.ggml.tokens", ValueType.STRING, tokens[:-1])
 
 
 def remove_a_key(c: Contents) -> None:
@@ -160,23 +157,23 @@ def remove_a_key(c: Contents) -> None:
 
 
 def add_a_key(c: Contents) -> None:
-    c.pair("general.author", GGUFValueType.STRING, "nobody")
+    c.pair("general.author", ValueType.STRING, "nobody")
 
 
 def pad_with_something(c: Contents) -> None:
-    c.pair("gguf_fuse.padding", GGUFValueType.UINT8, [0, 0, 1])
+    c.pair("gguf_fuse.padding", ValueType.UINT8, [0, 0, 1])
 
 
 def pad_with_text(c: Contents) -> None:
-    c.pair("gguf_fuse.padding", GGUFValueType.STRING, "")
+    c.pair("gguf_fuse.padding", ValueType.STRING, "")
 
 
 def cut_into_less_than_nothing(c: Contents) -> None:
-    c.pair("gguf_fuse.shards", GGUFValueType.INT32, [-1, 34])  # of 33 tensors
+    c.pair("gguf_fuse.shards", ValueType.INT32, [-1, 34])  # of 33 tensors
 
 
 def add_an_unknown_key_of_our_own(c: Contents) -> None:
-    c.pair("gguf_fuse.future", GGUFValueType.UINT32, 1)
+    c.pair("gguf_fuse.future", ValueType.UINT32, 1)
 
 
 def reorder_keys(c: Contents) -> None:
@@ -185,24 +182,24 @@ def reorder_keys(c: Contents) -> None:
 
 def record_other_rows(c: Contents) -> None:
     rows = read_header(c.path).metadata["gguf_fuse.rows"]
-    c.pair("gguf_fuse.rows", GGUFValueType.UINT64, [rows[0] - 16, rows[1] + 16, *rows[2:]])
+    c.pair("gguf_fuse.rows", ValueType.UINT64, [rows[0] - 16, rows[1] + 16, *rows[2:]])
 
 
 def record_other_positions(c: Contents) -> None:
     at = read_header(c.path).metadata["gguf_fuse.positions"]
-    c.pair("gguf_fuse.positions", GGUFValueType.UINT64, [at[1], at[0], *at[2:]])
+    c.pair("gguf_fuse.positions", ValueType.UINT64, [at[1], at[0], *at[2:]])
 
 
 def record_too_little(c: Contents) -> None:
     metadata = read_header(c.path).metadata
     names = metadata["gguf_fuse.tensors"][:-1]
-    c.pair("gguf_fuse.tensors", GGUFValueType.STRING, names)
+    c.pair("gguf_fuse.tensors", ValueType.STRING, names)
     for key in ("gguf_fuse.rows", "gguf_fuse.positions"):
-        c.pair(key, GGUFValueType.UINT64, metadata[key][:-3])
+        c.pair(key, ValueType.UINT64, metadata[key][:-3])
 
 
 def record_another_version(c: Contents) -> None:
-    c.pair("gguf_fuse.version", GGUFValueType.UINT32, 99)
+    c.pair("gguf_fuse.version", ValueType.UINT32, 99)
 
 
 def record_without_rows(c: Contents) -> None:
@@ -210,17 +207,17 @@ def record_without_rows(c: Contents) -> None:
 
 
 def record_rows_as_text(c: Contents) -> None:
-    c.pair("gguf_fuse.rows", GGUFValueType.STRING, "64, 32, 32")
+    c.pair("gguf_fuse.rows", ValueType.STRING, "64, 32, 32")
 
 
 def record_fewer_rows(c: Contents) -> None:
     rows = read_header(c.path).metadata["gguf_fuse.rows"]
-    c.pair("gguf_fuse.rows", GGUFValueType.UINT64, rows[:-3])
+    c.pair("gguf_fuse.rows", ValueType.UINT64, rows[:-3])
 
 
 def record_the_first_layer_alone(c: Contents) -> None:
     metadata = read_header(c.path).metadata
     names = [name for name in metadata["gguf_fuse.tensors"] if name.startswith("blk.0.")]
-    c.pair("gguf_fuse.tensors", GGUFValueType.STRING, names)
+    c.pair("gguf_fuse.tensors", ValueType.STRING, names)
     for key in ("gguf_fuse.rows", "gguf_fuse.positions"):
-        c.pair(key, GGUFValueType.UINT64, metadata[key][: 3 * len(names)])
+        c.pair(key, ValueType.UINT64, metadata[key][: 3 * len(names)])
