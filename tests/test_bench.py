@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from gguf_fuse import attention
 from gguf_fuse.cli import app
-from gguf_fuse.cli.report import projection_verdict
+from gguf_fuse.cli.bench import projection_verdict
 from gguf_fuse.format.header import GGUFError, read_header
 from gguf_fuse.measuring import bench as benchmark
 from gguf_fuse.measuring import timing
