@@ -17,10 +17,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # by the module that has them
     "api": "Inspection Options Result fuse inspect unfuse",
-    "format.header": "GGUFError",
+    "format.source": "GGUFError",
     "planning.fusions": "GATE_UP QKV",
     "planning.plan": "NothingToDo Refused",
-    "verifying.numbers": "Report VerifyOptions verify",
+    "verifying.report": "Report VerifyOptions",
+    "verifying.verify": "verify",
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = sorted(_MODULES)
@@ -32,14 +33,14 @@ if TYPE_CHECKING:  # for type checkers, which do not read the table; a test comp
     from gguf_fuse.api import fuse as fuse
     from gguf_fuse.api import inspect as inspect
     from gguf_fuse.api import unfuse as unfuse
-    from gguf_fuse.format.header import GGUFError as GGUFError
+    from gguf_fuse.format.source import GGUFError as GGUFError
     from gguf_fuse.planning.fusions import GATE_UP as GATE_UP
     from gguf_fuse.planning.fusions import QKV as QKV
     from gguf_fuse.planning.plan import NothingToDo as NothingToDo
     from gguf_fuse.planning.plan import Refused as Refused
-    from gguf_fuse.verifying.numbers import Report as Report
-    from gguf_fuse.verifying.numbers import VerifyOptions as VerifyOptions
-    from gguf_fuse.verifying.numbers import verify as verify
+    from gguf_fuse.verifying.report import Report as Report
+    from gguf_fuse.verifying.report import VerifyOptions as VerifyOptions
+    from gguf_fuse.verifying.verify import verify as verify
 
 
 def __getattr__(name: str) -> Any:

@@ -2,59 +2,49 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_fuse.choices import OnMismatch as OnMismatch
-from gguf_fuse.choices import Reflink as Reflink
-from gguf_fuse.format import shards
-from gguf_fuse.format.header import GGUFError, Header, TensorInfo, read_tensor, read_tensors
-from gguf_fuse.planning import fuse as fusion
+from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.shards import read_model
+from gguf_fuse.format.source import GGUFError, opened
+from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
-from gguf_fuse.planning import unfuse as unfusion
-from gguf_fuse.planning.base import base_rows
-from gguf_fuse.planning.fusions import KINDS, QKV, Kind
+from gguf_fuse.planning import unfuse as unfusing
+from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
-from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Status, summary
-from gguf_fuse.writing.copy import DEFAULT_THREADS, OnProgress, clone_block
+from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, summary
+from gguf_fuse.writing.copy import clone_block
+from gguf_fuse.writing.cut import divide
 from gguf_fuse.writing.place import Placement, place
 from gguf_fuse.writing.publish import (
+    Options,
     Output,
     Written,
     check_destinations,
-    open_source,
-    stream,
     write,
 )
+from gguf_fuse.writing.stream import stream
+
+__all__ = [
+    "Inspection",
+    "OnMismatch",
+    "Options",
+    "Reflink",
+    "Result",
+    "fuse",
+    "inspect",
+    "unfuse",
+]
 
 STANDARD_OUTPUT = "-"
 
 AnyPath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to write, the same for both ways. on_start gets the number of bytes to come.
-
-    reflink: whether to share blocks with the source where the file system can; "always" fails
-    where it cannot. split_max_size (bytes of data), split_max_tensors: cut the output into shards.
-    """
-
-    dry_run: bool = False
-    force: bool = False
-    sync: bool = True
-    threads: int = DEFAULT_THREADS
-    reflink: Reflink = "auto"
-    on_start: Callable[[int], None] = field(default=lambda n_bytes: None)
-    on_progress: OnProgress = field(default=lambda n_bytes: None)
-    on_flush: Callable[[], None] = field(default=lambda: None)
-    split_max_size: int | None = None
-    split_max_tensors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,23 +76,23 @@ def fuse(
     source: AnyPath,
     output: AnyPath,
     *,
-    kinds: Sequence[Kind] = (QKV,),
+    fusions: Sequence[Fusion] = (QKV,),
     on_mismatch: OnMismatch = "skip",
     any_architecture: bool = False,
     base: AnyPath | None = None,
     options: Options | None = None,
 ) -> Result:
-    """Write `source` to `output` ("-": standard output) with what `kinds` names fused.
+    """Write `source` to `output` ("-": standard output) with `fusions` made.
 
-    `source` is a file, or any shard of a set; what `output` may be says `shards.divide`.
+    `source` is a file, or any shard of a set; what `output` may be says `cut.divide`.
     on_mismatch: "error" refuses a file with a layer whose parts cannot be one tensor.
     base: the model that an adapter or an importance matrix is for, fused or not.
 
-    Raises GGUFError (and its kinds Refused and NothingToDo); nothing is written then.
+    Raises GGUFError (Refused and NothingToDo are such); nothing is written then.
     """
-    header = shards.read_model(source)
+    header = read_model(source)
     try:
-        plan = _fuse_plan(header, base, kinds, any_architecture)
+        plan = _fuse_plan(header, base, fusions, any_architecture)
     except NothingToDo as nothing:
         _refuse_mismatch(header, nothing.layers, on_mismatch)
         raise
@@ -124,7 +114,7 @@ def unfuse(
     options: Options | None = None,
 ) -> Result:
     """Write `source` with all that is fused separate to `output`; raises as `fuse` does."""
-    header = shards.read_model(source)
+    header = read_model(source)
     plan = _unfuse_plan(header, any_architecture)
     return _carry_out(header, plan, os.fspath(output), options or Options())
 
@@ -140,27 +130,26 @@ class Inspection:
 
 def inspect(source: AnyPath) -> Inspection:
     """What `source` holds and what fusing would do to it. Raises GGUFError."""
-    header = shards.read_model(source)
+    header = read_model(source)
     layers = _examine(header)
     name = layers[0].name if layers else "blk.0"
-    return Inspection(header, layers, fusion.loader_of(header, name))
+    return Inspection(header, layers, fusing.loader_of(header, name))
 
 
 def _examine(header: Header) -> tuple[Layer, ...]:
-    """Each layer of a file of any kind, in all kinds of fusion."""
-    kind = header.metadata.get("general.type")
-    if kind == "adapter":
-        from gguf_fuse.planning import adapter
+    """Each layer of a model, an adapter or a matrix, for all fusions."""
+    general_type = header.metadata.get("general.type")
+    if general_type == "adapter":
+        from gguf_fuse.planning import fuse_adapter
 
-        return adapter.examine(header)
-    if kind == "imatrix":
-        return imatrix.examine(header, _reader(header))
-    scalars = read_tensors(header, fusion.scalar_names(header))
-    return fusion.examine(header, scalars, kinds=KINDS)
+        return fuse_adapter.examine(header)
+    if general_type == "imatrix":
+        return imatrix.examine(header, TensorInfo.read)
+    return fusing.examine(header, TensorInfo.read, fusions=FUSIONS)
 
 
 def _fuse_plan(
-    header: Header, base: AnyPath | None, kinds: Sequence[Kind], any_architecture: bool
+    header: Header, base: AnyPath | None, fusions: Sequence[Fusion], any_architecture: bool
 ) -> Plan:
     if header.is_model:
         if base is not None:
@@ -168,38 +157,34 @@ def _fuse_plan(
                 f"{header.path}: --base is for LoRA adapters and importance matrices; this file "
                 "is neither"
             )
-        scalars = read_tensors(header, fusion.scalar_names(header))
-        return fusion.fuse(header, scalars, kinds=kinds, any_architecture=any_architecture)
-    kind = header.metadata.get("general.type")
-    if QKV not in kinds:
-        raise Refused(f"{header.path}: of general.type {kind!r} only Q, K and V can be fused")
-    rows = None if base is None else _base_rows(base, any_architecture)
-    if kind == "imatrix":
-        return imatrix.fuse(header, _reader(header), rows=rows)
-    from gguf_fuse.planning import adapter  # brings numpy, which no model needs
+        return fusing.fuse(
+            header, TensorInfo.read, fusions=fusions, any_architecture=any_architecture
+        )
+    general_type = header.metadata.get("general.type")
+    if QKV not in fusions:
+        raise Refused(
+            f"{header.path}: of general.type {general_type!r} only Q, K and V can be fused"
+        )
+    rows: Rows | None = None
+    if base is not None:
+        base_header = read_model(base)
+        rows = unfusing.base_rows(base_header, TensorInfo.read, any_architecture=any_architecture)
+    if general_type == "imatrix":
+        return imatrix.fuse(header, TensorInfo.read, rows=rows)
+    from gguf_fuse.planning import fuse_adapter  # numpy, which only adapters need: 0.1 s
 
-    return adapter.fuse(header, _reader(header), rows=rows, any_architecture=any_architecture)
-
-
-def _base_rows(path: AnyPath, any_architecture: bool) -> dict[str, tuple[int, ...]]:
-    header = shards.read_model(path)
-    scalars = read_tensors(header, fusion.scalar_names(header))
-    return base_rows(header, scalars, any_architecture=any_architecture)
+    return fuse_adapter.fuse(header, TensorInfo.read, rows=rows, any_architecture=any_architecture)
 
 
 def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
-    kind = header.metadata.get("general.type")
-    if kind == "adapter":
-        from gguf_fuse.planning import adapter
+    general_type = header.metadata.get("general.type")
+    if general_type == "adapter":
+        from gguf_fuse.planning import unfuse_adapter
 
-        return adapter.unfuse(header, _reader(header))
-    if kind == "imatrix":
+        return unfuse_adapter.unfuse(header, TensorInfo.read)
+    if general_type == "imatrix":
         return imatrix.unfuse(header)
-    return unfusion.unfuse(header, any_architecture=any_architecture)
-
-
-def _reader(header: Header) -> Callable[[TensorInfo], bytes]:
-    return functools.partial(read_tensor, header)
+    return unfusing.unfuse(header, any_architecture=any_architecture)
 
 
 def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:
@@ -218,16 +203,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
         written = stream(source, placement, sys.stdout.fileno(), options.on_progress)
     else:
         options.on_start(n_bytes)
-        written = write(
-            source,
-            outputs,
-            force=options.force,
-            sync=options.sync,
-            clone_all=options.reflink == "always",
-            threads=options.threads,
-            on_progress=options.on_progress,
-            on_flush=options.on_flush,
-        )
+        written = write(source, outputs, options)
         files = tuple(part.path for part in outputs)
     return Result(source, output, plan, outputs, files, written, time.perf_counter() - started)
 
@@ -239,7 +215,7 @@ def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple
     limits = (options.split_max_size, options.split_max_tensors)
     if output == STANDARD_OUTPUT and limits != (None, None):
         raise GGUFError(f"{output}: standard output is one file; shards need a name")
-    parts = shards.divide(source, plan, output, max_bytes=limits[0], max_tensors=limits[1])
+    parts = divide(source, plan, output, max_bytes=limits[0], max_tensors=limits[1])
     block = _shared_block(source, output, options.reflink)
     outputs = tuple(Output(path, place(part, block)) for path, part in parts)
     if options.reflink == "always" and not any(part.placement.clones for part in outputs):
@@ -258,8 +234,8 @@ def _shared_block(source: Header, output: str, reflink: Reflink) -> int | None:
         block = None
     else:
         folder = Path(os.path.realpath(output)).parent
-        with open_source(source) as sources:
-            blocks = {clone_block(source_fd, folder) for source_fd in sources}
+        with opened(source.sources) as sources:
+            blocks = {clone_block(file, folder) for file in sources.values()}
         block = blocks.pop() if len(blocks) == 1 else None
     if block is None and reflink == "always":
         raise GGUFError(

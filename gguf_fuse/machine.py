@@ -1,4 +1,4 @@
-"""Threads and memory that this machine has to give."""
+"""What this machine has to give: threads and memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import os
 from pathlib import Path
 
-COPY_THREADS = min(2, os.cpu_count() or 1)  # of commands that rewrite
-COMPUTE_THREADS = min(4, os.cpu_count() or 1)  # of commands that compute
+# Defaults of the commands; every one of them takes --threads.
+COPY_THREADS = min(2, os.cpu_count() or 1)  # more do not read and write faster
+COMPUTE_THREADS = min(4, os.cpu_count() or 1)
+
 SPARE = 0.8  # of what is free, the most to take
 
 

@@ -1,4 +1,4 @@
-"""Who is told how far a long computation is."""
+"""Who is told how far a long computation is; its steps are bytes, layers or rows."""
 
 from collections.abc import Callable
 

@@ -18,12 +18,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # as the command does, see cli.py
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # as the command does, see gguf_fuse/cli
 
 import numpy as np
 
-from gguf_fuse import attention
-from gguf_fuse.attention import DEFAULT_THREADS, AttentionParams, Floats, blas_threads
+from gguf_fuse.attention.shapes import Floats
+from gguf_fuse.attention.softmax import AttentionParams
+from gguf_fuse.attention.split import split_attention
+from gguf_fuse.attention.threads import blas_threads
+from gguf_fuse.machine import COMPUTE_THREADS
 from gguf_fuse.measuring.bench import stream
 from gguf_fuse.measuring.timing import interleaved
 
@@ -45,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=DEFAULT_THREADS)
+    parser.add_argument("--threads", type=int, default=COMPUTE_THREADS)
     parser.add_argument("--n-kv", type=numbers, default=numbers("512,2048,8192,32768"))
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -78,9 +81,7 @@ def measure(n_kv: int, options: argparse.Namespace) -> dict[str, float | None]:
     k = draw(1, options.kv_heads, n_kv, options.head_dim)  # [n_seqs, n_head_kv, n_kv, head_dim]
     v = draw(1, options.kv_heads, n_kv, options.head_dim)  # [n_seqs, n_head_kv, n_kv, head_dim]
     params = AttentionParams(scale=options.head_dim**-0.5)
-    split = functools.partial(
-        attention.split_attention, q, k, v, None, params, n_threads=options.threads
-    )
+    split = functools.partial(split_attention, q, k, v, None, params, n_threads=options.threads)
     ways: dict[str, Way] = {"split": split}
     torch = torch_way(q, k, v, options.threads)
     ways["stream"] = functools.partial(stream, (k, v), options.threads)

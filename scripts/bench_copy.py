@@ -23,10 +23,10 @@ from typing import Annotated
 
 import typer
 from gguf import GGMLQuantizationType
+from random_models import ModelSpec, spec_of_size, write_random_model
 from rich.console import Console
 from rich.table import Table
 
-from gguf_fuse.random_model import ModelSpec, spec_of_size, write_random_model
 from gguf_fuse.writing.copy import clone_block
 
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}

@@ -20,9 +20,9 @@ from typing import Annotated
 
 import gguf
 import typer
+from random_models import ModelSpec, write_random_model
 
-from gguf_fuse.format.header import read_header
-from gguf_fuse.random_model import ModelSpec, write_random_model
+from gguf_fuse.format.parser import read_header
 
 
 def main(

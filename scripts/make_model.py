@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from gguf_fuse.random_architectures import LAYOUTS
-from gguf_fuse.random_model import (
+from random_models import (
+    LAYOUTS,
     ModelSpec,
     data_bytes,
     spec_of_size,
@@ -41,7 +40,7 @@ class ScaleRule(str, Enum):
 
 
 class Tokenizer(str, Enum):
-    """Kind of vocabulary."""
+    """Which vocabulary."""
 
     spm = "spm"
     bpe = "bpe"
@@ -74,7 +73,7 @@ def main(
     vocab: Annotated[int, typer.Option(help="Tokens; 128256 is a real vocabulary's size.")] = 320,
     tokenizer: Annotated[
         Tokenizer | None,
-        typer.Option(help="Kind of vocabulary; bpe from 65536 tokens on."),
+        typer.Option(help="Which vocabulary; bpe from 65536 tokens on."),
     ] = None,
     experts: Annotated[int | None, typer.Option(min=0, help="Experts.")] = None,
     types: Annotated[
@@ -179,7 +178,7 @@ def _parse_type(text: str) -> tuple[str, GGMLQuantizationType]:
     try:
         return (pattern if equals else "*", GGMLQuantizationType[name.upper()])
     except KeyError:
-        known = ", ".join(kind.name for kind in GGMLQuantizationType)
+        known = ", ".join(type_.name for type_ in GGMLQuantizationType)
         raise ValueError(f"unknown type {name!r}; known: {known}") from None
 
 

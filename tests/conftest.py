@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.api import Options, Result, fuse, unfuse
-from gguf_fuse.random_model import ModelSpec, write_random_model
+from tests import pack
+from tests.models.random_model import ModelSpec, write_random_model
+from tests.server import Run, serve
 
 # Tests rewrite thousands of small files: none of them has to survive a power failure.
 FAST = Options(sync=False)
-
-Run = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +41,21 @@ def model(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """A small sound model, packed by hand."""
+    return pack.save(pack.valid(), tmp_path / "in.gguf")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run a command at little cost, and measured: see `tests.server`."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork and wait4")
+    with serve(tmp_path_factory.mktemp("server")) as ask:
+        yield ask
+
+
 def fused_copy(path: Path, **kwargs: Any) -> Path:
     """The fused file beside `path`."""
     output = path.with_name(f"{path.stem}-fused.gguf")
@@ -57,10 +74,18 @@ def dry(path: Path, **kwargs: Any) -> Result:
     return fuse(path, str(path) + ".out", options=Options(dry_run=True), **kwargs)
 
 
-def gguf_fuse(*arguments: str | Path, **kwargs: Any) -> Run:
-    """The command in a process of its own."""
+def gguf_fuse(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """The command in a process of its own, as a shell starts it."""
     command = [sys.executable, "-m", "gguf_fuse", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    settings = {"stdout": PIPE, "stderr": PIPE, "text": True, "timeout": 120} | options
+    return subprocess.run(command, check=False, **settings)
+
+
+def let_others_in(folder: Path) -> None:
+    """Open the folder, and those of root around it, to other users."""
+    while folder != Path("/") and folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+        folder.chmod(0o755)
+        folder = folder.parent
 
 
 def blas_threads() -> list[int]:

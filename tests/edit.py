@@ -1,8 +1,10 @@
-"""Change a model by gguf-py, the way another tool would: tensors left out, replaced or added."""
+"""Change a model: by gguf-py, the way another tool would, or byte by byte in the file."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import random
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,35 @@ def edited(
         writer.add_tensor(name, array)
     finish(writer)
     return target
+
+
+def shuffled(source: Path, target: Path, seed: int) -> None:
+    """The tensors of `source` in another order, as a llama with hardly any metadata."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_custom_alignment(int(reader.alignment))
+    writer.add_block_count(3)
+    tensors = list(reader.tensors)
+    random.Random(seed).shuffle(tensors)
+    for tensor in tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+
+
+@contextmanager
+def tensors_in(path: Path) -> Iterator[dict[str, Any]]:
+    """The data of every tensor by name, as arrays; what is changed in them changes in the file."""
+    reader = gguf.GGUFReader(path, "r+")
+    yield {tensor.name: tensor.data for tensor in reader.tensors}
+    reader.data.flush()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def bytes_of(path: Path) -> Iterator[bytearray]:
+    """All bytes of the file; they are written back."""
+    data = bytearray(path.read_bytes())
+    yield data
+    path.write_bytes(data)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

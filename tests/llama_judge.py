@@ -1,15 +1,15 @@
 """llama.cpp as the judge: what it makes of a GGUF file, through the wheel `xllamacpp`.
 
 Every load runs in a process of its own, so that a crash in llama.cpp is a result and not the end
-of the test run. That process alone imports xllamacpp, and not numpy, which would take it longer
-to import than all the rest takes.
+of the test run. It is forked from one that has imported xllamacpp already, and not numpy: importing
+takes longer than all the rest.
 """
 
 from __future__ import annotations
 
 import array
+import atexit
 import base64
-import contextlib
 import ctypes
 import http.client
 import importlib.util
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,29 +170,52 @@ def _ask(request: dict[str, Any], timeout: float) -> NDArray[np.float32]:
         return np.fromfile(answer, np.float32)
 
 
+# Processes that wait for a request. As many as there ever were threads that asked at once.
+_idle: list[subprocess.Popen[str]] = []
+
+
 def _run(request: dict[str, Any], timeout: float) -> None:
     """Run `request` in a process of its own.
 
     Raises LoadFailed where llama.cpp fails, RuntimeError where this module does.
     """
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "stderr"
+        status = _forked({**request, "log": str(log), "timeout": timeout})
+        complaints = log.read_bytes()
+    if status == -signal.SIGALRM:
+        raise LoadFailed(_reason(complaints), "timeout")
+    if status < 0:
+        raise LoadFailed(_reason(complaints), signal.Signals(-status).name)
+    if status == _REFUSED:
+        raise LoadFailed(_reason(complaints))
+    if status:
+        raise RuntimeError(f"the judge itself failed:\n{complaints.decode('utf-8', 'replace')}")
+
+
+def _forked(request: dict[str, Any]) -> int:
+    """How the process ended that took the request: its exit status, or minus a signal's number."""
     try:
-        done = subprocess.run(
+        judge = _idle.pop()
+    except IndexError:
+        judge = subprocess.Popen(
             [sys.executable, __file__],
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
-    except subprocess.TimeoutExpired as error:
-        raise LoadFailed(_reason(error.stderr or b""), "timeout") from error
-    if done.returncode < 0:
-        raise LoadFailed(_reason(done.stderr), signal.Signals(-done.returncode).name)
-    if done.returncode == _REFUSED:
-        raise LoadFailed(_reason(done.stderr))
-    if done.returncode:
-        raise RuntimeError(f"the judge itself failed:\n{done.stderr.decode('utf-8', 'replace')}")
+    assert judge.stdin and judge.stdout
+    print(json.dumps(request), file=judge.stdin, flush=True)
+    status = int(judge.stdout.readline())
+    _idle.append(judge)
+    return status
+
+
+@atexit.register
+def _dismiss() -> None:
+    for judge in _idle:
+        judge.communicate()
 
 
 # What the log puts in front of a message: time since the start, and the level.
@@ -214,7 +238,35 @@ def _reason(stderr: bytes) -> str:
 
 
 def _main() -> None:
-    request = json.load(sys.stdin)
+    """Fork for each request, a line of standard input, and answer with how that ended."""
+    import xllamacpp  # type: ignore[import-untyped,import-not-found,unused-ignore] # noqa: F401
+
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            _serve(json.loads(line))
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _serve(request: dict[str, Any]) -> NoReturn:
+    status = 1
+    try:
+        os.dup2(os.open(request["log"], os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+        _answer(request)
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    # Skip what runs at exit: a crash there is none of the file's.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _answer(request: dict[str, Any]) -> None:
     if request["task"] == "rewrite":
         _rewrite(request["src"], request["dst"])
         return
@@ -225,13 +277,10 @@ def _main() -> None:
     else:
         rows = _rows(_server(request), request)
     Path(request["answer"]).write_bytes(b"".join(row.tobytes() for row in rows))
-    # Skip what runs at exit: a crash there is none of the file's.
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _server(request: dict[str, Any]) -> Any:
-    import xllamacpp  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = request["path"]
@@ -420,5 +469,4 @@ def _rewrite(src: str, dst: str) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        _main()
+    _main()

@@ -18,7 +18,7 @@ import pytest
 import gguf_fuse
 from gguf_fuse.cli.demo_model import write_demo_model
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
-from gguf_fuse.random_architectures import LAYOUTS
+from tests.models.architectures import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -38,9 +38,10 @@ def bench(
 ) -> None:
     """Time projections, separate and fused, and the ways to decode. Weights are random."""
     from gguf_fuse.measuring import bench as benchmark
+    from gguf_fuse.measuring import plot as drawing
 
     if plot is not None:
-        benchmark.check_plot(plot)
+        drawing.check_plot(plot)
     with console.progress_bar(quiet) as bar:
         result = benchmark.bench(
             model, threads=threads, on_start=bar.start, on_progress=bar.advance
@@ -50,7 +51,7 @@ def bench(
     elif not quiet:
         console.print_parts(_parts(result))
     if plot is not None:
-        benchmark.plot(result, plot)  # last: if it fails, the numbers are not lost
+        drawing.plot(result, plot)  # last: if it fails, the numbers are not lost
 
 
 def _json(result: Bench) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from gguf_fuse.format.header import GGUFError
+        from gguf_fuse.format.source import GGUFError
         from gguf_fuse.planning.plan import NothingToDo
 
         try:

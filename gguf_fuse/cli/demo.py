@@ -46,7 +46,7 @@ def demo(
 
 def _make(model: Path) -> None:
     from gguf_fuse.cli.demo_model import write_demo_model
-    from gguf_fuse.format.header import GGUFError
+    from gguf_fuse.format.source import GGUFError
 
     try:
         model.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def fuse(
         result = api.fuse(
             source,
             output,
-            kinds=[fusion for fusion, chosen in wanted if chosen],
+            fusions=[fusion for fusion, chosen in wanted if chosen],
             on_mismatch=on_mismatch,
             any_architecture=any_architecture,
             base=base,
@@ -81,7 +81,7 @@ def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
     from gguf_fuse.cli.layers import fused_tensor
 
     for layer in plan.changed:
-        yield layer, text(f"fused into {layer.kind.fused}", "green")
+        yield layer, text(f"fused into {layer.fusion.fused}", "green")
     for layer in plan.skipped:
         reason = layer.reason or "already fused"
         yield layer, text(f"left: {fused_tensor(layer)}{reason}", "yellow")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gguf_fuse.cli.console import failing, one_line, print_json, printer, text
 from gguf_fuse.cli.options import AsJson, In
-from gguf_fuse.planning.fusions import GATE_UP, QKV, Kind
+from gguf_fuse.planning.fusions import GATE_UP, QKV, Fusion
 
 if TYPE_CHECKING:
     from gguf_fuse.api import Inspection
@@ -70,7 +70,7 @@ def _rows(found: Inspection) -> Iterator[tuple[Layer, Text]]:
 
 def _file_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     """What is said of the file as a whole: labels and values."""
-    from gguf_fuse.format.header import type_name
+    from gguf_fuse.format.types import type_name
 
     header = found.header
     counts = Counter(type_name(tensor.type) for tensor in header.tensors)
@@ -86,17 +86,17 @@ def _file_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"
     yield "tensors", f"{len(header.tensors)}: {types}"
     yield "loader", _loader_line(found.loader, QKV)
-    if any(layer.kind is GATE_UP for layer in found.layers):
+    if any(layer.fusion is GATE_UP for layer in found.layers):
         yield "", _loader_line(found.loader, GATE_UP)
 
 
-def _loader_line(row: Architecture, fusion: Kind) -> str:
+def _loader_line(row: Architecture, fusion: Fusion) -> str:
     from gguf_fuse.planning.loaders import FIRST_BUILD, Loader
 
     reads = row.reads(fusion)
     since = reads.loader is Loader.READS_FUSED and fusion is QKV
     build = f" since build {FIRST_BUILD}" if since else ""
-    return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.source]})"
+    return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.proof]})"
 
 
 def _json(found: Inspection) -> dict[str, Any]:

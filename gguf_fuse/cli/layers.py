@@ -17,7 +17,7 @@ from rich.text import Text
 from gguf_fuse.api import Result
 from gguf_fuse.cli.console import number, print_json, printer, table
 from gguf_fuse.format.header import Header
-from gguf_fuse.planning.fusions import KINDS, QKV
+from gguf_fuse.planning.fusions import FUSIONS, QKV
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Status
 
 
@@ -25,7 +25,7 @@ def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
     """One line for all layers that are alike: 80 identical ones help nobody."""
     alike: dict[tuple[Any, ...], tuple[list[str], Text]] = {}
     for layer, result in layers:
-        key = (layer.kind.fused, layer.types, layer.rows, result.plain)
+        key = (layer.fusion.fused, layer.types, layer.rows, result.plain)
         alike.setdefault(key, ([], result))[0].append(layer.name)
     lines = []
     for (_, types, n_rows, _), (names, result) in alike.items():
@@ -39,7 +39,7 @@ def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
 
 def fused_tensor(layer: Layer) -> str:
     """What begins a line that is not about attention."""
-    return "" if layer.kind is QKV else f"{layer.kind.fused}: "
+    return "" if layer.fusion is QKV else f"{layer.fusion.fused}: "
 
 
 def ranges(names: Sequence[str]) -> str:
@@ -105,9 +105,10 @@ def _result_line(result: Result, verb: str, dry_run: bool) -> str:
 def _counts(plan: Plan) -> str:
     """ "6 of 8 attention layers", and of the layers with experts, where there are any."""
     counts = []
-    for fusion in KINDS:
+    for fusion in FUSIONS:
         changed, skipped = (
-            sum(layer.kind is fusion for layer in layers) for layers in (plan.changed, plan.skipped)
+            sum(layer.fusion is fusion for layer in layers)
+            for layers in (plan.changed, plan.skipped)
         )
         if changed or skipped:
             what = "attention layers" if fusion is QKV else "layers of experts"
@@ -154,4 +155,4 @@ def _json(
 def _layer_order(entry: tuple[Layer, str]) -> tuple[str, int, int]:
     layer, _ = entry
     prefix, _, number = layer.name.rpartition(".")
-    return prefix, int(number), KINDS.index(layer.kind)
+    return prefix, int(number), FUSIONS.index(layer.fusion)

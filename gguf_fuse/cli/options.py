@@ -109,7 +109,7 @@ class Writing:
 
     def _max_size(self, output: str) -> int | None:
         """Bytes that a shard may have at most."""
-        from gguf_fuse.format.shards import parse_size
+        from gguf_fuse.writing.cut import parse_size
 
         size, tensors = self.split_max_size, self.split_max_tensors
         if size is not None and tensors is not None:

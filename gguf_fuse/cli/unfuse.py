@@ -30,7 +30,7 @@ def unfuse(
         print_json(layers.result_json(result))
     elif not how.quiet:
         table = layers.layer_table(
-            (layer, text(f"split into {', '.join(layer.kind.parts)}", "green"))
+            (layer, text(f"split into {', '.join(layer.fusion.parts)}", "green"))
             for layer in result.plan.changed
         )
         layers.print_result(result, table, "split", dry_run=dry_run)

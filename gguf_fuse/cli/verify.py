@@ -19,7 +19,7 @@ from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
 from gguf_fuse.machine import COMPUTE_THREADS
 
 if TYPE_CHECKING:
-    from gguf_fuse.verifying.numbers import Check, LayerReport, Report, Timing
+    from gguf_fuse.verifying.report import Check, LayerReport, Report, Timing
     from gguf_fuse.verifying.structure import Structure
 
 _MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
@@ -60,14 +60,16 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
-    from gguf_fuse.verifying import numbers
+    from gguf_fuse.verifying.layers import parse_layers
+    from gguf_fuse.verifying.report import VerifyOptions
+    from gguf_fuse.verifying.verify import verify as run
 
     try:
-        choice = numbers.parse_layers(layers)
+        choice = parse_layers(layers)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from error
     with console.progress_bar(quiet) as bar:
-        options = numbers.VerifyOptions(
+        options = VerifyOptions(
             layers=choice,
             n_prompt=n_prompt,
             n_decode=n_decode,
@@ -79,7 +81,7 @@ def verify(
             on_start=bar.start,
             on_progress=bar.advance,
         )
-        report = numbers.verify(original, fused, options)
+        report = run(original, fused, options)
     if as_json:
         console.print_json(_json(report))
     elif not quiet:

@@ -5,6 +5,7 @@ Shapes are numpy order: `ne` reversed.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,21 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from gguf_fuse.format.header import ByteOrder, GGUFError, Header, TensorInfo, read_tensor, type_name
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.types import type_name
+from gguf_fuse.format.values import ByteOrder
 
-F32, F16, BF16 = (
-    int(kind)
-    for kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+F32, F16, BF16 = map(
+    int, (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 )
 _WORDS = {F32: "f4", F16: "f2", BF16: "u2"}
 FLOATS = tuple(_WORDS)
+_GGUF_PY_TYPES = frozenset(map(int, GGMLQuantizationType))
 
 # Where a block holds 16-bit floats; all else in it is bytes. Types whose blocks hold other words
-# are not read from big-endian files. Not shared with random_model, whose files test this table.
+# are not read from big-endian files. The maker of random models has a table of its own, so that
+# its files test this one.
 _HALVES: dict[str, tuple[int, ...]] = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -49,7 +54,7 @@ def read_values(header: Header, name: str) -> NDArray[np.float32] | None:
     tensor = next((tensor for tensor in header.tensors if tensor.name == name), None)
     if tensor is None:
         return None
-    return dequantized(header, tensor, read_tensor(header, tensor))
+    return dequantized(header, tensor, tensor.data.read())
 
 
 def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:
@@ -61,47 +66,47 @@ def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.f
     shape = tensor.ne[::-1]
     if tensor.type in FLOATS:
         return decode_floats(data, tensor.type, header.byte_order).reshape(shape)
-    place, name = f"{header.path}: tensor {tensor.name!r}", type_name(tensor.type)
-    try:
-        if not name.startswith("type "):
-            kind = GGMLQuantizationType(tensor.type)
-            blocks = np.frombuffer(data, np.uint8)
-            if header.byte_order == "big":
-                blocks = _swapped(kind, blocks, place)
+    place = f"{header.path}: tensor {tensor.name!r}"
+    if tensor.type in _GGUF_PY_TYPES:
+        known = GGMLQuantizationType(tensor.type)
+        blocks = np.frombuffer(data, np.uint8)
+        if header.byte_order == "big":
+            blocks = _swapped(known, blocks, place)
+        with contextlib.suppress(NotImplementedError):
             # By rows: gguf-py then takes a few at a time, and needs less memory on the way.
-            values: NDArray[np.float32] = quants.dequantize(blocks.reshape(*shape[:-1], -1), kind)
+            values: NDArray[np.float32] = quants.dequantize(blocks.reshape(*shape[:-1], -1), known)
             return values
-    except NotImplementedError:
-        pass
-    raise GGUFError(f"{place}: gguf-py cannot dequantize {name}")
+    raise GGUFError(f"{place}: gguf-py cannot dequantize {type_name(tensor.type)}")
 
 
-def _swapped(kind: GGMLQuantizationType, data: NDArray[np.uint8], place: str) -> NDArray[np.uint8]:
+def _swapped(
+    block_type: GGMLQuantizationType, data: NDArray[np.uint8], place: str
+) -> NDArray[np.uint8]:
     """Big-endian blocks as little-endian ones, flat."""
-    if kind.name not in _HALVES:
-        raise GGUFError(f"{place}: {kind.name} is not read from big-endian files")
-    _, block_bytes = GGML_QUANT_SIZES[kind]
+    if block_type.name not in _HALVES:
+        raise GGUFError(f"{place}: {block_type.name} is not read from big-endian files")
+    _, block_bytes = GGML_QUANT_SIZES[block_type]
     blocks = data.reshape(-1, block_bytes).copy()  # [n_blocks, block_bytes]
-    for at in _HALVES[kind.name]:
+    for at in _HALVES[block_type.name]:
         blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
     return blocks.reshape(-1)
 
 
-def decode_floats(data: bytes, kind: int, order: ByteOrder) -> NDArray[np.float32]:
+def decode_floats(data: bytes, float_type: int, order: ByteOrder) -> NDArray[np.float32]:
     """Values of F32, F16 or BF16 words, flat."""
-    words = np.frombuffer(data, _dtype(kind, order))
-    if kind == BF16:
+    words = np.frombuffer(data, _dtype(float_type, order))
+    if float_type == BF16:
         return (words.astype(np.uint32) << 16).view(np.float32)
     return words.astype(np.float32)
 
 
-def encode_floats(values: NDArray[Any], kind: int, order: ByteOrder) -> bytes:
+def encode_floats(values: NDArray[Any], float_type: int, order: ByteOrder) -> bytes:
     """The other way; rounds to the nearest, BF16 towards zero."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if kind == BF16:
+        if float_type == BF16:
             values = np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16
-        return values.astype(_dtype(kind, order)).tobytes()
+        return values.astype(_dtype(float_type, order)).tobytes()
 
 
-def _dtype(kind: int, order: ByteOrder) -> str:
-    return ("<" if order == "little" else ">") + _WORDS[kind]
+def _dtype(float_type: int, order: ByteOrder) -> str:
+    return ("<" if order == "little" else ">") + _WORDS[float_type]

@@ -1,29 +1,42 @@
 """One layer of a file: its dequantized weights, and what it computes with them.
 
-`read_projections` and `read_layer` read the tensors of that one layer; `attention_spec` says what
-its attention does. The order of steps is that of llama.cpp's graphs, of November 2026:
+`read_projections` and `read_layer` read the tensors of that one layer; its `spec` says what its
+attention does. The order of steps is that of llama.cpp's graphs, of November 2026:
 llama-graph.cpp (build_qkv, build_attn) and src/models/*.cpp. Axis names are those of `attention`.
 Shapes are numpy order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_fuse import attention
-from gguf_fuse.attention import AttentionParams, Floats, Ints, Linear
-from gguf_fuse.format.header import GGUFError, Header
+from gguf_fuse.attention import masks, norms
+from gguf_fuse.attention.projections import (
+    Linear,
+    apply_gate,
+    join_heads,
+    project_fused,
+    project_separate,
+    split_gate,
+    split_heads,
+)
+from gguf_fuse.attention.rope import apply_rope
+from gguf_fuse.attention.shapes import Floats, Ints
+from gguf_fuse.attention.softmax import AttentionParams
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.models.attention_table import NotModelled, Temperature
 from gguf_fuse.models.dequantize import read_values
-from gguf_fuse.models.spec import AttentionSpec, NotModelled, Rows, Temperature, read_spec
-from gguf_fuse.planning import unfuse as unfusion
-from gguf_fuse.planning.fusions import QKV
+from gguf_fuse.models.names import ATTENTION_PARTS, FUSED_ATTENTION
+from gguf_fuse.models.spec import AttentionSpec, Rows, read_spec
 
-# --- what a layer is ---------------------------------------------------------------------------
+# Tells where a layer's fused weight is split: its rows of Q, K and V. Raises GGUFError.
+FusedRows: TypeAlias = Callable[[Header, str], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -31,18 +44,18 @@ class Projections:
     """Q, K and V of one layer, as the file has them: three weights, or one and where to split."""
 
     rows: Rows
-    separate: tuple[Linear, Linear, Linear] | None  # [rows of each, n_embd]
-    fused: Linear | None  # [q + k + v rows, n_embd]
+    linears: tuple[Linear, ...]  # [rows of each, n_embd], or one [q + k + v rows, n_embd]
+
+    @property
+    def fused(self) -> bool:
+        return len(self.linears) == 1
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class QkNorm:
-    """Weights of the norms of Q and K: [head_dim], [n_head, head_dim] or, whole row, [rows]."""
+class Norm(NamedTuple):
+    """Of Q or K: [head_dim], [n_head, head_dim] or, of a whole row, [rows]; None: without."""
 
-    q: Floats | None
-    k: Floats | None
-    q_bias: Floats | None = None
-    k_bias: Floats | None = None
+    weight: Floats | None = None
+    bias: Floats | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,7 +64,7 @@ class AttentionLayer:
 
     spec: AttentionSpec
     projections: Projections
-    norm: QkNorm | None
+    norms: tuple[Norm, Norm] | None  # of Q and K
     params: AttentionParams
 
 
@@ -75,34 +88,32 @@ def project(
     Through one matrix or three, as the file has them; clamp is `AttentionSpec.clamp`
     (llama-graph.cpp, build_qkv). Raises ValueError if x does not fit.
     """
-    if projections.fused is not None:
-        return attention.project_fused(x, projections.fused, projections.rows, clamp)
-    assert projections.separate is not None
-    q, k, v = projections.separate
-    return attention.project_separate(x, q, k, v, clamp)
+    if projections.fused:
+        return project_fused(x, projections.linears[0], projections.rows, clamp)
+    q, k, v = projections.linears
+    return project_separate(x, q, k, v, clamp)
 
 
 def positioned(layer: AttentionLayer, q: Floats, k: Floats, v: Floats, positions: Ints) -> Heads:
     """What `project` gives, [n_seqs, n_tokens, rows] -> heads, normed and rotated.
 
-    positions [n_seqs, n_tokens]; -1 for padding. The order of steps is that of the graphs in
-    llama.cpp's src/models. Raises ValueError if shapes do not fit.
+    positions [n_seqs, n_tokens]; -1 for padding. Raises ValueError if shapes do not fit.
     """
     spec = layer.spec
     q, k = _normed(layer, "row", q, k)
-    q = attention.split_heads(q, spec.n_head)  # [n_seqs, n_head, n_tokens, head_dim (· 2)]
-    k = attention.split_heads(k, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim]
-    v = attention.split_heads(v, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim_v]
+    q = split_heads(q, spec.n_head)  # [n_seqs, n_head, n_tokens, head_dim (· 2)]
+    k = split_heads(k, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim]
+    v = split_heads(v, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim_v]
     gate = None
     if spec.gated_q:
-        q, gate = attention.split_gate(q)  # [n_seqs, n_head, n_tokens, head_dim] each
+        q, gate = split_gate(q)  # [n_seqs, n_head, n_tokens, head_dim] each
     q, k = _normed(layer, "head", q, k)
     if spec.rope is not None:
-        q = attention.apply_rope(q, positions, spec.rope)
-        k = attention.apply_rope(k, positions, spec.rope)
+        q = apply_rope(q, positions, spec.rope)
+        k = apply_rope(k, positions, spec.rope)
     q, k = _normed(layer, "rotated head", q, k)
     if spec.v_norm:
-        v = attention.rms_norm(v, None, spec.norm_eps)
+        v = norms.rms_norm(v, None, spec.norm_eps)
     if spec.temperature is not None:
         q = q * _temperatures(spec.temperature, positions).astype(q.dtype)
     return Heads(q, k, v, gate)
@@ -115,14 +126,14 @@ def mask(spec: AttentionSpec, q_positions: Ints, k_positions: Ints) -> NDArray[n
     llama_hparams::is_masked_swa; llama-kv-cache.cpp for ALiBi. Raises ValueError if shapes do not
     fit.
     """
-    see = attention.see_past if spec.causal else attention.see_filled
+    see = masks.see_past if spec.causal else masks.see_filled
     visible = see(q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
     if spec.window is not None:
-        see_near = {"sliding": attention.see_window, "chunked": attention.see_chunk}
-        visible &= see_near[spec.window.kind](q_positions, k_positions, spec.window.n_swa)
+        see_near = masks.see_chunk if spec.window.chunked else masks.see_window
+        visible &= see_near(q_positions, k_positions, spec.window.n_swa)
     if spec.max_alibi_bias > 0:
-        return attention.alibi_mask(visible, q_positions, k_positions)
-    return attention.additive_mask(visible)
+        return masks.alibi_mask(visible, q_positions, k_positions)
+    return masks.additive_mask(visible)
 
 
 def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Floats:
@@ -132,22 +143,20 @@ def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Flo
     scale and bias (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
     """
     if gate is not None:
-        attended = attention.apply_gate(attended, gate)
-    joined = attention.join_heads(attended)  # [n_seqs, n_tokens, n_head * head_dim_v]
-    return attention.project(joined, weights.weight, weights.scale, weights.bias)
+        attended = apply_gate(attended, gate)
+    joined = join_heads(attended)  # [n_seqs, n_tokens, n_head * head_dim_v]
+    return weights.project(joined)
 
 
 def _normed(layer: AttentionLayer, at: str, q: Floats, k: Floats) -> tuple[Floats, Floats]:
     """Q and K normed, if this is where it is done; their shapes stay."""
-    rule, norm, eps = layer.spec.norm, layer.norm, layer.spec.norm_eps
-    if rule is None or norm is None or rule.at != at:
+    rule, eps = layer.spec.norm, layer.spec.norm_eps
+    if rule is None or layer.norms is None or rule.at != at:
         return q, k
-    if rule.kind == "rms":
-        return attention.rms_norm(q, norm.q, eps), attention.rms_norm(k, norm.k, eps)
-    return (
-        attention.layer_norm(q, norm.q, norm.q_bias, eps),
-        attention.layer_norm(k, norm.k, norm.k_bias, eps),
-    )
+    of_q, of_k = layer.norms
+    if rule.formula == "rms":
+        return norms.rms_norm(q, of_q.weight, eps), norms.rms_norm(k, of_k.weight, eps)
+    return norms.layer_norm(q, *of_q, eps), norms.layer_norm(k, *of_k, eps)
 
 
 def _temperatures(rule: Temperature, positions: Ints) -> NDArray[np.float64]:
@@ -161,17 +170,33 @@ def _temperatures(rule: Temperature, positions: Ints) -> NDArray[np.float64]:
 # --- reading it --------------------------------------------------------------------------------
 
 
-def read_projections(header: Header, name: str) -> Projections:
-    """The weights of Q, K and V of layer `name`, dequantized; of any architecture.
+def read_projections(
+    header: Header, name: str, fused_rows: FusedRows, *, v_is_k: bool = False
+) -> Projections:
+    """The weights of Q, K and V of layer `name`, dequantized to float32; of any architecture.
 
-    Of a fused layer, the rows come from the record of the fusion or the head counts. Raises
-    NotModelled where the layer does not have all three, GGUFError where they cannot be read, or
-    split for certain.
+    fused_rows is asked where the layer is fused. v_is_k: K stands in where V is missing. Raises
+    NotModelled where the layer does not have all three, GGUFError where they cannot be read, and
+    as fused_rows does.
     """
-    return _projections(header, name, v_is_k=False)
+    fused = _linear(header, f"{name}.{FUSED_ATTENTION}")
+    if fused is not None:
+        q_rows, k_rows, v_rows = fused_rows(header, name)
+        fused = _with_separate_biases(header, fused, name)
+        return Projections((q_rows, k_rows, v_rows), (fused,))
+    found = [_linear(header, f"{name}.{part}") for part in ATTENTION_PARTS]
+    if v_is_k and found[2] is None:
+        found[2] = found[1]
+    q, k, v = found
+    if q is None or k is None or v is None:
+        absent = ATTENTION_PARTS[found.index(None)]
+        raise NotModelled(f"{header.path}: {name} has no {absent}.weight of its own")
+    return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v))
 
 
-def read_layer(header: Header, name: str, n_ctx: int | None = None) -> AttentionLayer:
+def read_layer(
+    header: Header, name: str, fused_rows: FusedRows, n_ctx: int | None = None
+) -> AttentionLayer:
     """Layer `name` of the file, without attn_output, dequantized to float32.
 
     Reads no other layer's bytes. n_ctx as in `read_spec`. Raises as `read_spec` and
@@ -179,7 +204,7 @@ def read_layer(header: Header, name: str, n_ctx: int | None = None) -> Attention
     """
     spec = read_spec(header, name, n_ctx)
     _require_known(header, spec)
-    projections = _projections(header, name, v_is_k=spec.v_is_k)
+    projections = read_projections(header, name, fused_rows, v_is_k=spec.v_is_k)
     if projections.rows != spec.rows:
         raise GGUFError(
             f"{header.path}: {name}: Q, K and V have {projections.rows} rows, the metadata asks "
@@ -188,12 +213,8 @@ def read_layer(header: Header, name: str, n_ctx: int | None = None) -> Attention
     sinks = read_values(header, f"{name}.attn_sinks.weight")
     if sinks is None and spec.sinks == "required":
         raise GGUFError(f"{header.path}: {name} has no attn_sinks.weight")
-    layer = AttentionLayer(
-        spec=spec,
-        projections=projections,
-        norm=_qk_norm(header, spec),
-        params=AttentionParams(spec.scale, spec.softcap, spec.max_alibi_bias, sinks),
-    )
+    params = AttentionParams(spec.scale, spec.softcap, spec.max_alibi_bias, sinks)
+    layer = AttentionLayer(spec, projections, _norms(header, spec), params)
     _require_shapes(header, name, _shapes(layer))
     return layer
 
@@ -215,7 +236,7 @@ def read_output(header: Header, spec: AttentionSpec) -> Linear:
 
 
 # What an array is called, the array, and the shapes that it may have.
-_Shapes: TypeAlias = Iterator[tuple[str, Floats | None, list[tuple[int, ...]]]]
+_Shapes: TypeAlias = Iterator[tuple[str, Floats | None, Sequence[tuple[int, ...]]]]
 
 
 def _require_shapes(header: Header, name: str, found: _Shapes) -> None:
@@ -234,37 +255,32 @@ def _linear_shapes(place: str, linear: Linear, rows: int, width: int) -> _Shapes
 
 def _shapes(layer: AttentionLayer) -> _Shapes:
     spec, projections = layer.spec, layer.projections
-    if projections.fused is not None:
-        yield from _linear_shapes(QKV.fused, projections.fused, sum(spec.rows), spec.n_embd)
-    elif projections.separate is not None:
-        for part, linear, rows in zip(QKV.parts, projections.separate, spec.rows, strict=True):
-            yield from _linear_shapes(part, linear, rows, spec.n_embd)
+    fused = projections.fused
+    parts = (FUSED_ATTENTION,) if fused else ATTENTION_PARTS
+    all_rows = (sum(spec.rows),) if fused else spec.rows
+    for part, linear, rows in zip(parts, projections.linears, all_rows, strict=True):
+        yield from _linear_shapes(part, linear, rows, spec.n_embd)
     yield "attn_sinks.weight", layer.params.sinks, [(spec.n_head,)]
-    norm, rule = layer.norm, spec.norm
-    if norm is None or rule is None:
-        return
-    for place, weight, bias, n_head in (
-        ("attn_q_norm", norm.q, norm.q_bias, spec.n_head),
-        ("attn_k_norm", norm.k, norm.k_bias, spec.n_head_kv),
-    ):
-        per_head: list[tuple[int, ...]] = [(spec.head_dim,), (n_head, spec.head_dim)]
-        whole_row: list[tuple[int, ...]] = [(n_head * spec.head_dim,)]
-        shapes = whole_row if rule.at == "row" else per_head
-        yield f"{place}.weight", weight, shapes
-        yield f"{place}.bias", bias, shapes
+    n_heads = (spec.n_head, spec.n_head_kv)
+    for part, norm, n_head in zip("qk", layer.norms or (), n_heads, strict=False):
+        shapes = [(spec.head_dim,), (n_head, spec.head_dim)]
+        if spec.norm is not None and spec.norm.at == "row":
+            shapes = [(n_head * spec.head_dim,)]
+        yield f"attn_{part}_norm.weight", norm.weight, shapes
+        yield f"attn_{part}_norm.bias", norm.bias, shapes
 
 
 # What may stand behind "blk.N.attn_" and is either read here or no part of attention proper: the
 # norms around it. Anything else could change what attention computes.
 _READ = ("q", "k", "v", "qkv", "output")
-_KINDS = ("weight", "bias", "scale", "input_scale")
 _AROUND = ("norm", "norm_2", "post_norm", "output_norm")
+_SUFFIXES = ("weight", "bias", "scale", "input_scale")
 
 
 def _require_known(header: Header, spec: AttentionSpec) -> None:
-    known = {f"{part}.{kind}" for part in (*_READ, *_AROUND) for kind in _KINDS}
+    known = {f"{part}.{suffix}" for part in (*_READ, *_AROUND) for suffix in _SUFFIXES}
     if spec.norm is not None and spec.norm.weighted:
-        known |= {f"{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")}
+        known |= {f"{part}_norm.{suffix}" for part in "qk" for suffix in ("weight", "bias")}
     if spec.sinks != "none":
         known.add("sinks.weight")
     for tensor in header.tensors:
@@ -272,7 +288,7 @@ def _require_known(header: Header, spec: AttentionSpec) -> None:
         if layer == spec.name and rest and rest not in known:
             raise NotModelled(
                 f"{header.path}: {tensor.name}: what it does to the attention of "
-                f"{spec.architecture!r} is not modelled"
+                f"{header.architecture!r} is not modelled"
             )
 
 
@@ -288,42 +304,19 @@ def _linear(header: Header, name: str) -> Linear | None:
     return Linear(weight, one, read_values(header, f"{name}.bias"))
 
 
-def _projections(header: Header, name: str, *, v_is_k: bool) -> Projections:
-    fused = _linear(header, f"{name}.{QKV.fused}")
-    if fused is not None:
-        rows = _fused_rows(header, name)
-        return Projections(rows, None, _with_separate_biases(header, fused, name))
-    found = [_linear(header, f"{name}.{part}") for part in QKV.parts]
-    if v_is_k and found[2] is None:
-        found[2] = found[1]
-    separate = [linear for linear in found if linear is not None]
-    if len(separate) < len(found):
-        absent = [p for p, linear in zip(QKV.parts, found, strict=True) if linear is None]
-        raise NotModelled(f"{header.path}: {name} has no {absent[0]}.weight of its own")
-    q, k, v = separate
-    return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v), None)
-
-
 def _with_separate_biases(header: Header, fused: Linear, name: str) -> Linear:
     """All three biases or none beside a fused weight (llama-graph.cpp, build_qkv)."""
-    biases = [read_values(header, f"{name}.{part}.bias") for part in QKV.parts]
+    biases = [read_values(header, f"{name}.{part}.bias") for part in ATTENTION_PARTS]
     present = [bias for bias in biases if bias is not None]
     if fused.bias is not None or len(present) < len(biases):
         return fused
     return replace(fused, bias=np.concatenate(present))
 
 
-def _fused_rows(header: Header, name: str) -> Rows:
-    q, k, v = unfusion.attention_rows(header, name)
-    return q, k, v
-
-
-def _qk_norm(header: Header, spec: AttentionSpec) -> QkNorm | None:
+def _norms(header: Header, spec: AttentionSpec) -> tuple[Norm, Norm] | None:
     rule = spec.norm
-    if rule is None:
-        return None
-    if not rule.weighted:
-        return QkNorm(None, None)
+    if rule is None or not rule.weighted:
+        return None if rule is None else (Norm(), Norm())
     names = [f"{spec.name}.attn_{part}_norm" for part in "qk"]
     q, k = (read_values(header, f"{name}.weight") for name in names)
     if q is None and k is None and rule.optional:
@@ -331,6 +324,7 @@ def _qk_norm(header: Header, spec: AttentionSpec) -> QkNorm | None:
     if q is None or k is None:
         absent = names[0 if q is None else 1]
         raise GGUFError(f"{header.path}: {absent}.weight is missing")
-    if rule.kind == "rms":
-        return QkNorm(q, k)
-    return QkNorm(q, k, *(read_values(header, f"{name}.bias") for name in names))
+    if rule.formula == "rms":
+        return Norm(q), Norm(k)
+    q_bias, k_bias = (read_values(header, f"{name}.bias") for name in names)
+    return Norm(q, q_bias), Norm(k, k_bias)

@@ -1,28 +1,22 @@
-"""Header -> Plan of the fused file. Pure: no I/O, no printing; every decision falls here.
+"""Header -> Plan of the fused file; every decision falls here.
 
 Rows of a weight are contiguous, so the fused data is Q's bytes, then K's, then V's; of experts, the
-first one's gate, its up, the next one's gate, and so on (`kinds` has the table).
+first one's gate, its up, the next one's gate, and so on (`fusions` has the table).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from gguf.constants import GGUFValueType
-
-from gguf_fuse.format.header import (
-    Header,
-    Segment,
-    TensorInfo,
-    encode_pair,
-    row_bytes,
-    type_name,
-)
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.source import Segment
+from gguf_fuse.format.types import blocked, is_known, type_name
+from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
-from gguf_fuse.planning.fusions import GATE_UP, JOINED, KINDS, LAYER, MAX_SLICES, QKV, SHARED, Kind
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, MAX_SLICES, QKV, SHARED, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.planning.plan import (
     Join,
@@ -30,9 +24,9 @@ from gguf_fuse.planning.plan import (
     NothingToDo,
     Plan,
     PlannedTensor,
+    Read,
     Refused,
     Status,
-    data_of,
     listed,
     summary,
     untouched,
@@ -42,16 +36,6 @@ from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY
 _NORMS = ("attn_q_norm", "attn_k_norm")
 
 # -- what a file holds --------------------------------------------------------------------------
-
-
-def scalar_names(header: Header) -> list[str]:
-    """Tensors whose values decide whether a layer can be fused: the caller reads their bytes."""
-    suffixes = tuple(f".{part}.{kind}" for part in QKV.parts for kind in SHARED)
-    return [
-        tensor.name
-        for tensor in header.tensors
-        if tensor.name.endswith(suffixes) and tensor.n_bytes == 4
-    ]
 
 
 def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
@@ -69,64 +53,35 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
 
 def examine(
     header: Header,
-    scalars: Mapping[str, bytes],
+    read: Read,
     *,
-    kinds: Sequence[Kind] = (QKV,),
+    fusions: Sequence[Fusion] = (QKV,),
     any_architecture: bool = False,
 ) -> tuple[Layer, ...]:
-    """Every layer of the file that has parts of these kinds, and whether it can be fused.
+    """Every layer of the file that has parts of these fusions, and whether it can be fused.
 
-    In the order of the kinds, then of the layers. scalars: the bytes of the tensors that
-    `scalar_names` asks for.
+    In the order of the fusions, then of the layers. read: for scales, which must be equal.
     """
     tensors = {tensor.name: tensor for tensor in header.tensors}
     layers = []
-    for kind in kinds:
-        siblings = _siblings(tensors, kind)
-        for layer in layer_names(header.tensors, kind):
+    for fusion in fusions:
+        siblings = _siblings(tensors, fusion)
+        for layer in fusion.layers(header.tensors):
             row = loader_of(header, layer)
-            decided = _decide(layer, tensors, siblings[layer], scalars, row, kind)
+            decided = _decide(layer, tensors, siblings[layer], read, row, fusion)
             decided = _obey_encoder(decided, header, tensors)
-            layers.append(_obey_loader(decided, row, any_architecture))
+            layers.append(obey_loader(decided, row, any_architecture))
     return tuple(layers)
 
 
-def _siblings(names: Iterable[str], kind: Kind) -> dict[str, list[str]]:
+def _siblings(names: Iterable[str], fusion: Fusion) -> dict[str, list[str]]:
     """By layer: the tensors that belong to a part or to the fused tensor."""
     found: dict[str, list[str]] = {}
     for name in names:
         own = name.rpartition("blk.")[2].partition(".")[2]
-        if own.startswith((*kind.parts, kind.fused)):
+        if own.startswith((*fusion.parts, fusion.fused)):
             found.setdefault(name[: len(name) - len(own) - 1], []).append(own)
     return found
-
-
-def layer_names(tensors: Iterable[TensorInfo], kind: Kind = QKV) -> list[str]:
-    names = {tensor.name for tensor in tensors}
-    pattern = kind.layer_pattern
-    found = [match[1] for name in names if (match := pattern.fullmatch(name))]
-    return _in_order(layer for layer in found if kind is not QKV or _is_attention(layer, names))
-
-
-def other_layers(tensors: Iterable[TensorInfo]) -> list[str]:
-    """Layers without Q, K or V of their own: other attention (MLA, linear), or none."""
-    tensors = list(tensors)
-    found = [re.match(rf"{LAYER}(?=\.)", tensor.name) for tensor in tensors]
-    return _in_order({match[0] for match in found if match}.difference(layer_names(tensors)))
-
-
-def _in_order(layers: Iterable[str]) -> list[str]:
-    """Each once, by number."""
-    return sorted(
-        set(layers), key=lambda layer: (layer.split("blk")[0], int(layer.rsplit(".", 1)[1]))
-    )
-
-
-def _is_attention(layer: str, names: set[str]) -> bool:
-    """Recurrent layers of qwen3next and qwen35 own an attn_qkv of another layout, no output."""
-    if f"{layer}.{QKV.fused}.weight" not in names:
-        return True
-    return f"{layer}.attn_output.weight" in names or f"{layer}.attn_out.weight" in names
 
 
 def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo]) -> Layer:
@@ -157,11 +112,12 @@ def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo
     return layer
 
 
-def _obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
-    loader = row.reads(layer.kind).loader
+def obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
+    """The layer, left separate where its loader would not read it fused."""
+    loader = row.reads(layer.fusion).loader
     if any_architecture or loader is Loader.READS_FUSED or layer.status is Status.FUSED:
         return layer
-    reason = f"llama.cpp's loader for {row.name} {loader.phrase(layer.kind.words)}"
+    reason = f"llama.cpp's loader for {row.name} {loader.phrase(layer.fusion.words)}"
     return replace(layer, status=Status.SEPARATE, reason=reason, joins=())
 
 
@@ -169,59 +125,62 @@ def _decide(
     layer: str,
     tensors: Mapping[str, TensorInfo],
     siblings: Sequence[str],
-    scalars: Mapping[str, bytes],
+    read: Read,
     row: Architecture,
-    kind: Kind,
+    fusion: Fusion,
 ) -> Layer:
-    fused = tensors.get(f"{layer}.{kind.fused}.weight")
-    weights = [tensors.get(f"{layer}.{part}.weight") for part in kind.parts]
+    fused = tensors.get(f"{layer}.{fusion.fused}.weight")
+    weights = [tensors.get(f"{layer}.{part}.weight") for part in fusion.parts]
     found = [weight for weight in weights if weight is not None]
-    types = tuple(type_name(weight.type) for weight in found)
-    rows = tuple(kind.rows(weight.ne) for weight in found if weight.ne)
     if fused is not None and not found:
-        fused_rows = (kind.rows(fused.ne),) if fused.ne else ()
-        return Layer(layer, Status.FUSED, (type_name(fused.type),), fused_rows, kind=kind)
-    missing = [f"{part}.weight" for part, w in zip(kind.parts, weights, strict=True) if w is None]
+        fused_rows = (fusion.rows(fused.ne),) if fused.ne else ()
+        types: tuple[str, ...] = (type_name(fused.type),)
+        return Layer(layer, Status.FUSED, types, fused_rows, fusion=fusion)
+    types = tuple(type_name(weight.type) for weight in found)
+    rows = tuple(fusion.rows(weight.ne) for weight in found if weight.ne)
+    missing = [f"{part}.weight" for part, w in zip(fusion.parts, weights, strict=True) if w is None]
     if missing:
         reason = f"no {', '.join(missing)}"
-        return Layer(layer, Status.INCOMPLETE, types, rows, reason, kind=kind)
-    joins, why_not = _joins(layer, tensors, scalars, row, kind)
-    why_not = why_not or _unequal_rows(rows, row, kind) or _in_the_way(siblings, kind)
-    why_not = why_not or _normed_rows(layer, tensors, row, kind)
+        return Layer(layer, Status.INCOMPLETE, types, rows, reason, fusion=fusion)
+    joins, why_not = _joins(layer, tensors, read, row, fusion)
+    why_not = why_not or _unequal_rows(rows, row, fusion) or _in_the_way(siblings, fusion)
+    why_not = why_not or _normed_rows(layer, tensors, row, fusion)
     if why_not:
-        return Layer(layer, Status.MISMATCH, types, rows, why_not, kind=kind)
-    return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins), kind=kind)
+        return Layer(layer, Status.MISMATCH, types, rows, why_not, fusion=fusion)
+    return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins), fusion=fusion)
 
 
 def _joins(
     layer: str,
     tensors: Mapping[str, TensorInfo],
-    scalars: Mapping[str, bytes],
+    read: Read,
     row: Architecture,
-    fusion: Kind,
+    fusion: Fusion,
 ) -> tuple[list[Join], str | None]:
-    """What to join, or the reason why not. A kind that no part has is not joined."""
+    """What to join, or the reason why not. A suffix that no part has is not joined."""
     joins: list[Join] = []
-    for kind in (*JOINED, *SHARED):
-        names = [f"{part}.{kind}" for part in fusion.parts]
+    for suffix in (*JOINED, *SHARED):
+        names = [f"{part}.{suffix}" for part in fusion.parts]
         parts = [tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in tensors]
         if not parts:
             continue
         if len(parts) < len(fusion.parts):
             absent = [name for name in names if f"{layer}.{name}" not in tensors]
-            return [], f"no {', '.join(absent)} beside the other {kind}"
-        reason = (
-            _not_shared(parts, kind, scalars, row.name, row.reads(fusion))
-            if kind in SHARED
-            else _not_joinable(parts, kind, joins, row.name, row.reads(fusion), fusion)
-        )
+            return [], f"no {', '.join(absent)} beside the other {suffix}"
+        if suffix in SHARED:
+            reason = _not_shared(parts, suffix, read, row.name, row.reads(fusion))
+        elif suffix == "bias":
+            reason = _not_joinable(parts, "bias ", fusion, suffix)
+            reason = reason or _misfit_biases(parts, joins[0], row.name, row.reads(fusion))
+        else:
+            reason = _not_joinable(parts, "", fusion, suffix)
         if reason:
             return [], reason
-        joins.append(_join(f"{layer}.{fusion.fused}.{kind}", parts, kind in SHARED, fusion))
+        joins.append(_join(f"{layer}.{fusion.fused}.{suffix}", parts, suffix in SHARED, fusion))
     return joins, None
 
 
-def _join(name: str, parts: Sequence[TensorInfo], shared: bool, fusion: Kind) -> Join:
+def _join(name: str, parts: Sequence[TensorInfo], shared: bool, fusion: Fusion) -> Join:
     ne = parts[0].ne
     if not shared:
         ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
@@ -229,81 +188,82 @@ def _join(name: str, parts: Sequence[TensorInfo], shared: bool, fusion: Kind) ->
 
 
 def _not_joinable(
-    parts: Sequence[TensorInfo],
-    kind: str,
-    joins: Sequence[Join],
-    name: str,
-    reads: Reads,
-    fusion: Kind,
+    parts: Sequence[TensorInfo], label: str, fusion: Fusion, suffix: str
 ) -> str | None:
-    n_dims, label = fusion.dims_of(kind), "" if kind == "weight" else "bias "
+    """Why weights, or biases, cannot be laid end to end. label: what the reason begins with."""
+    n_dims = fusion.dims_of(suffix)
     for part in parts:
         if len(part.ne) != n_dims:
             return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
     if len({part.type for part in parts}) > 1:
         return f"{label}types differ: {', '.join(type_name(part.type) for part in parts)}"
-    if row_bytes(parts[0].type, 0) is None:
+    if not is_known(parts[0].type):
         return f"{label}{type_name(parts[0].type)} is not known"
-    if kind == "weight" and len({part.ne[0] for part in parts}) > 1:
+    if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
         return f"row lengths differ: {', '.join(str(part.ne[0]) for part in parts)}"
     if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
     if fusion.n_slices(parts[0].ne) > MAX_SLICES:
         return f"{fusion.n_slices(parts[0].ne)} experts; at most {MAX_SLICES} are supported"
-    if kind == "weight":
-        return None
-    if row_bytes(parts[0].type, 1) == 0:
+    return None
+
+
+def _misfit_biases(
+    parts: Sequence[TensorInfo], weight: Join, name: str, reads: Reads
+) -> str | None:
+    """Why biases do not fit the weights they belong to."""
+    if blocked(parts[0].type):
         return f"biases of {type_name(parts[0].type)} come in blocks"
     lengths = tuple(part.ne[0] for part in parts)
-    if lengths != joins[0].rows:
-        return f"biases of {listed(lengths)} elements for {listed(joins[0].rows)} rows"
-    if fusion.n_slices(parts[0].ne) != fusion.n_slices(joins[0].ne):
-        return f"biases of {parts[0].ne[-1]} experts for {joins[0].ne[-1]}"
+    if lengths != weight.rows:
+        return f"biases of {listed(lengths)} elements for {listed(weight.rows)} rows"
+    if weight.fusion.n_slices(parts[0].ne) != weight.fusion.n_slices(weight.ne):
+        return f"biases of {parts[0].ne[-1]} experts for {weight.ne[-1]}"
     if not reads.biases:
         return f"llama.cpp's loader for {name} adds no fused bias"
     return None
 
 
 def _not_shared(
-    parts: Sequence[TensorInfo], kind: str, scalars: Mapping[str, bytes], name: str, reads: Reads
+    parts: Sequence[TensorInfo], suffix: str, read: Read, name: str, reads: Reads
 ) -> str | None:
     if not reads.scales:
-        return f"llama.cpp's loader for {name} applies no fused {kind}"
+        return f"llama.cpp's loader for {name} applies no fused {suffix}"
     for part in parts:
         if type_name(part.type) != "F32" or part.n_bytes != 4:
             return f"{part.name} is not one float32"
     if len({part.ne for part in parts}) > 1:
-        return f"{kind}s have different dimensions"
-    if len({scalars[part.name] for part in parts}) > 1:
-        return f"{kind}s differ: a fused tensor has one"
+        return f"{suffix}s have different dimensions"
+    if len({read(part) for part in parts}) > 1:
+        return f"{suffix}s differ: a fused tensor has one"
     return None
 
 
-def _unequal_rows(rows: Sequence[int], row: Architecture, kind: Kind) -> str | None:
-    if kind is not QKV or not row.equal_rows or len(set(rows)) == 1:
+def _unequal_rows(rows: Sequence[int], row: Architecture, fusion: Fusion) -> str | None:
+    if fusion is not QKV or not row.equal_rows or len(set(rows)) == 1:
         return None
     return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
 
 
 def _normed_rows(
-    layer: str, tensors: Mapping[str, TensorInfo], row: Architecture, kind: Kind
+    layer: str, tensors: Mapping[str, TensorInfo], row: Architecture, fusion: Fusion
 ) -> str | None:
-    if kind is not QKV or not row.row_norms_abort:
+    if fusion is not QKV or not row.row_norms_abort:
         return None
     found = next((name for name in _NORMS if f"{layer}.{name}.weight" in tensors), None)
     return f"llama.cpp aborts on {found} beside {QKV.fused} for {row.name}" if found else None
 
 
-def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:
+def _in_the_way(siblings: Sequence[str], fusion: Fusion) -> str | None:
     """A fused tensor that exists, or a part's tensor that nothing would read any more.
 
     llama.cpp aborts on left-over tensors, such as a clamp of attn_q alone.
     """
     for name in siblings:
-        part, _, kind = name.partition(".")
+        part, _, suffix = name.partition(".")
         if part == fusion.fused:
             return f"{name} is there already"
-        if part in fusion.parts and kind not in (*JOINED, *SHARED):
+        if part in fusion.parts and suffix not in (*JOINED, *SHARED):
             return f"{name} would have no place beside {fusion.fused}"
     return None
 
@@ -313,98 +273,98 @@ def _in_the_way(siblings: Sequence[str], fusion: Kind) -> str | None:
 
 def fuse(
     header: Header,
-    scalars: Mapping[str, bytes],
+    read: Read,
     *,
-    kinds: Sequence[Kind] = (QKV,),
+    fusions: Sequence[Fusion] = (QKV,),
     any_architecture: bool = False,
 ) -> Plan:
-    """The plan of the file with these kinds of tensors fused.
+    """The plan of the file with these fusions made. read: as for `examine`.
 
     Raises Refused where the result would not load (`any_architecture` overrides what the table of
-    architectures says), NothingToDo where no layer can be fused.
+    loaders says), NothingToDo where no layer can be fused.
     """
-    refuse_other_kinds(header)
-    layers = examine(header, scalars, kinds=kinds, any_architecture=any_architecture)
+    require_model(header)
+    layers = examine(header, read, fusions=fusions, any_architecture=any_architecture)
     if record.exists(header):
         raise NothingToDo(
             header,
             "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
-            f"and give {' and '.join(kind.flag for kind in KINDS)} at once",
+            f"and give {' and '.join(fusion.flag for fusion in FUSIONS)} at once",
             layers,
         )
     fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
     if not fusable:
-        _raise_nothing_to_fuse(header, layers, kinds)
+        _raise_nothing_to_fuse(header, layers, fusions)
     joins = [join for layer in fusable for join in layer.joins]
     pairs = _encode_record(header, joins)
-    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
+    return record.fused_plan(header, pairs, fused_tensors(header, joins), layers, fusable)
 
 
-def refuse_other_kinds(header: Header) -> None:
+def require_model(header: Header) -> None:
     """Raises Refused for GGUF files that are no models: adapters and importance matrices."""
     if not header.is_model:
-        kind = header.metadata["general.type"]
         raise Refused(
-            f"{header.path}: general.type is {kind!r}: this is no model; --base wants the "
-            "model that the adapter or importance matrix is for"
+            f"{header.path}: general.type is {header.metadata['general.type']!r}: this is no "
+            "model; --base wants the model that the adapter or importance matrix is for"
         )
 
 
 def _raise_nothing_to_fuse(
-    header: Header, layers: tuple[Layer, ...], kinds: Sequence[Kind]
+    header: Header, layers: tuple[Layer, ...], fusions: Sequence[Fusion]
 ) -> NoReturn:
     separate = [layer for layer in layers if layer.status is Status.SEPARATE]
     if separate:
-        refuse_loader(header, loader_of(header, separate[0].name), separate[0].kind)
+        refuse_loader(header, loader_of(header, separate[0].name), separate[0].fusion)
     if not layers:
-        nothing = " or ".join(_no_parts(kind) for kind in kinds)
+        nothing = " or ".join(map(_no_parts, fusions))
         raise NothingToDo(header, f"nothing to fuse: no {nothing}")
     raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
 
 
-def _no_parts(kind: Kind) -> str:
-    *others, last = kind.parts
-    layer = "attention layer" if kind is QKV else "layer"
+def _no_parts(fusion: Fusion) -> str:
+    *others, last = fusion.parts
+    layer = "attention layer" if fusion is QKV else "layer"
     return f"{layer} has {', '.join(others)} or {last}"
 
 
-def refuse_loader(header: Header, row: Architecture, kind: Kind = QKV) -> NoReturn:
-    loader = row.reads(kind).loader.phrase(kind.words)
+def refuse_loader(header: Header, row: Architecture, fusion: Fusion = QKV) -> NoReturn:
+    loader = row.reads(fusion).loader.phrase(fusion.words)
     raise Refused(
         f"{header.path}: architecture {row.name!r}: llama.cpp's loader {loader}, so the "
         "new file would not load; --any-architecture writes it all the same"
     )
 
 
-def _fused_tensors(header: Header, joins: Iterable[Join]) -> Iterable[PlannedTensor]:
+def fused_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
+    """The file's tensors in order; each joined one where its first part stood."""
     stands_for = {join.parts[0].name: join for join in joins}
-    absorbed = {part.name for join in stands_for.values() for part in join.parts[1:]}
+    absorbed = {part.name for join in joins for part in join.parts[1:]}
     for tensor in header.tensors:
         join = stands_for.get(tensor.name)
         if join is not None:
-            yield PlannedTensor(join.name, join.ne, tensor.type, _joined(header, join))
+            yield PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
         elif tensor.name not in absorbed:
-            yield untouched(header, tensor)
+            yield untouched(tensor)
 
 
-def _joined(header: Header, join: Join) -> tuple[Segment, ...]:
+def _joined(join: Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
-        return (data_of(header, join.parts[0]),)
-    n_slices = join.kind.n_slices(join.ne)
-    slices = [_slices(data_of(header, part), n_slices) for part in join.parts]
+        return (join.parts[0].data,)
+    n_slices = join.fusion.n_slices(join.ne)
+    slices = [_slices(part.data, n_slices) for part in join.parts]
     return tuple(segment for turn in zip(*slices, strict=True) for segment in turn)
 
 
 def _slices(whole: Segment, n: int) -> list[Segment]:
     n_bytes = whole.n_bytes // n
-    return [Segment(whole.start + at * n_bytes, n_bytes) for at in range(n)]
+    return [whole.part(at * n_bytes, n_bytes) for at in range(n)]
 
 
 def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
     """The metadata pairs that the way back needs.
 
-    rows, positions: for each fused tensor, as many numbers as its kind has parts.
+    rows, positions: for each fused tensor, as many numbers as its fusion has parts.
     """
     position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
     order = header.byte_order
@@ -412,14 +372,6 @@ def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
     positions = [position[part.name] for join in joins for part in join.parts]
     return [
         *record.start(header, [join.name for join in joins]),
-        encode_pair(ROWS_KEY, GGUFValueType.UINT64, rows, order),
-        encode_pair(POSITIONS_KEY, GGUFValueType.UINT64, positions, order),
+        encode_pair(ROWS_KEY, ValueType.UINT64, rows, order),
+        encode_pair(POSITIONS_KEY, ValueType.UINT64, positions, order),
     ]
-
-
-def integer(header: Header, key: str, layer: int) -> int | None:
-    """A value that is one number for all layers, or an array with one for each."""
-    value = header.metadata.get(key)
-    if isinstance(value, list):
-        value = value[layer] if layer < len(value) else None
-    return value if type(value) is int else None

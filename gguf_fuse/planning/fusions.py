@@ -7,20 +7,26 @@ An expert tensor is one such slice for each expert: the join is inside each expe
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-JOINED = ("weight", "bias")  # laid end to end
+from gguf_fuse.format.header import TensorInfo
+from gguf_fuse.models.names import (
+    ATTENTION_PARTS,
+    FUSED_ATTENTION,
+    attention_layers,
+    layers_with_weights,
+)
+
+JOINED = ("weight", "bias")  # suffixes of tensors that are laid end to end
 SHARED = ("scale", "input_scale")  # the same values, so the fused tensor has them once
 
 # llama.cpp has 512 at most; it bounds what a damaged file can cost.
 MAX_SLICES = 1 << 12
 
-LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"
-
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class Fusion:
     """Tensors of one layer that can be one.
 
     words: the parts as messages name them. flag: of the command line. n_dims: of a weight; a bias
@@ -36,16 +42,17 @@ class Kind:
     @property
     def fused_names(self) -> tuple[str, ...]:
         """How names of fused tensors end."""
-        return tuple(f".{self.fused}.{kind}" for kind in (*JOINED, *SHARED))
+        return tuple(f".{self.fused}.{suffix}" for suffix in (*JOINED, *SHARED))
 
-    @property
-    def layer_pattern(self) -> re.Pattern[str]:
-        """Matches the weights of a layer; group 1 is the layer."""
-        return re.compile(rf"({LAYER})\.(?:{'|'.join((*self.parts, self.fused))})\.weight")
+    def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
+        """Names of the layers that have a weight of a part, or the fused one, in order."""
+        if self is QKV:
+            return attention_layers(tensors)
+        return layers_with_weights(tensors, (*self.parts, self.fused))
 
-    def dims_of(self, kind: str) -> int:
+    def dims_of(self, suffix: str) -> int:
         """Dimensions that a weight or a bias must have."""
-        return self.n_dims if kind == "weight" else self.n_dims - 1
+        return self.n_dims if suffix == "weight" else self.n_dims - 1
 
     def axis(self, ne: tuple[int, ...]) -> int:
         """Which dimension counts the rows: the last but for that of the experts."""
@@ -63,17 +70,17 @@ class Kind:
         return math.prod(ne[self.axis(ne) + 1 :])
 
 
-QKV = Kind("Q, K and V", "--fuse-qkv-weights", ("attn_q", "attn_k", "attn_v"), "attn_qkv", n_dims=2)
-GATE_UP = Kind(
+QKV = Fusion("Q, K and V", "--fuse-qkv-weights", ATTENTION_PARTS, FUSED_ATTENTION, n_dims=2)
+GATE_UP = Fusion(
     "gate and up of experts",
     "--fuse-gate-up-exps",
     ("ffn_gate_exps", "ffn_up_exps"),
     "ffn_gate_up_exps",
     n_dims=3,
 )
-KINDS = (QKV, GATE_UP)
+FUSIONS = (QKV, GATE_UP)
 
 
-def kind_of(name: str) -> Kind | None:
-    """The kind whose fused tensor a name is that of."""
-    return next((kind for kind in KINDS if name.endswith(kind.fused_names)), None)
+def fusion_of(name: str) -> Fusion | None:
+    """The fusion whose fused tensor a name is that of."""
+    return next((fusion for fusion in FUSIONS if name.endswith(fusion.fused_names)), None)

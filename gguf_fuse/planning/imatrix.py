@@ -3,42 +3,42 @@
 llama-imatrix writes, for each weight, the sums of squares of its inputs (`NAME.in_sum2`, float32,
 ne = [row length, 1]) and how many there were (`NAME.counts`, float32, ne = [1, 1]). Q, K and V
 multiply the same input, so their entries are the same, and the fused weight's entry is that one.
-llama-quantize looks an entry up by the weight's name. Pure, like `fusion`.
+llama-quantize looks an entry up by the weight's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
-from gguf.constants import GGUFValueType
-
-from gguf_fuse.format.header import GGUFError, Header, TensorInfo, encode_pair, type_name
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.types import type_name
+from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.models.names import attention_layers
 from gguf_fuse.planning import record
-from gguf_fuse.planning.base import KEPT_SEPARATE
-from gguf_fuse.planning.fuse import layer_names
+from gguf_fuse.planning.fuse import fused_tensors
 from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.plan import (
+    KEPT_SEPARATE,
     Join,
     Layer,
     NothingToDo,
     Plan,
     PlannedTensor,
+    Read,
     Refused,
+    Rows,
     Status,
     summary,
-    untouched,
 )
 from gguf_fuse.planning.record import POSITIONS_KEY
 
 ENTRY = (".in_sum2", ".counts")
-_FUSED_ENDS = tuple(f".{QKV.fused}.weight{kind}" for kind in ENTRY)
-
-Read = Callable[[TensorInfo], bytes]
+_FUSED_ENDS = tuple(f".{QKV.fused}.weight{end}" for end in ENTRY)
 
 
-def examine(
-    header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[Layer, ...]:
+def examine(header: Header, read: Read, *, rows: Rows | None = None) -> tuple[Layer, ...]:
     """Every layer with an entry of Q, K, V or the fused weight. rows: as `base.base_rows` says.
 
     Raises GGUFError where half an entry is missing or no float32.
@@ -49,7 +49,7 @@ def examine(
     return tuple(_decide(header, layer, tensors, read, rows) for layer in _layer_names(header))
 
 
-def fuse(header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | None = None) -> Plan:
+def fuse(header: Header, read: Read, *, rows: Rows | None = None) -> Plan:
     """The plan of the matrix for the fused model.
 
     read: the data of a tensor. rows: layers that the model has fused; None: all of them.
@@ -70,9 +70,8 @@ def fuse(header: Header, read: Read, *, rows: Mapping[str, tuple[int, ...]] | No
     position = {tensor.name: at for at, tensor in enumerate(header.tensors)}
     positions = [position[part.name] for join in joins for part in join.parts]
     pairs = record.start(header, [join.name for join in joins])
-    kind = GGUFValueType.UINT64
-    pairs += [encode_pair(POSITIONS_KEY, kind, positions, header.byte_order)]
-    return record.fused_plan(header, pairs, _fused_tensors(header, joins), layers, fusable)
+    pairs += [encode_pair(POSITIONS_KEY, ValueType.UINT64, positions, header.byte_order)]
+    return record.fused_plan(header, pairs, fused_tensors(header, joins), layers, fusable)
 
 
 def unfuse(header: Header) -> Plan:
@@ -85,9 +84,7 @@ def unfuse(header: Header) -> Plan:
     if record.exists(header):
         places = _recorded_places(header, tensors)
     else:
-        fused = [
-            f"{layer}.{QKV.fused}.weight{kind}" for layer in _layer_names(header) for kind in ENTRY
-        ]
+        fused = [f"{layer}{end}" for layer in _layer_names(header) for end in _FUSED_ENDS]
         places = {name: None for name in fused if name in tensors}
     if not places:
         raise NothingToDo(header, f"nothing to unfuse: no entry of {QKV.fused}")
@@ -96,40 +93,21 @@ def unfuse(header: Header) -> Plan:
         for name in places
         if name.endswith(_FUSED_ENDS[0])
     ]
-    return record.unfused_plan(header, _restored_tensors(header, places), changed)
-
-
-def _restored_tensors(
-    header: Header, places: Mapping[str, tuple[int, ...] | None]
-) -> tuple[PlannedTensor, ...]:
-    """places: of the parts of each fused tensor; None: where it stands."""
-    placed: dict[int, PlannedTensor] = {}
-    rest: list[PlannedTensor] = []
-    for tensor in header.tensors:
-        at = places.get(tensor.name)
-        if at is not None:
-            placed.update(zip(at, _parts(header, tensor), strict=True))
-        elif tensor.name in places:
-            rest += _parts(header, tensor)
-        else:
-            rest.append(untouched(header, tensor))
-    return record.put_back(header, placed, rest)
+    restored = {name: _parts(tensors[name], at) for name, at in places.items()}
+    return record.unfused_plan(header, restored, changed)
 
 
 def _layer_names(header: Header) -> list[str]:
     """The layers, by the same rules as a model's: an entry stands for its weight."""
-    entries = [t for t in header.tensors if t.name.endswith(ENTRY[0])]
-    return layer_names(
-        TensorInfo(t.name.removesuffix(ENTRY[0]), t.ne, t.type, t.offset, t.n_bytes)
-        for t in entries
-    )
+    entries = [tensor for tensor in header.tensors if tensor.name.endswith(ENTRY[0])]
+    return attention_layers([replace(t, name=t.name.removesuffix(ENTRY[0])) for t in entries])
 
 
 def _check_entry(header: Header, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
-    for kind, other in (ENTRY, ENTRY[::-1]):
-        if not tensor.name.endswith(kind):
+    for end, other in (ENTRY, ENTRY[::-1]):
+        if not tensor.name.endswith(end):
             continue
-        if tensor.name.removesuffix(kind) + other not in tensors:
+        if tensor.name.removesuffix(end) + other not in tensors:
             raise GGUFError(f"{header.path}: {tensor.name!r} has no {other[1:]} beside it")
         if type_name(tensor.type) != "F32":
             raise GGUFError(
@@ -143,7 +121,7 @@ def _decide(
     layer: str,
     tensors: Mapping[str, TensorInfo],
     read: Read,
-    rows: Mapping[str, tuple[int, ...]] | None,
+    rows: Rows | None,
 ) -> Layer:
     names = [f"{layer}.{part}.weight{ENTRY[0]}" for part in QKV.parts]
     types = tuple("F32" for name in names if name in tensors)
@@ -159,28 +137,13 @@ def _decide(
     if rows is not None and layer not in rows:
         return Layer(layer, Status.SEPARATE, types, (), KEPT_SEPARATE)
     joins = []
-    for kind in ENTRY:
-        parts = tuple(tensors[f"{layer}.{part}.weight{kind}"] for part in QKV.parts)
+    for end in ENTRY:
+        parts = tuple(tensors[f"{layer}.{part}.weight{end}"] for part in QKV.parts)
         if len({part.ne for part in parts}) > 1 or len({read(part) for part in parts}) > 1:
-            reason = f"{kind[1:]} of attn_q, attn_k and attn_v differ, though they see one input"
+            reason = f"{end[1:]} of attn_q, attn_k and attn_v differ, though they see one input"
             return Layer(layer, Status.MISMATCH, types, (), reason)
-        joins.append(Join(f"{layer}.{QKV.fused}.weight{kind}", parts[0].ne, parts, shared=True))
+        joins.append(Join(f"{layer}.{QKV.fused}.weight{end}", parts[0].ne, parts, shared=True))
     return Layer(layer, Status.FUSABLE, types, (rows or {}).get(layer, ()), joins=tuple(joins))
-
-
-def _fused_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
-    stands_for = {join.parts[0].name: join for join in joins}
-    absorbed = {part.name for join in joins for part in join.parts[1:]}
-    for tensor in header.tensors:
-        if tensor.name in absorbed:
-            continue
-        planned = untouched(header, tensor)
-        join = stands_for.get(tensor.name)
-        yield _renamed(planned, join.name) if join else planned
-
-
-def _renamed(tensor: PlannedTensor, name: str) -> PlannedTensor:
-    return PlannedTensor(name, tensor.ne, tensor.type, tensor.segments)
 
 
 def _recorded_places(
@@ -197,7 +160,10 @@ def _recorded_places(
     return dict(zip(names, triples, strict=True))
 
 
-def _parts(header: Header, tensor: TensorInfo) -> list[PlannedTensor]:
-    planned = untouched(header, tensor)
-    names = (tensor.name.replace(f".{QKV.fused}.", f".{part}.") for part in QKV.parts)
-    return [_renamed(planned, name) for name in names]
+def _parts(
+    tensor: TensorInfo, places: tuple[int, ...] | None
+) -> list[tuple[int | None, PlannedTensor]]:
+    """The three entries that a fused one stands for. places: None: where it stands."""
+    names = [tensor.name.replace(f".{QKV.fused}.", f".{part}.") for part in QKV.parts]
+    parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]
+    return list(zip(places or [None] * len(parts), parts, strict=True))

@@ -4,7 +4,7 @@
 architectures that are known to read a fused `attn_qkv` are fused without being told to. The same
 holds for `ffn_gate_up_exps` (field `gate_up`).
 
-Where the rows come from (column `source`), all for llama.cpp of November 2026:
+Where the rows come from (field `proof`), all for llama.cpp of November 2026:
 - measured: a random model was fused and both files loaded; the logits were bit-identical (or the
   loader crashed, for the rows that say so).
 - source: read from the loader's source: it calls create_tensor_qkv and its graph build_qkv (or
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from gguf_fuse.planning.fusions import GATE_UP, Kind
+from gguf_fuse.planning.fusions import GATE_UP, Fusion
 
 FIRST_BUILD = "b9093 (May 2026)"
 
-Source = Literal["measured", "source", "none"]
+Proof = Literal["measured", "source", "none"]
 
 
 class Loader(Enum):
@@ -42,13 +42,13 @@ class Loader(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What a loader does with one kind of fused tensor.
+    """What a loader does with the fused tensors of one fusion.
 
     biases, scales: whether the fused path of the graph applies them.
     """
 
     loader: Loader
-    source: Source
+    proof: Proof
     biases: bool = True
     scales: bool = True
 
@@ -69,12 +69,11 @@ class Architecture:
     # Norms of whole rows of Q and K, where the file has them, abort beside a fused tensor.
     row_norms_abort: bool = False
 
-    def reads(self, kind: Kind) -> Reads:
-        """What its loader does with a fused tensor of this kind."""
-        return self.gate_up if kind is GATE_UP else self.qkv
+    def reads(self, fusion: Fusion) -> Reads:
+        return self.gate_up if fusion is GATE_UP else self.qkv
 
 
-_ROWS: dict[tuple[Loader, Source], str] = {
+_ROWS: dict[tuple[Loader, Proof], str] = {
     (Loader.READS_FUSED, "measured"): """
         afmoe apertus arcee arctic baichuan bailingmoe bert chameleon chatglm codeshell cohere2
         cohere2moe command-r deci deepseek deepseek2-ocr dots1 dream ernie4_5 ernie4_5-moe eurobert
@@ -129,7 +128,7 @@ def _gate_up(name: str) -> Reads:
 # it by n_head (so K and V must have Q's rows) and applies no scale. Of its other users, gemma4v
 # clamps by the weight's name, deepseekocr2 has fewer heads for K and V, and the whisper encoders
 # assert that Q and V, not K, have biases of their own.
-_PROJECTORS: dict[tuple[Loader, Source], str] = {
+_PROJECTORS: dict[tuple[Loader, Proof], str] = {
     (Loader.READS_FUSED, "measured"): "gemma3 internvl janus_pro pixtral",
     (Loader.READS_FUSED, "source"): """
         deepseek4v deepseekocr dots3note_a dots3note_v dots_ocr glm4v glm5v hunyuanvl idefics3
@@ -147,25 +146,25 @@ _PROJECTORS: dict[tuple[Loader, Source], str] = {
 _QWEN25O = {"audio": "qwen2a", "vision": "qwen2.5vl_merger"}
 
 
-def _encoder(name: str, loader: Loader, source: Source) -> Architecture:
-    return Architecture(f"clip ({name})", Reads(loader, source, scales=False), equal_rows=True)
+def _encoder(name: str, loader: Loader, proof: Proof) -> Architecture:
+    return Architecture(f"clip ({name})", Reads(loader, proof, scales=False), equal_rows=True)
 
 
 ARCHITECTURES = {
     name: Architecture(
         name,
-        Reads(loader, source, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
+        Reads(loader, proof, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
         _gate_up(name),
         gated_q=name in _GATED_Q,
         row_norms_abort=name in _ROW_NORMS_ABORT,
     )
-    for (loader, source), names in _ROWS.items()
+    for (loader, proof), names in _ROWS.items()
     for name in names.split()
 }
 
 PROJECTORS = {
-    name: _encoder(name, loader, source)
-    for (loader, source), names in _PROJECTORS.items()
+    name: _encoder(name, loader, proof)
+    for (loader, proof), names in _PROJECTORS.items()
     for name in names.split()
 }
 

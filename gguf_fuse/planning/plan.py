@@ -1,7 +1,7 @@
 """The Plan of a new file: each tensor and the ranges of the source that make its data.
 
-Planners (`fusion`, `unfusion`, `adapter`, `imatrix`) make it, or raise Refused or NothingToDo;
-`shards` cuts it; `placement` and `write` carry it out and know nothing of fusion.
+The planners (`fuse`, `unfuse`, and those of adapters and matrices) make it, or raise Refused or
+NothingToDo; `writing` cuts it into shards and carries it out, and knows nothing of fusion.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gguf_fuse.format.header import ByteOrder, GGUFError, Header, Segment, TensorInfo
-from gguf_fuse.planning.fusions import QKV, Kind
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.source import GGUFError, Segment
+from gguf_fuse.format.values import ByteOrder
+from gguf_fuse.planning.fusions import QKV, Fusion
 
+Read = Callable[[TensorInfo], bytes]  # the data of a tensor: planning opens no file itself
+
+Rows = dict[str, tuple[int, ...]]  # of Q, K and V in the layers that a base has fused, by name
+
+KEPT_SEPARATE = "the base has no attn_qkv there"  # a reason of layers of adapters and matrices
 KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 
 
@@ -45,6 +52,10 @@ class Computed:
     make: Callable[[], bytes]
 
 
+def new_bytes(data: bytes | Computed) -> memoryview:
+    return memoryview(data.make() if isinstance(data, Computed) else data)
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of the new file; its data is the segments, end to end."""
@@ -61,17 +72,17 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Tensors of one layer that are (to be) one: parts in the order of their kind."""
+    """Tensors of one layer that are (to be) one: parts in the order of their fusion."""
 
     name: str
     ne: tuple[int, ...]
     parts: tuple[TensorInfo, ...]
     shared: bool
-    kind: Kind = QKV
+    fusion: Fusion = QKV
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple(self.kind.rows(part.ne) for part in self.parts)
+        return tuple(self.fusion.rows(part.ne) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,40 +95,35 @@ class Layer:
     rows: tuple[int, ...]
     reason: str | None = None
     joins: tuple[Join, ...] = ()
-    kind: Kind = QKV
+    fusion: Fusion = QKV
 
     @property
     def label(self) -> str:
         """The name; with the tensor where it is not attention's: blk.0.ffn_gate_up_exps."""
-        return self.name if self.kind is QKV else f"{self.name}.{self.kind.fused}"
+        return self.name if self.fusion is QKV else f"{self.name}.{self.fusion.fused}"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A new file: its metadata, its tensors in order, and what became of each layer.
 
-    metadata: pairs, as they lie in the source or as new bytes; n_metadata: how many they are.
-    may_pad: whether a key that only takes up space may be added to the metadata.
+    metadata: pairs, as they lie in the source or as new bytes.
+    may_add_keys: whether keys of ours may be added to the metadata (for shards, for padding): in a
+    fused file, but not on the way back.
     """
 
     version: int
     byte_order: ByteOrder
     alignment: int
-    n_metadata: int
     metadata: tuple[Segment | bytes, ...]
     tensors: tuple[PlannedTensor, ...]
     changed: tuple[Layer, ...]
     skipped: tuple[Layer, ...]
-    may_pad: bool
+    may_add_keys: bool
 
 
-def untouched(header: Header, tensor: TensorInfo) -> PlannedTensor:
-    return PlannedTensor(tensor.name, tensor.ne, tensor.type, (data_of(header, tensor),))
-
-
-def data_of(header: Header, tensor: TensorInfo) -> Segment:
-    """Where a tensor's data lies in the source."""
-    return Segment(header.data_start + tensor.offset, tensor.n_bytes)
+def untouched(tensor: TensorInfo) -> PlannedTensor:
+    return PlannedTensor(tensor.name, tensor.ne, tensor.type, (tensor.data,))
 
 
 def summary(layers: Sequence[Layer]) -> str:

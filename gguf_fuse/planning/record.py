@@ -10,11 +10,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from gguf.constants import GGUFValueType
-
-from gguf_fuse.format.header import MAX_PAIRS, GGUFError, Header, encode_pair
-from gguf_fuse.planning.fusions import GATE_UP, kind_of
-from gguf_fuse.planning.plan import KEY_PREFIX, Layer, NothingToDo, Plan, PlannedTensor, Refused
+from gguf_fuse.format.header import MAX_PAIRS, Header
+from gguf_fuse.format.source import GGUFError, Segment
+from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.planning.fusions import GATE_UP, fusion_of
+from gguf_fuse.planning.plan import (
+    KEY_PREFIX,
+    Layer,
+    NothingToDo,
+    Plan,
+    PlannedTensor,
+    Refused,
+    untouched,
+)
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
 RECORD_VERSIONS = (1, 2)
@@ -23,6 +31,17 @@ VERSION_KEY = KEY_PREFIX + "version"
 TENSORS_KEY = KEY_PREFIX + "tensors"
 ROWS_KEY = KEY_PREFIX + "rows"
 POSITIONS_KEY = KEY_PREFIX + "positions"
+RECORD_KEYS = (VERSION_KEY, TENSORS_KEY, ROWS_KEY, POSITIONS_KEY)  # of a model
+# How many tensors each shard had before fusing: K or V may have lain in another shard than Q.
+SHARDS_KEY = KEY_PREFIX + "shards"
+PADDING_KEY = KEY_PREFIX + "padding"  # zeros that move the data to where it can be cloned
+# Of adapters. NOT_THERE: a part that the adapter does not have, or an original not stored.
+RANKS_KEY = KEY_PREFIX + "ranks"
+TYPES_KEY = KEY_PREFIX + "types"
+STORED_KEY = KEY_PREFIX + "stored"
+ORIGINALS_KEY = KEY_PREFIX + "originals"
+TENSOR_KEYS = (TYPES_KEY, POSITIONS_KEY, STORED_KEY)  # a number for each A, then each B
+NOT_THERE = -1
 # Pairs that the record, the padding and the keys of shards take, and some to spare.
 ROOM = 16
 
@@ -35,14 +54,14 @@ def start(header: Header, fused: Sequence[str]) -> list[bytes]:
     """The pairs that every record begins with. fused: names of tensors."""
     order = header.byte_order
     return [
-        encode_pair(VERSION_KEY, GGUFValueType.UINT32, version_of(fused), order),
-        encode_pair(TENSORS_KEY, GGUFValueType.STRING, list(fused), order),
+        encode_pair(VERSION_KEY, ValueType.UINT32, version_of(fused), order),
+        encode_pair(TENSORS_KEY, ValueType.STRING, list(fused), order),
     ]
 
 
 def version_of(fused: Iterable[str]) -> int:
     """Of a record of these fused tensors."""
-    return 2 if any(kind_of(name) is GATE_UP for name in fused) else 1
+    return 2 if any(fusion_of(name) is GATE_UP for name in fused) else 1
 
 
 def version(header: Header, known: Sequence[int]) -> object:
@@ -70,10 +89,10 @@ def require_distinct(header: Header, fused: Sequence[str]) -> None:
         damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
 
 
-def array(header: Header, key: str, kind: type, length: int | None = None) -> list[Any]:
-    """An array of the record. Raises GGUFError if it is not there, or of another kind or length."""
+def array(header: Header, key: str, element: type, length: int | None = None) -> list[Any]:
+    """An array of the record. Raises GGUFError if it is not there or does not fit."""
     values = header.metadata.get(key)
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+    if not isinstance(values, list) or not all(type(value) is element for value in values):
         damaged(header, f"{key} is missing or of the wrong type")
     if length is not None and len(values) != length:
         damaged(header, f"{key} has {len(values)} numbers, not {length}")
@@ -84,23 +103,35 @@ def damaged(header: Header, problem: str) -> NoReturn:
     raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
 
 
-def put_back(
-    header: Header, placed: Mapping[int, PlannedTensor], rest: Iterable[PlannedTensor]
-) -> tuple[PlannedTensor, ...]:
+# By the name of a fused tensor: the tensors to put in its place, each with its position in the
+# restored file; None: where the fused one stands.
+Restored = Mapping[str, Sequence[tuple[int | None, PlannedTensor]]]
+
+
+def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
     """Restored tensors at their places, the others in their order between them.
 
-    Raises GGUFError if the places are none of the restored file, or a name comes twice.
+    Raises GGUFError if the places are none of the restored file, or a place or name comes twice.
     """
-    others = list(rest)
+    placed: dict[int, PlannedTensor] = {}
+    others: list[PlannedTensor] = []
+    for tensor in header.tensors:
+        for at, part in restored.get(tensor.name, [(None, untouched(tensor))]):
+            if at is None:
+                others.append(part)
+            elif at in placed:
+                damaged(header, f"{POSITIONS_KEY} has {at} twice")
+            else:
+                placed[at] = part
     n_tensors = len(placed) + len(others)
     if not all(0 <= at < n_tensors for at in placed):
         damaged(header, f"positions are not places among {n_tensors} tensors")
-    untouched = iter(others)
-    restored = tuple(placed.get(at) or next(untouched) for at in range(n_tensors))
-    twice = [name for name, n in Counter(tensor.name for tensor in restored).items() if n > 1]
+    rest = iter(others)
+    tensors = tuple(placed.get(at) or next(rest) for at in range(n_tensors))
+    twice = [name for name, n in Counter(tensor.name for tensor in tensors).items() if n > 1]
     if twice:
         raise GGUFError(f"{header.path}: tensor {twice[0]!r} stands beside its fused form")
-    return restored
+    return tensors
 
 
 def fused_plan(
@@ -119,36 +150,31 @@ def fused_plan(
             f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
             f"{MAX_PAIRS - ROOM} would"
         )
+    own: list[Segment | bytes] = [header.metadata.segment(key) for key in header.metadata]
     taken = {layer.label for layer in changed}
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(header.metadata) + len(pairs),
-        (*(header.metadata.segment(key) for key in header.metadata), *pairs),
-        tuple(tensors),
-        tuple(changed),
-        tuple(layer for layer in layers if layer.label not in taken),
-        may_pad=True,
-    )
+    skipped = [layer for layer in layers if layer.label not in taken]
+    return _plan(header, [*own, *pairs], tensors, changed, skipped, may_add_keys=True)
 
 
-def unfused_plan(
-    header: Header, tensors: Iterable[PlannedTensor], changed: Sequence[Layer]
-) -> Plan:
-    """The plan of the restored file: without the record."""
+def unfused_plan(header: Header, restored: Restored, changed: Sequence[Layer]) -> Plan:
+    """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does."""
     kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
-    return Plan(
-        header.version,
-        header.byte_order,
-        header.alignment,
-        len(kept),
-        tuple(header.metadata.segment(key) for key in kept),
-        tuple(tensors),
-        tuple(changed),
-        (),
-        may_pad=False,
-    )
+    metadata = [header.metadata.segment(key) for key in kept]
+    return _plan(header, metadata, _put_back(header, restored), changed, (), may_add_keys=False)
+
+
+def _plan(
+    header: Header,
+    metadata: Sequence[Segment | bytes],
+    tensors: Iterable[PlannedTensor],
+    changed: Sequence[Layer],
+    skipped: Sequence[Layer],
+    *,
+    may_add_keys: bool,
+) -> Plan:
+    layout = header.version, header.byte_order, header.alignment
+    layers = tuple(changed), tuple(skipped)
+    return Plan(*layout, tuple(metadata), tuple(tensors), *layers, may_add_keys)
 
 
 def refuse_twice(header: Header) -> None:

@@ -1,4 +1,4 @@
-"""Header of a fused file -> Plan of the file with separate tensors. Pure, like `fusion`.
+"""Header of a fused file -> Plan of the file with separate tensors.
 
 What gguf-fuse fused it recorded, and the way back gives the very bytes of the original. A file
 that was fused elsewhere (by the converter) has no record: the rows of Q, K and V follow from the
@@ -7,27 +7,24 @@ head counts, or it is refused; gate and up are halves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gguf_fuse.format.header import Header, Segment, TensorInfo, row_bytes, type_name
+from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.source import Segment
+from gguf_fuse.format.types import blocked, is_known, type_name
+from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
-from gguf_fuse.planning.fuse import (
-    integer,
-    layer_names,
-    loader_of,
-    refuse_loader,
-    refuse_other_kinds,
-)
+from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
 from gguf_fuse.planning.fusions import (
+    FUSIONS,
     GATE_UP,
     JOINED,
-    KINDS,
     MAX_SLICES,
     QKV,
     SHARED,
-    Kind,
-    kind_of,
+    Fusion,
+    fusion_of,
 )
 from gguf_fuse.planning.loaders import Architecture, Loader
 from gguf_fuse.planning.plan import (
@@ -35,19 +32,13 @@ from gguf_fuse.planning.plan import (
     NothingToDo,
     Plan,
     PlannedTensor,
+    Read,
     Refused,
+    Rows,
     Status,
-    data_of,
     listed,
-    untouched,
 )
-from gguf_fuse.planning.record import (
-    POSITIONS_KEY,
-    RECORD_VERSIONS,
-    ROWS_KEY,
-    TENSORS_KEY,
-    VERSION_KEY,
-)
+from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +46,17 @@ class _Split:
     """A fused tensor of the file and what it is to become; positions: in the restored file."""
 
     tensor: TensorInfo
-    fusion: Kind
+    fusion: Fusion
     rows: tuple[int, ...]
     positions: tuple[int, ...] | None
 
     @property
-    def kind(self) -> str:
+    def suffix(self) -> str:
         return self.tensor.name.partition(f".{self.fusion.fused}.")[2]
 
     @property
     def shared(self) -> bool:
-        return self.kind in SHARED
+        return self.suffix in SHARED
 
 
 def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
@@ -74,7 +65,7 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     Raises GGUFError where the record of the fusion does not fit the file, Refused where a file
     without a record cannot be split for certain, NothingToDo where nothing is fused.
     """
-    refuse_other_kinds(header)
+    require_model(header)
     if _has_record(header):
         splits = _recorded_splits(header)
     else:
@@ -91,12 +82,13 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
             Status.FUSED,
             (type_name(split.tensor.type),) * len(split.rows),
             split.rows,
-            kind=split.fusion,
+            fusion=split.fusion,
         )
         for split in splits
-        if split.kind == "weight"
+        if split.suffix == "weight"
     )
-    return record.unfused_plan(header, _restored_tensors(header, splits), changed)
+    restored = {split.tensor.name: _parts(split) for split in splits}
+    return record.unfused_plan(header, restored, changed)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
@@ -112,55 +104,56 @@ def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     return _rows_by_heads(header, layer, weight, loader_of(header, layer))
 
 
+def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> Rows:
+    """Of every layer that is fused in a model, which an adapter or a matrix is for.
+
+    A model without any fused layer counts as what `fuse` would make of it. read: as for `examine`.
+
+    Raises Refused for what is no model or cannot be split for certain, GGUFError for a record that
+    does not fit.
+    """
+    require_model(header)
+    layers = examine(header, read, any_architecture=any_architecture)
+    if any(layer.status is Status.FUSED for layer in layers):
+        layers = unfuse(header, any_architecture=True).changed
+    else:
+        layers = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
+    return {layer.name: layer.rows for layer in layers if layer.fusion is QKV}
+
+
 def _has_record(header: Header) -> bool:
-    keys = (VERSION_KEY, TENSORS_KEY, ROWS_KEY, POSITIONS_KEY)
-    return any(key in header.metadata for key in keys)
+    return any(key in header.metadata for key in record.RECORD_KEYS)
 
 
-def _restored_tensors(header: Header, splits: Sequence[_Split]) -> tuple[PlannedTensor, ...]:
-    by_name = {split.tensor.name: split for split in splits}
-    placed: dict[int, PlannedTensor] = {}
-    rest: list[PlannedTensor] = []
-    for tensor in header.tensors:
-        split = by_name.get(tensor.name)
-        if split is None:
-            rest.append(untouched(header, tensor))
-        elif split.positions is None:
-            rest.extend(_parts(header, split))
-        else:
-            placed.update(zip(split.positions, _parts(header, split), strict=True))
-    return record.put_back(header, placed, rest)
-
-
-def _parts(header: Header, split: _Split) -> list[PlannedTensor]:
+def _parts(split: _Split) -> list[tuple[int | None, PlannedTensor]]:
+    """What takes the place of a fused tensor, and where each stands in the restored file."""
     tensor, fusion = split.tensor, split.fusion
-    whole = data_of(header, tensor)
     slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
     row = slice_bytes // fusion.rows(tensor.ne)  # bytes
-    parts, first = [], 0
+    parts: list[PlannedTensor] = []
+    first = 0
     for name, n_rows in zip(fusion.parts, split.rows, strict=True):
         restored = tensor.name.replace(f".{fusion.fused}.", f".{name}.")
-        ne = tensor.ne if split.shared else fusion.with_rows(tensor.ne, n_rows)
-        segments = (
-            (whole,)
-            if split.shared
-            else tuple(
-                Segment(whole.start + at + first * row, n_rows * row)
+        ne: tuple[int, ...] = tensor.ne
+        segments: tuple[Segment, ...] = (tensor.data,)
+        if not split.shared:
+            ne = fusion.with_rows(tensor.ne, n_rows)
+            segments = tuple(
+                tensor.data.part(at + first * row, n_rows * row)
                 for at in range(0, tensor.n_bytes, slice_bytes)
             )
-        )
         parts.append(PlannedTensor(restored, ne, tensor.type, segments))
         first += n_rows
-    return parts
+    return list(zip(split.positions or [None] * len(parts), parts, strict=True))
 
 
 def _recorded_splits(header: Header) -> list[_Split]:
-    version = record.version(header, RECORD_VERSIONS)
+    version = record.version(header, record.RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
     if version != record.version_of(names):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
-    kinds = [kind_of(name) or QKV for name in names]
-    n_parts = sum(len(kind.parts) for kind in kinds)
+    fusions = [fusion_of(name) or QKV for name in names]
+    n_parts = sum(len(fusion.parts) for fusion in fusions)
     rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
         if len(values) != n_parts:
@@ -175,11 +168,11 @@ def _recorded_splits(header: Header) -> list[_Split]:
     record.require_distinct(header, names)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits, first = [], 0
-    for name, kind in zip(names, kinds, strict=True):
-        if name not in tensors or not name.endswith(kind.fused_names):
+    for name, fusion in zip(names, fusions, strict=True):
+        if name not in tensors or not name.endswith(fusion.fused_names):
             record.damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
-        own = slice(first, first + len(kind.parts))
-        splits.append(_Split(tensors[name], kind, tuple(rows[own]), tuple(positions[own])))
+        own = slice(first, first + len(fusion.parts))
+        splits.append(_Split(tensors[name], fusion, tuple(rows[own]), tuple(positions[own])))
         _check_split(header, splits[-1])
         first = own.stop
     return splits
@@ -189,13 +182,13 @@ def _check_split(header: Header, split: _Split) -> None:
     tensor, rows = split.tensor, split.rows
     if split.shared:
         return
-    if row_bytes(tensor.type, 1) is None:
+    if not is_known(tensor.type):
         raise Refused(
             f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
             "this gguf-py does not know; a newer one may"
         )
-    in_blocks = split.kind == "bias" and row_bytes(tensor.type, 1) == 0
-    if len(tensor.ne) != split.fusion.dims_of(split.kind) or in_blocks:
+    in_blocks = split.suffix == "bias" and blocked(tensor.type)
+    if len(tensor.ne) != split.fusion.dims_of(split.suffix) or in_blocks:
         raise Refused(
             f"{header.path}: tensor {tensor.name!r} of {type_name(tensor.type)} with dimensions "
             f"{list(tensor.ne)} has no rows to split"
@@ -214,8 +207,8 @@ def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
     """A file fused by someone else: rows from the head counts or halves, or a refusal."""
     tensors = {tensor.name: tensor for tensor in header.tensors}
     splits = []
-    for fusion in KINDS:
-        for layer in layer_names(header.tensors, fusion):
+    for fusion in FUSIONS:
+        for layer in fusion.layers(header.tensors):
             weight = tensors.get(f"{layer}.{fusion.fused}.weight")
             if weight is None:
                 continue
@@ -227,8 +220,8 @@ def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
                 if fusion is QKV
                 else _halves(header, weight)
             )
-            for kind in (*JOINED, *SHARED):
-                tensor = tensors.get(f"{layer}.{fusion.fused}.{kind}")
+            for suffix in (*JOINED, *SHARED):
+                tensor = tensors.get(f"{layer}.{fusion.fused}.{suffix}")
                 if tensor is not None:
                     splits.append(_Split(tensor, fusion, rows, None))
                     _check_split(header, splits[-1])

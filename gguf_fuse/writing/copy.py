@@ -1,7 +1,5 @@
 """The copy engine: ranges of open files into another, cloned where the file system can.
 
-Sources are a list of descriptors: a range says in which of them it lies (`gguf_file.locate`).
-
 Measured (2 cores, ext4 and tmpfs, in and out of the page cache): positional reads and writes of
 1 MB blocks by two threads into a preallocated file beat copy_file_range, sendfile, larger blocks
 and more threads; without preallocation two threads take about twice as long.
@@ -16,26 +14,19 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from gguf_fuse.format.header import locate
+from gguf_fuse.format.source import OpenSource, Source
+from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.place import Copy
 
-DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 BLOCK_BYTES = 1 << 20
 # One request to clone: short enough for Ctrl-C and the progress bar.
 CLONE_BYTES = 1 << 30
 
-OnProgress = Callable[[int], None]  # called with a number of bytes that were just written
-
-
-class InputLost(Exception):
-    """The source cannot be read where its header says there is data; file: its number."""
-
-    file = 0
-
+Opened = Mapping[Source, OpenSource]
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 # Their offsets would be cut to 32 bits on a machine that has no more.
@@ -57,7 +48,7 @@ _CANNOT_CLONE = {
 
 
 def copy_ranges(
-    sources: Sequence[int],
+    sources: Opened,
     target_fd: int,
     copies: Iterable[Copy],
     *,
@@ -68,11 +59,11 @@ def copy_ranges(
 
     on_block: called, by any of the threads, with each block that was written.
 
-    Raises OSError if writing fails, InputLost if reading does.
+    Raises OSError if writing fails, GGUFError if reading does.
     """
     if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
-        for fd in sources:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        for file in sources.values():
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     blocks, lock, stop = iter_blocks(copies), threading.Lock(), threading.Event()
 
     def work() -> None:
@@ -83,7 +74,7 @@ def copy_ranges(
             if block is None:
                 return
             view = buffer[: block.n_bytes]
-            read_source(sources, view, block.source)
+            sources[block.source].read_at(view, block.start)
             write_all(target_fd, view, block.target)
             on_block(block)
 
@@ -100,30 +91,7 @@ def iter_blocks(copies: Iterable[Copy], most: int = BLOCK_BYTES) -> Iterator[Cop
     """The same ranges in pieces of at most `most` bytes."""
     for copy in copies:
         for start in range(0, copy.n_bytes, most):
-            n_bytes = min(most, copy.n_bytes - start)
-            yield Copy(copy.source + start, copy.target + start, n_bytes)
-
-
-def read_source(sources: Sequence[int], view: memoryview, position: int) -> None:
-    """Fill the view from one of the sources. Raises InputLost, which says from which."""
-    number, offset = locate(position)
-    try:
-        read_all(sources[number], view, offset)
-    except InputLost as error:
-        error.file = number
-        raise
-
-
-def read_all(fd: int, view: memoryview, offset: int) -> None:
-    """Fill the view from an offset. Raises InputLost."""
-    while view:
-        try:
-            n_bytes = _read_at(fd, view, offset)
-        except OSError as error:
-            raise InputLost(f"reading at byte {offset}: {error.strerror}") from error
-        if n_bytes == 0:
-            raise InputLost(f"ended at byte {offset}: it was cut while it was read")
-        view, offset = view[n_bytes:], offset + n_bytes
+            yield copy.part(start, min(most, copy.n_bytes - start))
 
 
 def write_all(fd: int, view: memoryview, offset: int) -> None:
@@ -135,22 +103,12 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
 if sys.platform == "win32":
     _seek = threading.Lock()
 
-    def _read_at(fd: int, view: memoryview, offset: int) -> int:
-        with _seek:
-            os.lseek(fd, offset, os.SEEK_SET)
-            data = os.read(fd, len(view))
-        view[: len(data)] = data
-        return len(data)
-
     def _write_at(fd: int, view: memoryview, offset: int) -> int:
         with _seek:
             os.lseek(fd, offset, os.SEEK_SET)
             return os.write(fd, view)
 
 else:
-
-    def _read_at(fd: int, view: memoryview, offset: int) -> int:
-        return os.preadv(fd, [view], offset)
 
     def _write_at(fd: int, view: memoryview, offset: int) -> int:
         return os.pwrite(fd, view, offset)
@@ -159,7 +117,7 @@ else:
 # -- cloning ------------------------------------------------------------------------------------
 
 
-def clone_block(source_fd: int, folder: Path) -> int | None:
+def clone_block(source: OpenSource, folder: Path) -> int | None:
     """The size of the blocks that a new file in the folder can share with the source, if it can.
 
     Found by cloning one block into a file without a name.
@@ -172,7 +130,8 @@ def clone_block(source_fd: int, folder: Path) -> int | None:
         return None  # no file system that clones lacks O_TMPFILE
     try:
         block = os.fstatvfs(fd).f_bsize
-        _clone(source_fd, fd, Copy(0, 0, min(block, os.fstat(source_fd).st_size)))
+        n_bytes = min(block, os.fstat(source.fd).st_size)
+        _clone(source, fd, Copy(source.source, 0, 0, n_bytes))
         return block
     except OSError:
         return None
@@ -181,7 +140,7 @@ def clone_block(source_fd: int, folder: Path) -> int | None:
 
 
 def clone_ranges(
-    sources: Sequence[int], target_fd: int, clones: Iterable[Copy], on_progress: OnProgress
+    sources: Opened, target_fd: int, clones: Iterable[Copy], on_progress: OnProgress
 ) -> list[Copy]:
     """Clone, and give back the ranges that the file system refused: they are to be copied.
 
@@ -189,9 +148,8 @@ def clone_ranges(
     """
     refused = []
     for clone in iter_blocks(clones, CLONE_BYTES):
-        number, start = locate(clone.source)
         try:
-            _clone(sources[number], target_fd, Copy(start, clone.target, clone.n_bytes))
+            _clone(sources[clone.source], target_fd, clone)
         except OSError as error:
             if error.errno not in _CANNOT_CLONE:
                 raise
@@ -201,10 +159,10 @@ def clone_ranges(
     return refused
 
 
-def _clone(source_fd: int, target_fd: int, clone: Copy) -> None:
+def _clone(source: OpenSource, target_fd: int, clone: Copy) -> None:
     import fcntl
 
-    request = struct.pack("qQQQ", source_fd, clone.source, clone.n_bytes, clone.target)
+    request = struct.pack("qQQQ", source.fd, clone.start, clone.n_bytes, clone.target)
     fcntl.ioctl(target_fd, _FICLONERANGE, request)
 
 
@@ -244,18 +202,17 @@ def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:
             raise OSError(error, os.strerror(error))
 
 
-def without_holes(sources: Sequence[int], copies: Sequence[Copy]) -> list[Copy]:
+def without_holes(sources: Opened, copies: Sequence[Copy]) -> list[Copy]:
     """The parts of the ranges that hold data: a hole of a source stays one in the new file."""
-    sparse = [_has_holes(fd) for fd in sources]
+    sparse = {source for source, file in sources.items() if _has_holes(file.fd)}
     data = []
     for copy in copies:
-        number, first = locate(copy.source)
-        if not sparse[number]:
+        if copy.source not in sparse:
             data.append(copy)
             continue
-        for start, stop in _data_ranges(sources[number], first, first + copy.n_bytes):
-            into = start - first
-            data.append(Copy(copy.source + into, copy.target + into, stop - start))
+        first = copy.start
+        for start, stop in _data_ranges(sources[copy.source].fd, first, first + copy.n_bytes):
+            data.append(copy.part(start - first, stop - start))
     return data
 
 

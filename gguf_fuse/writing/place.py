@@ -13,30 +13,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from gguf.constants import GGUFValueType
+from gguf_fuse.format.header import align, encode_start, encode_tensor
+from gguf_fuse.format.source import Segment, Source
+from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.planning.plan import Computed, Plan
+from gguf_fuse.planning.record import PADDING_KEY
 
-from gguf_fuse.format.header import (
-    Segment,
-    TensorInfo,
-    align,
-    encode_pair,
-    encode_start,
-    encode_tensors,
-)
-from gguf_fuse.planning.plan import KEY_PREFIX, Computed, Plan
-
-PADDING_KEY = KEY_PREFIX + "padding"  # an array of zero bytes
 MAX_PADDING = 1 << 20  # of larger blocks, what would be saved is not worth the header
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A range of bytes of the source and where it goes; starts count from the files' starts."""
+class Copy(NamedTuple):
+    """A range of bytes of a source and where it goes; both count from the files' starts."""
 
-    source: int
+    source: Source
+    start: int
     target: int
     n_bytes: int
+
+    def part(self, at: int, n_bytes: int) -> Copy:
+        """n_bytes of it; `at` counts from its own start."""
+        return Copy(self.source, self.start + at, self.target + at, n_bytes)
+
+    def moved(self, by: int) -> Copy:
+        return self._replace(target=self.target + by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,75 +64,75 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
 
     clone_block: the size of the blocks that source and target can share; None: they cannot.
     """
-    infos, data_bytes = _offsets(plan)
-    moves = list(_moves(plan, infos))  # targets count from the start of the data
+    offsets, data_bytes = _offsets(plan)
+    pieces = list(_pieces(plan, offsets))
+    # Targets count from the start of the data until that is known.
+    moves = _merged(
+        Copy(piece.source, piece.start, at, piece.n_bytes)
+        for at, piece in pieces
+        if isinstance(piece, Segment)
+    )
     n_padding = None
-    if clone_block and clone_block <= MAX_PADDING and plan.may_pad:
+    if clone_block and clone_block <= MAX_PADDING and plan.may_add_keys:
         start = _best_start(plan, moves, clone_block)
-        n_padding = None if start is None else _padding(plan, infos, start, clone_block)
-    literals, header_copies, header_end = _lay(_header(plan, infos, n_padding))
+        n_padding = None if start is None else _padding(plan, offsets, start, clone_block)
+    literals, header_copies, header_end = _lay(_header(plan, offsets, n_padding))
     data_start = align(header_end, plan.alignment)
-    data = [Copy(move.source, data_start + move.target, move.n_bytes) for move in moves]
-    copies = _merged([*header_copies, *data])
+    copies = _merged([*header_copies, *(move.moved(data_start) for move in moves)])
     clones = [clone for copy in copies for clone in _interior(copy, clone_block)]
     edges = [edge for copy in copies for edge in _edges(copy, clone_block)]
-    computed = [(data_start + at, piece) for at, piece in _computed(plan, infos)]
+    computed = [(data_start + at, made) for at, made in pieces if isinstance(made, Computed)]
     return Placement(
         (*literals, *computed), tuple(edges), tuple(clones), data_start, data_start + data_bytes
     )
 
 
-def _offsets(plan: Plan) -> tuple[list[TensorInfo], int]:
-    infos, offset = [], 0
+def _offsets(plan: Plan) -> tuple[list[int], int]:
+    """Of each tensor, and where the data ends."""
+    offsets, end = [], 0
     for tensor in plan.tensors:
-        infos.append(TensorInfo(tensor.name, tensor.ne, tensor.type, offset, tensor.n_bytes))
-        offset = align(offset + tensor.n_bytes, plan.alignment)
-    return infos, offset
+        offsets.append(end)
+        end = align(end + tensor.n_bytes, plan.alignment)
+    return offsets, end
 
 
-def _moves(plan: Plan, infos: Iterable[TensorInfo]) -> Iterator[Copy]:
-    for tensor, info in zip(plan.tensors, infos, strict=True):
-        target = info.offset
+def _pieces(plan: Plan, offsets: Iterable[int]) -> Iterator[tuple[int, Segment | Computed]]:
+    """What the data is made of, and where in it each piece goes."""
+    for tensor, at in zip(plan.tensors, offsets, strict=True):
         for segment in tensor.segments:
-            if isinstance(segment, Segment):
-                yield Copy(segment.start, target, segment.n_bytes)
-            target += segment.n_bytes
-
-
-def _computed(plan: Plan, infos: Iterable[TensorInfo]) -> Iterator[tuple[int, Computed]]:
-    for tensor, info in zip(plan.tensors, infos, strict=True):
-        target = info.offset
-        for segment in tensor.segments:
-            if isinstance(segment, Computed):
-                yield target, segment
-            target += segment.n_bytes
+            yield at, segment
+            at += segment.n_bytes
 
 
 def _merged(copies: Iterable[Copy]) -> list[Copy]:
     """Copies that go on in both files become one."""
     merged: list[Copy] = []
     for copy in copies:
-        last = merged[-1] if merged else Copy(0, 0, 0)
-        if (last.source + last.n_bytes, last.target + last.n_bytes) == (copy.source, copy.target):
-            merged[-1:] = [Copy(last.source, last.target, last.n_bytes + copy.n_bytes)]
+        if merged and _goes_on(merged[-1], copy):
+            merged[-1] = merged[-1]._replace(n_bytes=merged[-1].n_bytes + copy.n_bytes)
         else:
             merged.append(copy)
     return merged
 
 
+def _goes_on(last: Copy, copy: Copy) -> bool:
+    ends = last.start + last.n_bytes, last.target + last.n_bytes
+    return last.source is copy.source and ends == (copy.start, copy.target)
+
+
 # -- the header ---------------------------------------------------------------------------------
 
 
-def _header(
-    plan: Plan, infos: Sequence[TensorInfo], n_padding: int | None
-) -> list[Segment | bytes]:
+def _header(plan: Plan, offsets: Sequence[int], n_padding: int | None) -> list[Segment | bytes]:
     pairs = list(plan.metadata)
     if n_padding is not None:
-        zeros = bytes(n_padding)
-        pairs.append(encode_pair(PADDING_KEY, GGUFValueType.UINT8, zeros, plan.byte_order))
-    n_pairs = plan.n_metadata + (n_padding is not None)
-    start = encode_start(plan.version, plan.byte_order, len(infos), n_pairs)
-    return [start, *pairs, encode_tensors(infos, plan.byte_order)]
+        pairs.append(encode_pair(PADDING_KEY, ValueType.UINT8, bytes(n_padding), plan.byte_order))
+    start = encode_start(plan.version, plan.byte_order, len(plan.tensors), len(pairs))
+    tensors = b"".join(
+        encode_tensor(tensor.name, tensor.ne, tensor.type, offset, plan.byte_order)
+        for tensor, offset in zip(plan.tensors, offsets, strict=True)
+    )
+    return [start, *pairs, tensors]
 
 
 def _lay(
@@ -146,26 +147,25 @@ def _lay(
             literals.append((at, piece))
             at += len(piece)
         else:
-            copies.append(Copy(piece.start, at, piece.n_bytes))
+            copies.append(Copy(piece.source, piece.start, at, piece.n_bytes))
             at += piece.n_bytes
     return literals, copies, at
 
 
-def _padding(plan: Plan, infos: Sequence[TensorInfo], wanted: int, block: int) -> int | None:
+def _padding(plan: Plan, offsets: Sequence[int], wanted: int, block: int) -> int | None:
     """How many zero bytes move the start of the data to `wanted` modulo the block."""
-    if align(_lay(_header(plan, infos, None))[2], plan.alignment) % block == wanted:
+    if align(_lay(_header(plan, offsets, None))[2], plan.alignment) % block == wanted:
         return None
-    return (wanted - _lay(_header(plan, infos, 0))[2]) % max(block, plan.alignment)
+    return (wanted - _lay(_header(plan, offsets, 0))[2]) % max(block, plan.alignment)
 
 
 def _best_start(plan: Plan, moves: Iterable[Copy], block: int) -> int | None:
     """The start of the data, modulo the block, that lets the most bytes be cloned, if any does."""
     gain: Counter[int] = Counter()
-    for move in _merged(moves):
-        start = (move.source - move.target) % block
+    for move in moves:
+        start = (move.start - move.target) % block
         if start % min(plan.alignment, block) == 0:
-            moved = Copy(move.source, start + move.target, move.n_bytes)
-            gain[start] += sum(clone.n_bytes for clone in _interior(moved, block))
+            gain[start] += sum(clone.n_bytes for clone in _interior(move.moved(start), block))
     return max(+gain, key=lambda start: gain[start], default=None)
 
 
@@ -173,14 +173,12 @@ def _best_start(plan: Plan, moves: Iterable[Copy], block: int) -> int | None:
 
 
 def _interior(copy: Copy, block: int | None) -> list[Copy]:
-    """The whole blocks of a range, if its source and its target lie alike."""
-    if not block or (copy.source - copy.target) % block:
+    """The whole blocks of a range, if its start and its target lie alike."""
+    if not block or (copy.start - copy.target) % block:
         return []
-    first = align(copy.source, block)
-    last = (copy.source + copy.n_bytes) // block * block
-    if first >= last:
-        return []
-    return [Copy(first, copy.target + first - copy.source, last - first)]
+    first = align(copy.start, block)
+    last = (copy.start + copy.n_bytes) // block * block
+    return [copy.part(first - copy.start, last - first)] if first < last else []
 
 
 def _edges(copy: Copy, block: int | None) -> list[Copy]:
@@ -188,10 +186,7 @@ def _edges(copy: Copy, block: int | None) -> list[Copy]:
     inside = _interior(copy, block)
     if not inside:
         return [copy]
-    head = inside[0].source - copy.source
-    tail_at = head + inside[0].n_bytes
-    parts = [
-        Copy(copy.source, copy.target, head),
-        Copy(copy.source + tail_at, copy.target + tail_at, copy.n_bytes - tail_at),
-    ]
+    head = inside[0].start - copy.start
+    tail = head + inside[0].n_bytes
+    parts = [copy.part(0, head), copy.part(tail, copy.n_bytes - tail)]
     return [part for part in parts if part.n_bytes]

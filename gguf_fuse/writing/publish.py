@@ -11,24 +11,21 @@ import contextlib
 import os
 import shutil
 import stat
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from gguf_fuse.format.header import GGUFError, Header, Stamp
-from gguf_fuse.planning.plan import Computed
+from gguf_fuse.choices import Reflink
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.source import GGUFError, opened
+from gguf_fuse.machine import COPY_THREADS
+from gguf_fuse.planning.plan import new_bytes
+from gguf_fuse.progress import OnProgress, ignore_progress
 from gguf_fuse.writing.copy import (
-    BLOCK_BYTES,
-    DEFAULT_THREADS,
-    InputLost,
-    OnProgress,
+    Opened,
     clone_ranges,
     copy_ranges,
-    iter_blocks,
-    read_source,
     reserve,
     start_write_back,
     without_holes,
@@ -39,6 +36,28 @@ from gguf_fuse.writing.place import Copy, Placement
 TEMPORARY_MARK = ".gguf-fuse-"
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write, the same for both ways. on_start gets the number of bytes to come.
+
+    sync: wait until the data is on the disk, so that the files survive a power failure. reflink:
+    whether to share blocks with the source where the file system can; "always" fails where it
+    cannot. on_flush: called when the last wait for the disk begins. split_max_size (bytes of data),
+    split_max_tensors: cut the output into shards.
+    """
+
+    dry_run: bool = False
+    force: bool = False
+    sync: bool = True
+    threads: int = COPY_THREADS
+    reflink: Reflink = "auto"
+    on_start: Callable[[int], None] = ignore_progress
+    on_progress: OnProgress = ignore_progress
+    on_flush: Callable[[], None] = field(default=lambda: None)
+    split_max_size: int | None = None
+    split_max_tensors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +115,7 @@ def _check_place(source: Header, destination: Path, real: Path, force: bool) -> 
         raise GGUFError(f"{destination}: the folder {real.parent} {fault}")
     with contextlib.suppress(FileNotFoundError):
         status = destination.stat()  # not of `real`: /dev/stdout may lead to a pipe without a name
-        if Stamp.of(status)[:2] in {file.stamp[:2] for file in source.files}:
+        if any(file.is_file(status) for file in source.sources):
             raise GGUFError(f"{destination}: input and output are the same file")
         if stat.S_ISDIR(status.st_mode):
             raise GGUFError(f"{destination}: a folder, not a regular file; give the name of a file")
@@ -106,175 +125,60 @@ def _check_place(source: Header, destination: Path, real: Path, force: bool) -> 
             raise GGUFError(f"{destination}: exists already; --force replaces it")
 
 
-def write(
-    source: Header,
-    outputs: Sequence[Output],
-    *,
-    force: bool = False,
-    sync: bool = True,
-    clone_all: bool = False,
-    threads: int = DEFAULT_THREADS,
-    on_progress: OnProgress = lambda n_bytes: None,
-    on_flush: Callable[[], None] = lambda: None,
-) -> Written:
+def write(source: Header, outputs: Sequence[Output], options: Options) -> Written:
     """Write the new files, all of them whole or none at all.
-
-    sync: wait until the data is on the disk, so that the files survive a power failure.
-    clone_all: fail where a range that a placement wants cloned cannot be, instead of copying it.
-    on_flush: called when the last wait for the disk begins.
 
     Raises GGUFError for anything `check_destinations` refuses, a failed read or write, and a
     source that changed since its header was read.
     """
-    reals = check_destinations(source, outputs, force=force)
+    reals = check_destinations(source, outputs, force=options.force)
     at = outputs[0]
     n_copied = n_cloned = 0
     try:
-        with open_source(source) as sources, _published(source, reals, force) as temporaries:
+        with (
+            opened(source.sources) as sources,
+            _published(source, reals, options.force) as temporaries,
+        ):
             for at, temporary, real in zip(outputs, temporaries, reals, strict=True):
                 with _created(temporary, like=real) as target_fd:
-                    clones, copies = _fill(
-                        sources, target_fd, at, clone_all, sync, threads, on_progress
-                    )
-                    refuse_changed(source, sources)
-                    if sync:
+                    clones, copies = _fill(sources, target_fd, at, options)
+                    for file in sources.values():
+                        file.refuse_changed()
+                    if options.sync:
                         if at is outputs[-1]:
-                            on_flush()
+                            options.on_flush()
                         os.fsync(target_fd)
                 n_cloned, n_copied = n_cloned + clones, n_copied + copies
-    except InputLost as error:
-        raise GGUFError(f"{source.files[error.file].path}: {error}") from error
     except OSError as error:
         raise GGUFError(f"{at.path}: {error.strerror}; nothing was written") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
-    if sync:
+    if options.sync:
         for folder in {real.parent for real in reals}:
             _sync_folder(folder)
     return Written(n_copied, n_cloned)
 
 
-def _fill(
-    sources: Sequence[int],
-    target_fd: int,
-    output: Output,
-    clone_all: bool,
-    sync: bool,
-    threads: int,
-    on_progress: OnProgress,
-) -> tuple[int, int]:
+def _fill(sources: Opened, target_fd: int, output: Output, options: Options) -> tuple[int, int]:
     """Write all of one file -> bytes cloned and copied. Raises as `write` does."""
     placement = output.placement
     reserve(target_fd, placement.n_bytes, ())
     for start, data in placement.literals:
-        write_all(target_fd, _view(data), start)
-    refused = clone_ranges(sources, target_fd, placement.clones, on_progress)
-    if refused and clone_all:
+        write_all(target_fd, new_bytes(data), start)
+    refused = clone_ranges(sources, target_fd, placement.clones, options.on_progress)
+    if refused and options.reflink == "always":
         raise GGUFError(f"{output.path}: the file system refused to clone a range")
     copies = without_holes(sources, [*placement.copies, *refused])
     reserve(target_fd, placement.n_bytes, copies)
 
     def on_block(block: Copy) -> None:
-        if sync:
+        if options.sync:
             start_write_back(target_fd, block)
-        on_progress(block.n_bytes)
+        options.on_progress(block.n_bytes)
 
-    copy_ranges(sources, target_fd, copies, threads=threads, on_block=on_block)
+    copy_ranges(sources, target_fd, copies, threads=options.threads, on_block=on_block)
     n_refused = sum(clone.n_bytes for clone in refused)
     return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies)
-
-
-def stream(
-    source: Header, placement: Placement, target_fd: int, on_progress: OnProgress
-) -> Written:
-    """Write the new file to a pipe, front to back. Raises GGUFError as `write` does.
-
-    The placement must be one without clones.
-    """
-    try:
-        if Stamp.of(os.fstat(target_fd))[:2] in {file.stamp[:2] for file in source.files}:
-            raise GGUFError(f"{source.path}: input and standard output are the same file")
-        with open_source(source) as sources:
-            at = 0
-            for start, data in _pieces(sources, placement):
-                _stream_zeros(target_fd, start - at)
-                _stream_bytes(target_fd, data)
-                on_progress(start + len(data) - at)
-                at = start + len(data)
-            _stream_zeros(target_fd, placement.n_bytes - at)
-            refuse_changed(source, sources)
-    except InputLost as error:
-        raise GGUFError(f"{source.files[error.file].path}: {error}") from error
-    except OSError as error:
-        raise GGUFError(f"standard output: {error.strerror}") from error
-    return Written(sum(copy.n_bytes for copy in placement.copies), 0)
-
-
-def _pieces(sources: Sequence[int], placement: Placement) -> Iterator[tuple[int, memoryview]]:
-    """All that is not zero, in the order of the new file; a view holds until the next one."""
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    literals = deque(placement.literals)
-    for block in iter_blocks(placement.copies):
-        while literals and literals[0][0] < block.target:
-            at, data = literals.popleft()
-            yield at, _view(data)
-        view = buffer[: block.n_bytes]
-        read_source(sources, view, block.source)
-        yield block.target, view
-    yield from ((at, _view(data)) for at, data in literals)
-
-
-def _view(data: bytes | Computed) -> memoryview:
-    return memoryview(data.make() if isinstance(data, Computed) else data)
-
-
-def _stream_zeros(fd: int, count: int) -> None:
-    zeros = memoryview(bytes(min(count, BLOCK_BYTES)))
-    while count:
-        _stream_bytes(fd, zeros[:count])
-        count -= len(zeros[:count])
-
-
-def _stream_bytes(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-@contextlib.contextmanager
-def open_source(source: Header) -> Iterator[list[int]]:
-    """The files whose headers were read, in order. Raises GGUFError if one has changed."""
-    _allow_open(len(source.files))
-    with contextlib.ExitStack() as stack:
-        fds = []
-        for file in source.files:
-            try:
-                fds.append(os.open(file.path, os.O_RDONLY | _BINARY))
-            except OSError as error:
-                raise GGUFError(f"{file.path}: {error.strerror}") from error
-            stack.callback(os.close, fds[-1])
-        refuse_changed(source, fds)
-        yield fds
-
-
-def _allow_open(n_files: int) -> None:
-    """A set may have more shards than a process may have open, unless it asks."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    wanted = 2 * n_files + 64  # verify opens two sets
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def refuse_changed(source: Header, fds: Sequence[int]) -> None:
-    """Raises GGUFError if a file is not the one any more whose header was read."""
-    for file, fd in zip(source.files, fds, strict=True):
-        if Stamp.of(os.fstat(fd)) != file.stamp:
-            raise GGUFError(f"{file.path}: changed while it was read; run again when it is at rest")
 
 
 @contextlib.contextmanager

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
 
 from gguf_fuse.cli.demo_model import write_demo_model
+from tests.compare import PROMPT, needs_llama_cpp
 from tests.conftest import fused_copy, gguf_fuse
-from tests.llama_judge import available, log_probabilities
-
-PROMPT = [1, 261, 7, 300, 45, 46, 290, 12, 9, 270, 33]
+from tests.llama_judge import log_probabilities
 
 
-@pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
+@needs_llama_cpp
 def test_llama_cpp_loads_its_model_and_computes_the_same_when_it_is_fused(tmp_path: Path) -> None:
     original = tmp_path / "model.gguf"
     write_demo_model(original)

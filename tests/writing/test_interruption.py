@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from gguf_fuse.api import Options, fuse
-from gguf_fuse.format.header import GGUFError
+from gguf_fuse.format.source import GGUFError
+from tests.compare import sha256
 from tests.pack import F16, fused, valid
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches the writing through /proc")
@@ -35,24 +36,12 @@ os.pwrite = slow_pwrite
 """
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 class Model:
     """A model of 75 MB, the hash of what it becomes, and a check that it is untouched."""
 
     def __init__(self, path: Path) -> None:
         file = valid(F16, n_layers=3, n_embd=2048)
-        self.path, self.wanted = path, hash_of(fused(file).pack())
+        self.path, self.wanted = path, hashlib.sha256(fused(file).pack()).hexdigest()
         path.write_bytes(file.pack())
         self.n_bytes = path.stat().st_size
         self.hash, self.stat = sha256(path), self._status()

@@ -1,0 +1,173 @@
+"""What is read: a file by its name, its size and its identity, and ranges of its bytes.
+
+Header, planning, verifying and copying read only through here; what is no local file would be
+another Source. A source is only ever read. Files are opened for as long as something is read from
+them, and each time it is made sure that they are still those whose headers were read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
+_MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
+
+
+class GGUFError(Exception):
+    """A bad input or an I/O failure, as one line for the user: place, value, limit, remedy."""
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is still the one that was read; mtime in nanoseconds."""
+
+    device: int
+    inode: int
+    n_bytes: int
+    mtime: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that is read. path: as messages name it."""
+
+    path: str
+    stamp: Stamp
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> Source:
+        """Raises GGUFError for what is not there or no regular file."""
+        name = str(Path(path))
+        try:
+            status = os.stat(name)  # noqa: PTH116 (the name in messages is that of Path)
+        except OSError as error:
+            hint = "; a pipe cannot be read, give a file" if name == "-" else ""
+            raise GGUFError(f"{name}: {error.strerror}{hint}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise GGUFError(f"{name}: not a regular file; give the path of a GGUF file")
+        return cls(name, Stamp.of(status))
+
+    @property
+    def n_bytes(self) -> int:
+        return self.stamp.n_bytes
+
+    def is_file(self, status: os.stat_result) -> bool:
+        """Whether this is the status of the same file, whatever its name."""
+        return Stamp.of(status)[:2] == self.stamp[:2]
+
+    def read(self, start: int, n_bytes: int) -> bytes:
+        """A small range, opened for it alone. Raises GGUFError as `OpenSource` does."""
+        with opened([self]) as files:
+            data = bytearray(n_bytes)
+            files[self].read_at(memoryview(data), start)
+            files[self].refuse_changed()
+        return bytes(data)
+
+
+class Segment(NamedTuple):
+    """A range of bytes of a source; start counts from the start of the file."""
+
+    source: Source
+    start: int
+    n_bytes: int
+
+    def read(self) -> bytes:
+        """Raises GGUFError as `Source.read` does."""
+        return self.source.read(self.start, self.n_bytes)
+
+    def part(self, start: int, n_bytes: int) -> Segment:
+        """n_bytes of it; start counts from its own start."""
+        return Segment(self.source, self.start + start, n_bytes)
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source while it is open. Several threads may read at once."""
+
+    source: Source
+    fd: int
+
+    def read_at(self, view: memoryview, start: int) -> None:
+        """Fill the view with the bytes from `start` on.
+
+        Raises GGUFError where the file cannot be read, or ends before its header says.
+        """
+        while view:
+            try:
+                n_bytes = _read_at(self.fd, view[:_MOST_AT_ONCE], start)
+            except OSError as error:
+                self._fail(f"reading at byte {start}: {error.strerror}", error)
+            if n_bytes == 0:
+                self._fail(f"ended at byte {start}: it was cut while it was read")
+            view, start = view[n_bytes:], start + n_bytes
+
+    def refuse_changed(self) -> None:
+        """Raises GGUFError if the file is not the one any more that was found."""
+        try:
+            stamp = Stamp.of(os.fstat(self.fd))
+        except OSError as error:
+            self._fail(str(error.strerror), error)
+        if stamp != self.source.stamp:
+            self._fail("changed while it was read; run again when it is at rest")
+
+    def _fail(self, problem: str, cause: OSError | None = None) -> NoReturn:
+        raise GGUFError(f"{self.source.path}: {problem}") from cause
+
+
+@contextlib.contextmanager
+def opened(sources: Sequence[Source]) -> Iterator[dict[Source, OpenSource]]:
+    """The files, open. Raises GGUFError if one cannot be opened, or has changed."""
+    _allow_open(len(sources))
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for source in sources:
+            try:
+                fd = os.open(source.path, os.O_RDONLY | _BINARY)
+            except OSError as error:
+                raise GGUFError(f"{source.path}: {error.strerror}") from error
+            stack.callback(os.close, fd)
+            files[source] = OpenSource(source, fd)
+        for file in files.values():
+            file.refuse_changed()
+        yield files
+
+
+def _allow_open(n_files: int) -> None:
+    """A set may have more shards than a process may have open, unless it asks."""
+    if n_files == 1 or sys.platform == "win32":
+        return
+    import resource
+
+    wanted = 2 * n_files + 64  # verify opens two sets
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+if sys.platform == "win32":
+    _seek = threading.Lock()
+
+    def _read_at(fd: int, view: memoryview, start: int) -> int:
+        with _seek:
+            os.lseek(fd, start, os.SEEK_SET)
+            data = os.read(fd, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+else:
+
+    def _read_at(fd: int, view: memoryview, start: int) -> int:
+        return os.preadv(fd, [view], start)

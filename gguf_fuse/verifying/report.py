@@ -1,0 +1,85 @@
+"""What verify is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gguf_fuse.machine import COMPUTE_THREADS
+from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
+from gguf_fuse.verifying.structure import Structure
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
+
+    numbers: frozenset[int] | None = None
+    spread: int | None = None
+    all: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to compute. n_kv: cells that each cache holds before the first decode step."""
+
+    layers: Choice = Choice()
+    n_prompt: int = 48
+    n_decode: int = 4
+    n_seqs: int = 3
+    n_kv: int = 1000
+    threads: int = COMPUTE_THREADS
+    seed: int = 0
+    structure_only: bool = False
+    on_start: OnStart = ignore_start
+    on_progress: OnProgress = ignore_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The largest error of one way to compute, relative to the largest value of the reference.
+
+    limit: as `trial.Gauge` sets it.
+    """
+
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit  # nan is not
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Numbers of one layer. note: what was not computed, and why; problem: why nothing could be."""
+
+    layer: str
+    checks: Mapping[str, Check]
+    note: str | None = None
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and all(check.ok for check in self.checks.values())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in milliseconds, in one layer: projections and decode steps of n_seqs tokens."""
+
+    layer: str
+    n_tokens: int
+    n_kv: int
+    ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    structure: Structure
+    layers: tuple[LayerReport, ...]
+    timing: Timing | None
+
+    @property
+    def ok(self) -> bool:
+        return self.structure.ok and all(report.ok for report in self.layers)

@@ -1,0 +1,310 @@
+"""One layer, computed from ORIGINAL's weights, from FUSED's, and in float64 -> errors and times.
+
+The same random activations go through each file's weights, then through attention as the
+architecture does it. Axis names are those of `attention`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_fuse.attention import attend, masks, split
+from gguf_fuse.attention.projections import Linear, apply_gate, split_rows
+from gguf_fuse.attention.shapes import Floats, group_heads
+from gguf_fuse.attention.softmax import AttentionParams
+from gguf_fuse.measuring.timing import interleaved
+from gguf_fuse.models import layer
+from gguf_fuse.models.layer import AttentionLayer, Heads, Projections
+from gguf_fuse.verifying.report import Check, Timing, VerifyOptions
+
+FACTOR = 2.0
+MAX_LIMIT = 0.1  # a limit above it would let through what is plainly wrong
+EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
+
+ROW_BLOCK = 1024  # rows of a weight that exist in float64 at one time
+
+_PLAIN = "plain"  # the way whose error sets the limit
+
+Positions: TypeAlias = NDArray[np.int64]
+# q, k, v, mask, params -> [n_seqs, n_head, n_tokens, head_dim_v]
+Attend = Callable[[Floats, Floats, Floats, Floats | None, AttentionParams], Floats]
+
+
+class Weights(NamedTuple):
+    """One layer of one file. layer None: not modelled, so only projections can be computed."""
+
+    projections: Projections
+    layer: AttentionLayer | None
+
+
+class _Path:
+    """One way through the layer: weights, and a KV cache in the way's precision."""
+
+    def __init__(self, weights: Weights, *, exact: bool = False) -> None:
+        self.weights = weights
+        self.exact = exact
+        self.dtype = np.dtype(np.float64 if exact else np.float32)
+        self.k = self.v = np.zeros((0, 0, 0, 0), self.dtype)  # see `allocate`
+
+    @property
+    def layer(self) -> AttentionLayer:
+        assert self.weights.layer is not None
+        return self.weights.layer
+
+    def project(self, x: Floats) -> tuple[Floats, Floats, Floats]:
+        """x [n_seqs, n_tokens, n_embd] -> [n_seqs, n_tokens, rows] of Q, K and V."""
+        projections, read = self.weights
+        clamp = 0.0 if read is None else read.spec.clamp
+        if not self.exact:
+            return layer.project(projections, x, clamp)
+        doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
+        return _by_row_blocks(projections, lambda w: w.project(doubles, clamp))
+
+    def heads(self, x: Floats, positions: Positions) -> Heads:
+        """x [n_seqs, n_tokens, n_embd] at positions [n_seqs, n_tokens], -1 for padding."""
+        return layer.positioned(self.layer, *self.project(x), positions)
+
+    def allocate(self, heads: Heads, n_cells: int) -> None:
+        """A cache of n_cells whose first cells are the prompt's K and V."""
+        n_seqs, n_head_kv, n_prompt, _ = heads.k.shape
+        self.k, self.v = (
+            np.zeros((n_seqs, n_head_kv, n_cells, part.shape[3]), self.dtype)
+            for part in (heads.k, heads.v)
+        )  # [n_seqs, n_head_kv, n_cells, head_dim], [..., head_dim_v]
+        self.k[:, :, :n_prompt], self.v[:, :, :n_prompt] = heads.k, heads.v
+
+    def cached(self, heads: Heads, cells: Sequence[int]) -> Heads:
+        """One token of each sequence, stored in its cell -> its Q, with K and V of all cells."""
+        for seq, cell in enumerate(cells):
+            self.k[seq, :, cell] = heads.k[seq, :, 0]  # [n_head_kv, head_dim]
+            self.v[seq, :, cell] = heads.v[seq, :, 0]  # [n_head_kv, head_dim_v]
+        return heads._replace(k=self.k, v=self.v)
+
+    def decode(self, way: Attend, heads: Heads, cells: Sequence[int]) -> Floats:
+        """What `cached` gives, for the last filled cells -> [n_seqs, n_head, 1, head_dim_v]."""
+        filled = masks.padded_positions([cell + 1 for cell in cells], self.k.shape[2])
+        return self.attend(way, heads, np.array(cells)[:, None], filled)
+
+    def attend(
+        self, way: Attend, heads: Heads, q_positions: Positions, k_positions: Positions
+    ) -> Floats:
+        """q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]; as in `attention`."""
+        seen = layer.mask(self.layer.spec, q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
+        attended = way(heads.q, heads.k, heads.v, seen, self.layer.params)
+        return attended if heads.gate is None else apply_gate(attended, heads.gate)
+
+    def largest_score(self, heads: Heads) -> float:
+        """Largest scale · Σ|q k| of any query and any cell, masked or not."""
+        k = heads.k  # [n_seqs, n_head_kv, n_kv, head_dim]
+        rows = group_heads(heads.q, k.shape[1])  # [n_seqs, n_head_kv, group, n_tokens, d]
+        largest = 0.0
+        for seq, head in itertools.product(range(k.shape[0]), range(k.shape[1])):
+            queries = rows[seq, head].reshape(-1, k.shape[3])  # [group * n_tokens, head_dim]
+            sums = np.abs(queries) @ np.abs(k[seq, head]).T  # [group * n_tokens, n_kv]
+            largest = max(largest, float(np.max(sums)))
+        return self.layer.params.scale * largest
+
+
+def _largest_sums(projections: Projections, x: Floats) -> list[float]:
+    """Of Q, K and V: the largest scale · Σ|x w| of any token and row."""
+    sizes = np.abs(x)  # [n_seqs, n_tokens, n_embd]
+
+    def sums(w: Linear) -> Floats:
+        scale = 1.0 if w.scale is None else abs(w.scale)
+        return sizes @ np.abs(w.weight).T * scale  # [n_seqs, n_tokens, rows]
+
+    return [float(np.max(part)) for part in _by_row_blocks(projections, sums)]
+
+
+def _by_row_blocks(
+    projections: Projections, compute: Callable[[Linear], Floats]
+) -> tuple[Floats, Floats, Floats]:
+    """compute -> [n_seqs, n_tokens, rows], joined, of Q, K and V.
+
+    Some rows at a time: a whole weight in float64 would double the memory.
+    """
+    outputs = [compute(part) for linear in projections.linears for part in _row_blocks(linear)]
+    joined = np.concatenate(outputs, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
+    return split_rows(joined, projections.rows)
+
+
+def _row_blocks(linear: Linear) -> Iterator[Linear]:
+    for start in range(0, len(linear.weight), ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        bias = None if linear.bias is None else linear.bias[rows]
+        yield Linear(linear.weight[rows], linear.scale, bias)
+
+
+class _Gauge:
+    """Errors of several ways against float64, over all steps.
+
+    A limit is FACTOR times the error of the plain way (separate projections, expanded K and V, both
+    float32) against the same reference, plus what rounding may cost another order of summing, for
+    the plain way may be exact by luck. A sum's rounding grows with the sum of its terms' sizes
+    (Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2), by EPS each: in
+    projections Σ|x w|, relative to the largest value; in attention Σ|q k| of a score, which exp
+    turns into an error relative to its weight, twice: once in its weight, once in their sum; to
+    which the rounding of Q, K and V adds. 4 EPS are for the rest.
+    """
+
+    def __init__(self) -> None:
+        self.top = 0.0
+        self.rounding = 0.0  # in EPS
+        self.errors: dict[str, float] = {}
+
+    def add(self, exact: Floats, ways: Mapping[str, Floats], rounding: float) -> None:
+        # numpy's maximum keeps a nan, Python's may drop it.
+        self.top = float(np.maximum(self.top, np.max(np.abs(exact), initial=0.0)))
+        self.rounding = max(self.rounding, rounding)
+        for name, result in ways.items():
+            error = np.max(np.abs(result - exact), initial=0.0)
+            self.errors[name] = float(np.maximum(self.errors.get(name, 0.0), error))
+
+    def checks(self) -> dict[str, Check]:
+        """None of them where the plain way is not finite, or too far off to tell right from wrong.
+
+        All ways but the plain one are checked, by name.
+        """
+        unit = self.top or 1.0
+        limit = FACTOR * self.errors[_PLAIN] / unit + EPS * (4 + self.rounding)
+        if not limit <= MAX_LIMIT:  # or nan
+            return {}
+        others = {name: error for name, error in self.errors.items() if name != _PLAIN}
+        return {name: Check(error / unit, limit) for name, error in others.items()}
+
+
+class Trial:
+    """The same random activations through ORIGINAL's weights, through FUSED's, and in float64.
+
+    Sequences have different lengths. After the prompt each cache is filled with random K and V up
+    to its length, as if many tokens had gone by: projecting those would cost far more than all
+    else and show nothing new.
+    """
+
+    def __init__(self, original: Weights, fused: Weights, options: VerifyOptions) -> None:
+        self.plain, self.fused = _Path(original), _Path(fused)
+        self.exact = _Path(original, exact=True)
+        self.paths = (self.plain, self.fused, self.exact)
+        self.options = options
+        self.random = np.random.default_rng(options.seed)
+        self.prompts = _lengths(options.n_prompt, options.n_seqs)
+        self.contexts = _lengths(max(options.n_kv, options.n_prompt), options.n_seqs)
+        self.n_embd = original.projections.linears[0].weight.shape[1]
+        self.modelled = original.layer is not None
+        self.projected = 0.0  # rounding of Q, K and V, in EPS; set by `check_projection`
+
+    def activations(self, n_tokens: int) -> Floats:
+        """[n_seqs, n_tokens, n_embd], as after a norm."""
+        shape = (self.options.n_seqs, n_tokens, self.n_embd)
+        return self.random.standard_normal(shape, dtype=np.float32)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all checks that there can be."""
+        if not self.modelled:
+            return {"projection"}
+        return {"projection", "prefill", *(f"decode_{way}" for way in self.decodes())}
+
+    def checks(self) -> dict[str, Check]:
+        x = self.activations(self.options.n_prompt)
+        checks = self.check_projection(x)
+        if self.modelled:
+            checks |= self.check_prefill(x) | self.check_decode()
+        return checks
+
+    def check_projection(self, x: Floats) -> dict[str, Check]:
+        """The worst of Q, K and V, each relative to its own size; none if one of them has none."""
+        checks: list[Check] = []
+        sums = _largest_sums(self.plain.weights.projections, x)
+        projected = zip(*(path.project(x) for path in self.paths), sums, strict=True)
+        for plain, fused, exact, largest in projected:
+            gauge = _Gauge()
+            rounding = largest / (float(np.max(np.abs(exact))) or 1.0)
+            self.projected = max(self.projected, rounding)
+            gauge.add(exact, {_PLAIN: plain, "projection": fused}, rounding)
+            checks += gauge.checks().values()
+        if len(checks) < len(sums):
+            return {}
+        worst = max(checks, key=lambda check: (not check.ok, check.error / check.limit))
+        return {"projection": worst}
+
+    def check_prefill(self, x: Floats) -> dict[str, Check]:
+        positions = masks.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
+        heads = [path.heads(x, positions) for path in self.paths]
+        self.fill_caches(heads)
+        ways: tuple[Attend, ...] = (
+            attend.expanded_attention,
+            attend.attention,
+            attend.reference_attention,
+        )
+        plain, fused, exact = (
+            path.attend(way, own, positions, positions)
+            for path, own, way in zip(self.paths, heads, ways, strict=True)
+        )
+        gauge = _Gauge()
+        rounding = self.projected + 2 * self.exact.largest_score(heads[2])
+        gauge.add(exact, {_PLAIN: plain, "prefill": fused}, rounding)
+        return gauge.checks()
+
+    def fill_caches(self, heads: Sequence[Heads]) -> None:
+        n_cells = max(self.contexts) + self.options.n_decode
+        for path, own in zip(self.paths, heads, strict=True):
+            path.allocate(own, n_cells)
+        for seq, (prompt, context) in enumerate(zip(self.prompts, self.contexts, strict=True)):
+            for cache in ("k", "v"):
+                known = getattr(self.plain, cache)[seq, :, :prompt]  # [n_head_kv, prompt, dim]
+                size = np.float32(np.sqrt(np.mean(np.square(known, dtype=np.float64))))
+                shape = (known.shape[0], context - prompt, known.shape[2])
+                filling = size * self.random.standard_normal(shape, dtype=np.float32)
+                for path in self.paths:
+                    getattr(path, cache)[seq, :, prompt:context] = filling
+
+    def check_decode(self) -> dict[str, Check]:
+        gauge = _Gauge()
+        for step in range(self.options.n_decode):
+            cells = [context + step for context in self.contexts]
+            plain, fused, exact = self.decode_heads(cells)
+            ways = {_PLAIN: self.plain.decode(attend.expanded_attention, plain, cells)}
+            for name, way in self.decodes().items():
+                ways[f"decode_{name}"] = self.fused.decode(way, fused, cells)
+            rounding = self.projected + 2 * self.exact.largest_score(exact)
+            reference = self.exact.decode(attend.reference_attention, exact, cells)
+            gauge.add(reference, ways, rounding)
+        return gauge.checks()
+
+    def decode_heads(self, cells: Sequence[int]) -> list[Heads]:
+        """One new token of each sequence, at the position of its cell, by every path; cached."""
+        x, positions = self.activations(1), np.array(cells)[:, None]  # [n_seqs, 1]
+        return [path.cached(path.heads(x, positions), cells) for path in self.paths]
+
+    def decodes(self) -> dict[str, Attend]:
+        return {
+            "expand": attend.expanded_attention,
+            "broadcast": attend.broadcast_attention,
+            "split": functools.partial(split.split_attention, n_threads=self.options.threads),
+        }
+
+    def timing(self, name: str) -> Timing:
+        """One token of each sequence through the projections, and the last decode step again."""
+        x = self.activations(1)
+        ways: dict[str, Callable[[], object]] = {
+            "separate": functools.partial(self.plain.project, x),
+            "fused": functools.partial(self.fused.project, x),
+        }
+        if self.modelled:
+            cells = [context + self.options.n_decode - 1 for context in self.contexts]
+            heads = self.decode_heads(cells)[1]
+            for decode, way in self.decodes().items():
+                ways[decode] = functools.partial(self.fused.decode, way, heads, cells)
+        return Timing(name, self.options.n_seqs, max(self.contexts), interleaved(ways, 0.5))
+
+
+def _lengths(longest: int, n_seqs: int) -> list[int]:
+    """Sequences of different length: from `longest` down to about half of it."""
+    return [max(1, longest - seq * longest // (2 * n_seqs)) for seq in range(n_seqs)]

@@ -1,0 +1,56 @@
+"""ORIGINAL and FUSED -> Report: the bytes, then the numbers, then the time. Prints nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.shards import read_model
+from gguf_fuse.models.names import other_layers
+from gguf_fuse.planning.plan import Refused
+from gguf_fuse.verifying.layers import choose_layers
+from gguf_fuse.verifying.numbers import compare_numbers
+from gguf_fuse.verifying.report import LayerReport, Report, VerifyOptions
+from gguf_fuse.verifying.structure import compare_structure
+
+
+def verify(original: Path, fused: Path, options: VerifyOptions | None = None) -> Report:
+    """Does FUSED hold what ORIGINAL holds, and compute what it computes? Each may be a shard.
+
+    Structure is exact and of all layers: a fused tensor is Q, K and V end to end, or the gate and
+    up of each expert in turn, and all else is the same. Numbers are those of attention, of some
+    layers; see `trial`.
+
+    Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have, Refused
+    for adapters and importance matrices.
+    """
+    options = options or VerifyOptions()
+    before, after = read_model(original), read_model(fused)
+    for header in (before, after):
+        _require_model(header)
+    names = [] if options.structure_only else choose_layers(before, options.layers)
+    structure = compare_structure(
+        before,
+        after,
+        threads=options.threads,
+        on_start=options.on_start,
+        on_progress=options.on_progress,
+    )
+    layers, timing = compare_numbers(before, after, names, options)
+    return Report(structure, layers + _not_computed(before, options), timing)
+
+
+def _require_model(header: Header) -> None:
+    if not header.is_model:
+        raise Refused(
+            f"{header.path}: general.type is {header.metadata['general.type']!r}: verify compares "
+            "models; unfuse gives the original bytes back, which cmp can compare"
+        )
+
+
+def _not_computed(header: Header, options: VerifyOptions) -> tuple[LayerReport, ...]:
+    """Layers that nobody chose because they have no attention that is known here."""
+    if options.structure_only or options.layers.numbers is not None:
+        return ()
+    note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
+    return tuple(LayerReport(name, {}, note) for name in other_layers(header.tensors))

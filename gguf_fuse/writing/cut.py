@@ -1,0 +1,197 @@
+"""One Plan -> the plan of each file: a set of shards is kept, merged, or cut anew.
+
+The format of shards is that of `format.shards`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+
+from gguf_fuse.format.header import DEFAULT_ALIGNMENT, Header, align
+from gguf_fuse.format.shards import (
+    COUNT_KEY,
+    MAX_SHARDS,
+    NUMBER_KEY,
+    SPLIT_KEYS,
+    TENSORS_COUNT_KEY,
+    ShardName,
+)
+from gguf_fuse.format.source import GGUFError, Segment
+from gguf_fuse.format.values import ByteOrder, ValueType, encode_pair
+from gguf_fuse.planning.plan import KEY_PREFIX, Plan, PlannedTensor
+from gguf_fuse.planning.record import SHARDS_KEY
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """ "4G", "500M", "1K" or bytes; a unit is a thousand of the one below. Raises ValueError."""
+    match = re.fullmatch(r"([1-9][0-9]{0,14})([KMG]?)", text)
+    if match is None:
+        raise ValueError(f"{text!r}: write a size as 4G, 500M, 100K or a number of bytes")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def divide(
+    source: Header,
+    plan: Plan,
+    output: str,
+    *,
+    max_bytes: int | None = None,
+    max_tensors: int | None = None,
+) -> list[tuple[Path, Plan]]:
+    """The files that the output is to be, and the plan of each.
+
+    With a limit they are cut anew, and the output is their prefix. Without one, an output that is
+    called like a first shard is cut where the source was; any other is one file.
+
+    Raises GGUFError where the name does not fit the source, or the limit.
+    """
+    name = ShardName.parse(output)
+    if max_bytes is not None or max_tensors is not None:
+        prefix = output.removesuffix(".gguf") if name is None else name.prefix
+        groups = _groups(plan, max_bytes, max_tensors)
+        if len(groups) > MAX_SHARDS:
+            raise GGUFError(f"{output}: {len(groups)} shards; at most {MAX_SHARDS} are possible")
+        parts = _cut(source, plan, groups)
+    elif name is None or (name.count == 1 and not source.shards):
+        return [(Path(output), plan)]
+    else:
+        _check_name(source, output, name)
+        prefix, parts = name.prefix, _cut_alike(source, plan)
+    new = ShardName(prefix, 1, len(parts))
+    return [(new.path(number), part) for number, part in enumerate(parts, 1)]
+
+
+def _check_name(source: Header, output: str, name: ShardName) -> None:
+    has = f"has {len(source.shards)} shards" if source.shards else "is one file"
+    if name.count != len(source.files):
+        raise GGUFError(
+            f"{output}: is called shard {name.number} of {name.count}, but {source.path} {has}; "
+            "--split-max-size or --split-max-tensors cuts anew, a plain name makes one file"
+        )
+    if name.number != 1:
+        raise GGUFError(f"{output}: name the first shard, {name.path(1)}, to write them all")
+
+
+def _cut_alike(source: Header, plan: Plan) -> list[Plan]:
+    """Every shard keeps its own metadata, with the new count of tensors."""
+    homes = _homes(source, plan)
+    parts = []
+    for number, shard in enumerate(source.shards):
+        pieces = [
+            (segment.start, _updated(shard, key, segment, len(plan.tensors)))
+            for key, segment in _own_pairs(shard, number)
+        ]
+        metadata = tuple(piece for _, piece in pieces)
+        if number == 0:
+            metadata = (*_interleaved(plan.metadata, pieces), *_record(source, plan))
+        part = replace(
+            plan,
+            alignment=shard.alignment,
+            metadata=metadata,
+            tensors=tuple(t for t, home in zip(plan.tensors, homes, strict=True) if home == number),
+        )
+        parts.append(part)
+    return parts
+
+
+def _own_pairs(shard: Header, number: int) -> Iterator[tuple[str, Segment]]:
+    """What a shard has beside the model's metadata; of that, the first has all."""
+    for key in shard.metadata:
+        if (number > 0 or key in SPLIT_KEYS) and not key.startswith(KEY_PREFIX):
+            yield key, shard.metadata.segment(key)
+
+
+def _updated(shard: Header, key: str, segment: Segment, n_tensors: int) -> Segment | bytes:
+    if key != TENSORS_COUNT_KEY:
+        return segment
+    return encode_pair(key, ValueType.INT32, n_tensors, shard.byte_order)
+
+
+def _interleaved(
+    metadata: Iterable[Segment | bytes], added: Sequence[tuple[int, Segment | bytes]]
+) -> Iterator[Segment | bytes]:
+    """The model's pairs, and the added ones where they stood in the source."""
+    rest = list(added)
+    for piece in metadata:
+        while rest and (isinstance(piece, bytes) or rest[0][0] < piece.start):
+            yield rest.pop(0)[1]
+        yield piece
+    yield from (piece for _, piece in rest)
+
+
+def _record(source: Header, plan: Plan) -> list[bytes]:
+    if not plan.may_add_keys:  # the way back: nothing of ours may be added
+        return []
+    counts = [len(shard.tensors) for shard in source.shards]
+    return [encode_pair(SHARDS_KEY, ValueType.UINT32, counts, plan.byte_order)]
+
+
+def _homes(source: Header, plan: Plan) -> list[int]:
+    """For each tensor, the shard that it goes to: as recorded, else where its data begins."""
+    counts = source.metadata.get(SHARDS_KEY)
+    if isinstance(counts, list) and len(counts) == len(source.shards):
+        if any(type(n) is not int or n < 0 for n in counts) or sum(counts) != len(plan.tensors):
+            raise GGUFError(f"{source.path}: {SHARDS_KEY} does not fit {len(plan.tensors)} tensors")
+        return list(chain.from_iterable(repeat(i, n) for i, n in enumerate(counts)))
+    number = {shard.source: at for at, shard in enumerate(source.shards)}
+    homes, home = [], 0
+    for tensor in plan.tensors:
+        first = tensor.segments[0]
+        home = max(home, number[first.source] if isinstance(first, Segment) else 0)
+        homes.append(home)
+    return homes
+
+
+def _groups(
+    plan: Plan, max_bytes: int | None, max_tensors: int | None
+) -> list[list[PlannedTensor]]:
+    """The tensors of each shard, in order."""
+    groups: list[list[PlannedTensor]] = [[]]
+    n_bytes = 0
+    for tensor in plan.tensors:
+        size = align(tensor.n_bytes, plan.alignment)
+        full = max_bytes is not None and n_bytes + size > max_bytes
+        if groups[-1] and (full or len(groups[-1]) == max_tensors):
+            groups.append([])
+            n_bytes = 0
+        groups[-1].append(tensor)
+        n_bytes += size
+    return groups
+
+
+def _cut(source: Header, plan: Plan, groups: Sequence[Sequence[PlannedTensor]]) -> list[Plan]:
+    """As llama-gguf-split does: all metadata in the first shard, tensors from there on."""
+    stale = {
+        source.metadata.segment(key) for key in SPLIT_KEYS if key in source.metadata
+    }  # of a file that was merged before
+    first = tuple(piece for piece in plan.metadata if piece not in stale)
+    others = _alignment(plan)
+    parts = []
+    for number, group in enumerate(groups):
+        own = _split_pairs(number, len(groups), len(plan.tensors), plan.byte_order)
+        metadata = (*(others if number else first), *own)
+        parts.append(replace(plan, metadata=metadata, tensors=tuple(group)))
+    return parts
+
+
+def _alignment(plan: Plan) -> list[bytes]:
+    """Every file tells its own alignment, unless it is the usual one."""
+    if plan.alignment == DEFAULT_ALIGNMENT:
+        return []
+    value_type = ValueType.UINT32
+    return [encode_pair("general.alignment", value_type, plan.alignment, plan.byte_order)]
+
+
+def _split_pairs(number: int, count: int, n_tensors: int, order: ByteOrder) -> list[bytes]:
+    """In the order of llama-gguf-split, so that the shards are its very bytes."""
+    return [
+        encode_pair(NUMBER_KEY, ValueType.UINT16, number, order),
+        encode_pair(TENSORS_COUNT_KEY, ValueType.INT32, n_tensors, order),
+        encode_pair(COUNT_KEY, ValueType.UINT16, count, order),
+    ]

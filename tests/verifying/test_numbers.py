@@ -1,0 +1,156 @@
+"""Faults in the numbers, without a look at the bytes: each check catches what it can see."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.verifying.numbers import compare_numbers
+from tests.conftest import fused_copy, gguf_fuse
+from tests.verifying.faults import (
+    CHECKS,
+    QUICK,
+    Contents,
+    Fault,
+    change_a_k_norm,
+    change_a_value,
+    change_the_bias,
+    change_the_scale,
+    change_the_sinks,
+    check,
+    drop_the_bias,
+    lose_a_row,
+    record_another_version,
+    record_the_first_layer_alone,
+    swap_k_and_v,
+    swap_two_heads,
+    take_the_q_of_another_layer,
+)
+
+Model = Callable[..., Path]
+
+
+def failed_checks(original: Path, fused: Path) -> set[str]:
+    """Names of the checks of blk.1 that fail; blk.0 must be right. Without the record, which tells
+    nothing of the weights."""
+    contents = Contents.of(fused)
+    contents.pairs = {k: v for k, v in contents.pairs.items() if not k.startswith("gguf_fuse.")}
+    contents.write()
+    headers = read_header(original), read_header(fused)
+    (right, wrong), _ = compare_numbers(*headers, ["blk.0", "blk.1"], QUICK)
+    assert right.ok
+    return {name for name, found in wrong.checks.items() if not found.ok}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        swap_k_and_v,
+        swap_two_heads,
+        drop_the_bias,
+        change_the_bias,
+        take_the_q_of_another_layer,
+        change_the_scale,
+    ],
+)
+def test_numbers_alone_catch_wrong_weights(
+    tampered: Callable[..., tuple[Path, Path]], fault: Fault
+) -> None:
+    assert failed_checks(*tampered(fault)) == CHECKS
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fault"), [("gpt-oss", change_the_sinks), ("qwen3", change_a_k_norm)]
+)
+def test_numbers_alone_catch_wrong_attention(
+    tampered: Callable[..., tuple[Path, Path]], architecture: str, fault: Fault
+) -> None:
+    found = failed_checks(*tampered(fault, architecture=architecture, scales="none"))
+    assert found == CHECKS - {"projection"}
+
+
+def test_numbers_alone_catch_other_metadata(
+    tampered: Callable[..., tuple[Path, Path]],
+) -> None:
+    original, fused = tampered(change_a_value)
+    (found, _), _ = compare_numbers(
+        read_header(original), read_header(fused), ["blk.0", "blk.1"], QUICK
+    )
+    assert found.checks["projection"].ok
+    assert not found.checks["prefill"].ok
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lose_a_row, "'blk.1.attn_qkv.weight' has 127 rows, not 64, 32, 32"),
+        (record_another_version, "gguf_fuse.version is 99, this release knows 1 and 2"),
+        (
+            record_the_first_layer_alone,
+            "gguf_fuse.tensors does not name 'blk.1.attn_qkv.weight'",
+        ),
+    ],
+)
+def test_a_layer_that_cannot_be_computed_fails(
+    tampered: Callable[..., tuple[Path, Path]], fault: Fault, reason: str
+) -> None:
+    report = check(*tampered(fault))
+    assert not report.ok
+    words = f"the fused file's layer cannot be computed: {reason}: the record of the fusion"
+    assert (report.layers[1].problem or "").startswith(words)
+
+
+def scaled(path: Path, part: str, factor: float) -> Path:
+    contents = Contents.of(path)
+    ne, tensor_type, data = contents.tensors[f"blk.1.{part}.weight"]
+    values = np.frombuffer(data, np.float32).copy()
+    values[:64] *= np.float32(factor)  # one row of 64
+    contents.tensors[f"blk.1.{part}.weight"] = (ne, tensor_type, values.tobytes())
+    return contents.write()
+
+
+@pytest.mark.parametrize(
+    ("factor", "left"),
+    [(np.nan, set()), (np.inf, set()), (1e8, {"projection"}), (1e30, {"projection"})],
+)
+@pytest.mark.parametrize("part", ["attn_q", "attn_k"])
+def test_what_float32_cannot_tell_is_not_checked(
+    model: Model, part: str, factor: float, left: set[str]
+) -> None:
+    """A limit of nan, infinity or a hundred would let everything through, and look like a check."""
+    original = scaled(model(), part, factor)
+    fused = fused_copy(original)
+    report = check(original, fused, n_kv=600)
+    assert report.ok
+    sound, other = report.layers
+    assert (set(sound.checks), sound.note) == (CHECKS, None)
+    assert set(other.checks) == left
+    assert (other.note or "").endswith("not finite, or too large for float32")
+    shown = gguf_fuse("verify", original, fused)
+    assert "PARTLY numbers: " in shown.stdout
+    assert shown.stderr == ""
+
+
+@pytest.mark.parametrize("columns", [45, 120])
+def test_a_weight_that_is_not_finite_in_the_fused_file_fails(model: Model, columns: int) -> None:
+    original = model()
+    fused = scaled(fused_copy(original), "attn_qkv", np.nan)
+    report = check(original, fused)
+    assert [layer.ok for layer in report.layers] == [True, False]
+    shown = gguf_fuse("verify", original, fused, env={**os.environ, "COLUMNS": str(columns)})
+    assert shown.returncode == 4
+    assert re.search(r"^blk\.1 .* nan .*over$", shown.stdout, re.MULTILINE)
+    printed = json.loads(gguf_fuse("verify", original, fused, "--json").stdout)
+    assert printed["layers"][1]["checks"]["projection"]["error"] is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_limits_leave_room_for_other_seeds(pair: tuple[Path, Path], seed: int) -> None:
+    assert check(*pair, seed=seed, n_kv=600).ok

@@ -1,0 +1,258 @@
+"""Every fault in the bytes is caught, and its place named."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType as T
+from gguf.constants import GGUFValueType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.verifying.structure import compare_structure
+from tests.conftest import fused_copy
+from tests.verifying.faults import (
+    Contents,
+    Fault,
+    add_a_key,
+    add_a_tensor,
+    add_an_unknown_key_of_our_own,
+    change_a_long_value,
+    change_a_token,
+    change_a_value,
+    change_a_value_type,
+    change_the_bias,
+    change_the_scale,
+    cut_into_less_than_nothing,
+    drop_the_bias,
+    leave_a_tensor_out,
+    lose_a_row,
+    lose_a_token,
+    pad_with_something,
+    pad_with_text,
+    problems,
+    record_another_version,
+    record_fewer_rows,
+    record_other_positions,
+    record_other_rows,
+    record_rows_as_text,
+    record_too_little,
+    record_without_rows,
+    remove_a_key,
+    reorder_keys,
+    reorder_tensors,
+    swap_k_and_v,
+    swap_two_heads,
+    take_the_q_of_another_layer,
+)
+
+Model = Callable[..., Path]
+
+
+def test_a_type_that_nobody_knows_is_compared_without_its_padding(model: Model) -> None:
+    contents = Contents.of(model())
+    contents.tensors["new.weight"] = ((7,), 142, b"\1" * 33)
+    contents.tensors["last.weight"] = ((7,), 142, b"\2" * 33)
+    original = contents.write()
+    fused = fused_copy(original)
+    assert problems(original, fused) == []
+    data = bytearray(fused.read_bytes())
+    data[data.rindex(b"\2")] = 3
+    fused.write_bytes(data)
+    assert "last.weight differs" in problems(original, fused)[0]
+
+
+@pytest.mark.parametrize("n_lost", [1, 100])
+def test_a_type_that_nobody_knows_is_compared_to_its_end(model: Model, n_lost: int) -> None:
+    """How long such a tensor is, the header does not say: the file could just end earlier."""
+    contents = Contents.of(model())
+    contents.tensors["last.weight"] = ((7,), 142, b"\2" * 3008)
+    original = contents.write()
+    fused = fused_copy(original)
+    end = fused.read_bytes().rindex(b"\2") + 1
+    os.truncate(fused, end - n_lost)
+    (problem,) = problems(original, fused)
+    assert problem == f"last.weight: {3008 - n_lost} bytes, but 3008 in the original"
+
+
+@settings(max_examples=60, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_is_found(pair: tuple[Path, Path], where: float, bit: int) -> None:
+    original, fused = pair
+    header, good = read_header(fused), fused.read_bytes()
+    n_bytes = sum(tensor.n_bytes for tensor in header.tensors)
+    at = int(where * n_bytes)
+    for tensor in header.tensors:
+        if at < tensor.n_bytes:
+            break
+        at -= tensor.n_bytes
+    place = header.data_start + tensor.offset + at
+    bad = bytearray(good)
+    bad[place] ^= 1 << bit
+    try:
+        fused.write_bytes(bad)
+        (problem,) = problems(original, fused)
+    finally:
+        fused.write_bytes(good)
+    assert problem.startswith(tensor.name)
+    assert f"byte {place} of the fused file" in problem
+
+
+def test_a_flipped_bit_names_part_and_row(model: Model) -> None:
+    original = model(types={"*": T.F16})  # 64 + 32 + 32 rows of 64
+    fused = fused_copy(original)
+    tensors = {tensor.name: tensor for tensor in read_header(fused).tensors}
+    start = read_header(fused).data_start + tensors["blk.1.attn_qkv.weight"].offset
+    data = bytearray(fused.read_bytes())
+    for row in (63, 64, 99):
+        data[start + row * 128 + 5] ^= 16
+    fused.write_bytes(data)
+    found = problems(original, fused)
+    assert len(found) == 3
+    for problem, (name, row) in zip(
+        found, (("attn_q", 63), ("attn_k", 0), ("attn_v", 3)), strict=True
+    ):
+        assert problem.startswith(f"blk.1.attn_qkv.weight: {name} differs in row {row} ")
+
+
+@pytest.mark.parametrize("at", [0, 262_143, 262_144, 524_288, 599_999])
+def test_a_tensor_of_several_blocks_is_compared_to_its_end(model: Model, at: int) -> None:
+    contents = Contents.of(model(n_layer=1))
+    contents.tensors["big.weight"] = ((1000, 150), T.F32, bytes(600_000))
+    original = contents.write()
+    fused = fused_copy(original)
+    (big,) = (tensor for tensor in read_header(fused).tensors if tensor.name == "big.weight")
+    data = bytearray(fused.read_bytes())
+    data[read_header(fused).data_start + big.offset + at] ^= 1
+    fused.write_bytes(data)
+    (problem,) = problems(original, fused)
+    assert problem.startswith(f"big.weight differs in row {at // 4000} ")
+
+
+STRUCTURE_FAULTS: list[tuple[Fault, str]] = [
+    (swap_k_and_v, "blk.1.attn_qkv.weight: attn_k differs in row 0 "),
+    (swap_two_heads, "blk.1.attn_qkv.weight: attn_q differs in row 0 "),
+    (drop_the_bias, "blk.1.attn_qkv.bias: missing in the fused file"),
+    (change_the_bias, "blk.1.attn_qkv.bias: attn_k differs in element 6 "),
+    (take_the_q_of_another_layer, "blk.1.attn_qkv.weight: attn_q differs in row 0 "),
+    (lose_a_row, "blk.1.attn_qkv.weight: ne [64, 127], but [64, 128] in the original's"),
+    (change_the_scale, "blk.1.attn_qkv.scale: attn_q differs in element 0 "),
+    (leave_a_tensor_out, "blk.1.ffn_up.weight: missing in the fused file"),
+    (add_a_tensor, "blk.1.attn_k.weight: only in the fused file"),
+    (reorder_tensors, "tensor output.weight: stands where output_norm.weight should stand"),
+    (change_a_value, "metadata qwen2.rope.freq_base: 10000.0, but 500000.0 in the fused file"),
+    (change_a_long_value, "metadata general.name: the value differs in the fused file"),
+    (change_a_value_type, "metadata qwen2.block_count: of type UINT32, but of type UINT64"),
+    (change_a_token, "metadata tokenizer.ggml.tokens differs in byte "),
+    (lose_a_token, " bytes, but "),
+    (remove_a_key, "metadata general.name: missing in the fused file"),
+    (add_a_key, "metadata general.author: only in the fused file"),
+    (pad_with_something, "metadata gguf_fuse.padding: not an array of zeros"),
+    (pad_with_text, "metadata gguf_fuse.padding: not an array of zeros"),
+    (cut_into_less_than_nothing, "metadata gguf_fuse.shards: [-1, 34], the original says []"),
+    (add_an_unknown_key_of_our_own, "metadata gguf_fuse.future: only in the fused file"),
+    (reorder_keys, "the order differs"),
+    (record_other_rows, "metadata gguf_fuse.rows: (48, 48, 32) for blk.0.attn_qkv.weight"),
+    (record_other_positions, "metadata gguf_fuse.positions: "),
+    (record_too_little, "metadata gguf_fuse.tensors: blk.1.attn_qkv.scale is fused but not named"),
+    (record_another_version, "metadata gguf_fuse.version: 99"),
+    (record_without_rows, "metadata gguf_fuse.rows: missing"),
+    (record_rows_as_text, "metadata gguf_fuse.*: the record has values of a wrong type"),
+    (record_fewer_rows, "metadata gguf_fuse.*: the lengths of the record's arrays do not fit"),
+]
+
+
+@pytest.mark.parametrize(("fault", "place"), STRUCTURE_FAULTS)
+def test_faults_in_the_bytes_name_their_place(
+    tampered: Callable[..., tuple[Path, Path]], fault: Fault, place: str
+) -> None:
+    found = problems(*tampered(fault))
+    assert any(place in problem for problem in found), found
+
+
+def test_a_record_is_checked_beside_half_of_one_in_the_original(model: Model) -> None:
+    contents = Contents.of(model())
+    contents.pair("gguf_fuse.version", GGUFValueType.UINT32, 1)
+    original = contents.write()
+    assert problems(original, original) == []
+    contents.path = original.with_name("fused.gguf")
+    contents.path.write_bytes(original.read_bytes())
+    contents.pair("gguf_fuse.rows", GGUFValueType.UINT64, [1, 2, 3])
+    found = problems(original, contents.write())
+    assert "metadata gguf_fuse.tensors: missing, the record is incomplete" in found
+
+
+@pytest.mark.parametrize("suffix", ["weight", "bias", "scale"])
+def test_a_part_that_the_original_lacks(model: Model, suffix: str) -> None:
+    """Two of three biases would be lost without a word in llama.cpp."""
+    original = model(architecture="qwen2", scales="equal")
+    fused = fused_copy(original)
+    contents = Contents.of(original)
+    del contents.tensors[f"blk.0.attn_k.{suffix}"]
+    found = problems(contents.write(), fused)
+    assert f"blk.0: is fused, but the original has no blk.0.attn_k.{suffix}" in found
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ({"alignment": 64}, "alignment: 32, but 64 in the fused file"),
+        ({"big_endian": True}, "byte order: little, but big in the fused file"),
+        ({"types": {"blk.*": T.F16}}, "type F16, but F32 in the original's"),
+    ],
+)
+def test_another_format(model: Model, spec: dict[str, Any], problem: str) -> None:
+    found = problems(model(), fused_copy(model("other.gguf", **spec)))
+    assert any(problem in text for text in found), found
+
+
+def test_the_two_files_exchanged(model: Model) -> None:
+    original = model()
+    found = problems(fused_copy(original), original)
+    assert "blk.0.attn_qkv.weight: missing in the fused file" in found
+    assert "blk.0.attn_q.weight: only in the fused file" in found
+
+
+def test_a_file_that_changes_meanwhile(model: Model) -> None:
+    original = model()
+    fused = fused_copy(original)
+    headers = read_header(original), read_header(fused)
+    fused.write_bytes(fused.read_bytes() + b"\0")
+    with pytest.raises(GGUFError, match="changed while it was read"):
+        compare_structure(*headers)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_grows_while_it_is_compared(model: Model, which: int) -> None:
+    """Nothing that was compared has changed, and still nobody knows what the file is now."""
+    original = model()
+    files = original, fused_copy(original)
+
+    def grow(n_bytes: int) -> None:
+        with files[which].open("ab") as file:
+            file.write(b"\0")
+
+    headers = [read_header(path) for path in files]
+    with pytest.raises(GGUFError, match=f"{re.escape(str(files[which]))}: changed while it was"):
+        compare_structure(*headers, on_progress=grow)
+
+
+def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
+    original = model()
+    fused = fused_copy(original)
+    headers = read_header(original), read_header(fused)
+    words = f"{re.escape(str(fused))}: ended at byte .*: it was cut while it was read"
+    with pytest.raises(GGUFError, match=words):
+        compare_structure(*headers, threads=1, on_progress=lambda n: os.truncate(fused, 100))
+
+
+def test_swapped_files_are_named(pair: tuple[Path, Path]) -> None:
+    found = problems(*reversed(pair))
+    assert found[0] == "the first file is the fused one, the second is not: ORIGINAL comes first"
