@@ -36,7 +36,7 @@ def test_data_that_ends_early(model: Model) -> None:
     header = read_header(model())
     tensor = _tensor(header)
     beyond = replace(tensor, data=tensor.data._replace(n_bytes=header.file_bytes))
-    with pytest.raises(GGUFError, match="ended at byte .*: it was cut while it was read"):
+    with pytest.raises(GGUFError, match=r"ended at byte .*: it was cut while it was read"):
         beyond.read()
 
 
