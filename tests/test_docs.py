@@ -97,7 +97,7 @@ def test_the_import_costs_nothing() -> None:
 
 
 def test_numbers_of_architectures() -> None:
-    measured = [row for row in ARCHITECTURES.values() if row.qkv.source == "measured"]
+    measured = [row for row in ARCHITECTURES.values() if row.qkv.proof == "measured"]
     n_fused = sum(row.qkv.loader is Loader.READS_FUSED for row in measured)
     assert f"For {n_fused}\narchitectures the fused file was loaded" in README
     assert len(LAYOUTS) >= 50
