@@ -15,10 +15,9 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from gguf_fuse.format.source import OpenSource, Source
+from gguf_fuse.format.source import OpenSource, Source, in_turn
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.place import Copy
 
@@ -55,36 +54,24 @@ def copy_ranges(
     threads: int,
     on_block: Callable[[Copy], None],
 ) -> None:
-    """Several threads take blocks in turn, each with one buffer: memory does not grow.
+    """Copy, by threads with one buffer each: memory does not grow.
 
-    on_block: called, by any of the threads, with each block that was written.
-
-    Raises OSError if writing fails, GGUFError if reading does.
+    on_block: called, by any of the threads, with each block that was written. Raises OSError if
+    writing fails, GGUFError if reading does.
     """
     if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
         for file in sources.values():
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    blocks, lock, stop = iter_blocks(copies), threading.Lock(), threading.Event()
 
-    def work() -> None:
+    def work(blocks: Iterator[Copy]) -> None:
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        while not stop.is_set():
-            with lock:
-                block = next(blocks, None)
-            if block is None:
-                return
+        for block in blocks:
             view = buffer[: block.n_bytes]
             sources[block.source].read_at(view, block.start)
             write_all(target_fd, view, block.target)
             on_block(block)
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in as_completed([pool.submit(work) for _ in range(threads)]):
-                future.result()
-        except BaseException:
-            stop.set()  # the pool waits for its threads: let them end at once
-            raise
+    in_turn(iter_blocks(copies), threads, work)
 
 
 def iter_blocks(copies: Iterable[Copy], most: int = BLOCK_BYTES) -> Iterator[Copy]:
