@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from gguf_fuse.machine import COMPUTE_THREADS
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
-from gguf_fuse.verifying.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,21 @@ class Timing:
     n_tokens: int
     n_kv: int
     ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Whether the two files hold the same bytes; each problem names its place."""
+
+    problems: tuple[str, ...]
+    n_fused: int  # attention layers that are fused in FUSED alone
+    n_fused_experts: int  # layers whose experts are
+    n_bytes: int  # compared, of one file
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
 
 
 @dataclass(frozen=True)

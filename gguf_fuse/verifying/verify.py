@@ -29,13 +29,7 @@ def verify(original: Path, fused: Path, options: VerifyOptions | None = None) ->
     for header in (before, after):
         _require_model(header)
     names = [] if options.structure_only else choose_layers(before, options.layers)
-    structure = compare_structure(
-        before,
-        after,
-        threads=options.threads,
-        on_start=options.on_start,
-        on_progress=options.on_progress,
-    )
+    structure = compare_structure(before, after, options)
     layers, timing = compare_numbers(before, after, names, options)
     return Report(structure, layers + _not_computed(before, options), timing)
 
