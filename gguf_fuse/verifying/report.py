@@ -11,11 +11,12 @@ from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_star
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
+    """Layers by number; or `spread` evenly spaced ones, or all if there are no more. With neither,
+    it depends on the model.
+    """
 
     numbers: frozenset[int] | None = None
     spread: int | None = None
-    all: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""ORIGINAL and FUSED -> Structure: do they hold the same bytes?
-
-Exact, and of all layers: a fused tensor is its parts end to end, and all else is the same.
-"""
+"""ORIGINAL and FUSED -> Structure: do they hold the same bytes?"""
 
 from __future__ import annotations
 
@@ -54,8 +51,10 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     made, unlike_fused = find_fused(original, fused)
     long_pairs, unequal = compare_metadata(original, fused)
     ranges, misfits = _ranges(original, fused, made)
-    problems = [
-        *_swap_problems(original, fused),
+    problems = []
+    if VERSION_KEY in original.metadata and VERSION_KEY not in fused.metadata:
+        problems.append("the first file is the fused one, the second is not: ORIGINAL comes first")
+    problems += [
         *unlike_fused,
         *_format_problems(original, fused),
         *unequal,
@@ -72,11 +71,6 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
         sum(tensor.name.endswith(f".{form}.weight") for tensor in made) for form, *_ in FORMS
     )
     return Structure(tuple(problems), n_fused, n_experts, n_bytes, time.perf_counter() - started)
-
-
-def _swap_problems(original: Header, fused: Header) -> Iterator[str]:
-    if VERSION_KEY in original.metadata and VERSION_KEY not in fused.metadata:
-        yield "the first file is the fused one, the second is not: ORIGINAL comes first"
 
 
 def _format_problems(original: Header, fused: Header) -> list[str]:
