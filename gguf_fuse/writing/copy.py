@@ -43,9 +43,6 @@ _CANNOT_CLONE = {
 }
 
 
-# -- copying ------------------------------------------------------------------------------------
-
-
 def copy_ranges(
     sources: Opened,
     target_fd: int,
@@ -101,9 +98,6 @@ else:
         return os.pwrite(fd, view, offset)
 
 
-# -- cloning ------------------------------------------------------------------------------------
-
-
 def clone_block(source: OpenSource, folder: Path) -> int | None:
     """The size of the blocks that a new file in the folder can share with the source, if it can.
 
@@ -153,19 +147,16 @@ def _clone(source: OpenSource, target_fd: int, clone: Copy) -> None:
     fcntl.ioctl(target_fd, _FICLONERANGE, request)
 
 
-# -- space and holes ----------------------------------------------------------------------------
-
-
 def _libc_call(name: str, *arguments: int) -> int:
     """A Linux call that Python has no name for: 0, or the errno."""
-    function = getattr(_libc(), name)
-    return ctypes.get_errno() if function(*map(ctypes.c_long, arguments)) else 0
+    return ctypes.get_errno() if _libc_function(name)(*map(ctypes.c_long, arguments)) else 0
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
-    # Kept: opening it takes ten times as long as a call, and there is one for each block.
-    return ctypes.CDLL(None, use_errno=True)
+def _libc_function(name: str) -> Callable[..., int]:
+    # Kept: opening libc takes ten times as long as a call, and there is one for each block.
+    function: Callable[..., int] = getattr(ctypes.CDLL(None, use_errno=True), name)
+    return function
 
 
 def start_write_back(fd: int, block: Copy) -> None:
