@@ -74,8 +74,9 @@ def own_problems(original: Header, fused: Header, made: Sequence[FusedTensor]) -
     problems: list[str] = []
     if any(key in own for key in record.RECORD_KEYS):
         problems += _record_problems(original, fused.metadata, made)
-    if record.SHARDS_KEY in own:
-        problems += _cutting_problems(original, own[record.SHARDS_KEY])
+    cuts, truth = own.get(record.SHARDS_KEY), [len(shard.tensors) for shard in original.shards]
+    if cuts is not None and cuts != truth and (truth or not _could_be_cuts(cuts, original)):
+        problems.append(f"metadata {record.SHARDS_KEY}: {cuts}, the original says {truth}")
     # Padding moves the tensors to where they can be cloned, and says nothing.
     padding = own.get(record.PADDING_KEY, [])
     if not _is_list(padding, int) or any(padding):
@@ -83,19 +84,20 @@ def own_problems(original: Header, fused: Header, made: Sequence[FusedTensor]) -
     return problems
 
 
-def _record_problems(
-    original: Header, metadata: Metadata, made: Sequence[FusedTensor]
-) -> list[str]:
+def _record_problems(original: Header, pairs: Metadata, made: Sequence[FusedTensor]) -> list[str]:
     """Is what gguf-fuse wrote for the way back true?"""
-    if absent := [key for key in record.RECORD_KEYS if key not in metadata]:
+    if absent := [key for key in record.RECORD_KEYS if key not in pairs]:
         return [f"metadata {key}: missing, the record is incomplete" for key in absent]
-    version, names, rows, positions = (metadata[key] for key in record.RECORD_KEYS)
+    version, names, rows, positions = (pairs[key] for key in record.RECORD_KEYS)
     if version not in record.RECORD_VERSIONS:
         known = " and ".join(map(str, record.RECORD_VERSIONS))
         return [f"metadata {record.VERSION_KEY}: {version}, this release knows {known}"]
     if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
         return [f"metadata {KEY_PREFIX}*: the record has values of a wrong type"]
-    counts = [_n_parts(name) for name in names]
+    # How many numbers it has for each tensor.
+    counts = [
+        next((len(parts) for form, parts, _ in FORMS if f".{form}." in name), 3) for name in names
+    ]
     if version != (1 if set(counts) <= {3} else 2):
         return [f"metadata {record.VERSION_KEY}: {version}, its tensors are of another version"]
     if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
@@ -116,19 +118,10 @@ def _record_problems(
     return problems
 
 
-def _n_parts(name: str) -> int:
-    """How many numbers the record has for a fused tensor."""
-    return next((len(parts) for form, parts, _ in FORMS if f".{form}." in name), 3)
-
-
-def _cutting_problems(original: Header, said: Any) -> list[str]:
-    """Does the record say where ORIGINAL was cut into shards?"""
-    truth = [len(shard.tensors) for shard in original.shards]
-    fits = said == truth
-    if not truth:  # nobody knows how it was cut, but it can be told whether it could be
-        n_tensors = len(original.tensors)
-        fits = _is_list(said, int) and min(said, default=0) > 0 and sum(said) == n_tensors
-    return [] if fits else [f"metadata {record.SHARDS_KEY}: {said}, the original says {truth}"]
+def _could_be_cuts(counts: Any, original: Header) -> bool:
+    """Of ORIGINAL, that is one file now: how it was cut before, nobody knows."""
+    n_tensors = len(original.tensors)
+    return _is_list(counts, int) and min(counts, default=0) > 0 and sum(counts) == n_tensors
 
 
 def _is_list(value: Any, item: type) -> bool:

@@ -11,9 +11,7 @@ from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_star
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers by number; or `spread` evenly spaced ones, or all if there are no more. With neither,
-    it depends on the model.
-    """
+    """Layers by number; or at most `spread`, evenly spaced. With neither, the model decides."""
 
     numbers: frozenset[int] | None = None
     spread: int | None = None
@@ -37,13 +35,10 @@ class VerifyOptions:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The largest error of one way to compute, relative to the largest value of the reference.
-
-    limit: as `trial.Gauge` sets it.
-    """
+    """The largest error of one way to compute, relative to the largest value of the reference."""
 
     error: float
-    limit: float
+    limit: float  # see `trial._Gauge`
 
     @property
     def ok(self) -> bool:

@@ -86,11 +86,8 @@ def _listing_problems(original: Header, fused: Header, made: Sequence[FusedTenso
     """Nothing missing, nothing extra, the order kept: a fused tensor stands where Q stood."""
     stands_for = {tensor.parts[0].name: tensor.name for tensor in made}
     absorbed = {part.name for tensor in made for part in tensor.parts[1:]}
-    expected = [
-        stands_for.get(tensor.name, tensor.name)
-        for tensor in original.tensors
-        if tensor.name not in absorbed
-    ]
+    left = [tensor.name for tensor in original.tensors if tensor.name not in absorbed]
+    expected = [stands_for.get(name, name) for name in left]
     present = [tensor.name for tensor in fused.tensors]
     wanted, there = set(expected), set(present)
     problems = [f"{name}: missing in the fused file" for name in expected if name not in there]
@@ -102,30 +99,29 @@ def _ranges(
     original: Header, fused: Header, made: Sequence[FusedTensor]
 ) -> tuple[list[_Range], list[str]]:
     """What to compare, in the order of FUSED; a tensor of another shape or type is a problem."""
-    before = {tensor.name: tensor for tensor in original.tensors}
-    fused_from = {tensor.name: tensor for tensor in made}
+    # What is not fused must hold itself.
+    wanted = {t.name: FusedTensor(t.name, (t,), shared=True, n_outer=0) for t in original.tensors}
+    wanted |= {tensor.name: tensor for tensor in made}
     ranges: list[_Range] = []
     problems: list[str] = []
     for tensor in fused.tensors:
-        source = fused_from.get(tensor.name)
-        if source is None and tensor.name not in before:
+        source = wanted.get(tensor.name)
+        if source is None:
             continue  # named as extra already
-        parts = source.parts if source else (before[tensor.name],)
-        ne = source.ne if source else parts[0].ne
         misfits = [
-            f"{tensor.name}: {what} {has}, but {wanted} in the original's {part.name}"
-            for part in parts
-            for what, has, wanted in (
+            f"{tensor.name}: {what} {has}, but {needed} in the original's {part.name}"
+            for part in source.parts
+            for what, has, needed in (
                 ("type", type_name(tensor.type), type_name(part.type)),
-                ("ne", list(tensor.ne), list(ne)),
+                ("ne", list(tensor.ne), list(source.ne)),
             )
-            if has != wanted
+            if has != needed
         ]
-        if not misfits and not source:
-            misfits = _room_problems(original, fused, parts[0], tensor)
+        if not misfits and len(source.parts) == 1:
+            misfits = _room_problems(original, fused, source.parts[0], tensor)
         problems += misfits
         if not misfits:
-            ranges += _tensor_ranges(tensor, parts, source)
+            ranges += _tensor_ranges(tensor, source)
     return ranges, problems
 
 
@@ -145,25 +141,22 @@ def _room_problems(
     return [f"{after.name}: {after.n_bytes} bytes, but {before.n_bytes} in the original"]
 
 
-def _tensor_ranges(
-    tensor: TensorInfo, parts: Sequence[TensorInfo], made: FusedTensor | None
-) -> Iterator[_Range]:
+def _tensor_ranges(tensor: TensorInfo, source: FusedTensor) -> Iterator[_Range]:
     start = 0
-    n_experts = made.n_experts if made else 1
-    for expert, part in itertools.product(range(n_experts), parts):
+    for expert, part in itertools.product(range(source.n_experts), source.parts):
         # They differ where the type is unknown, by padding: see `_room_problems`.
-        n_bytes = min(part.n_bytes, tensor.n_bytes) // n_experts
+        n_bytes = min(part.n_bytes, tensor.n_bytes) // source.n_experts
         unit = "row" if len(part.ne) > 1 else "element"
-        n_units = max(1, math.prod(part.ne[1:]) if len(part.ne) > 1 else math.prod(part.ne))
+        n_units = max(1, math.prod(part.ne[1:] or part.ne))
         place = tensor.name
         if part.name != tensor.name:
             place += f": {part.name.rsplit('.', 2)[-2]}"
-        if made and made.n_outer and not made.shared:
+        if source.n_outer and not source.shared:
             place += f" of expert {expert}"
         before = part.data.part(expert * n_bytes, n_bytes)
         after = tensor.data.part(start, n_bytes)
-        yield _Range(place, before, after, unit, -(-n_bytes * n_experts // n_units))
-        start += 0 if made and made.shared else n_bytes
+        yield _Range(place, before, after, unit, -(-n_bytes * source.n_experts // n_units))
+        start += 0 if source.shared else n_bytes
 
 
 def _compare_data(
@@ -209,13 +202,11 @@ def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:
 
 
 def _data_problem(original: Header, fused: Header, part: _Range, at: int) -> str:
+    places = []
+    for header, segment in ((original, part.original), (fused, part.fused)):
+        shard = f" of shard {header.sources.index(segment.source) + 1}" if header.shards else ""
+        places.append(f"byte {segment.start + at}{shard}")
     return (
-        f"{part.place} differs in {part.unit} {at // part.unit_bytes} "
-        f"({_place(original, part.original, at)} of the original, "
-        f"{_place(fused, part.fused, at)} of the fused file)"
+        f"{part.place} differs in {part.unit} {at // part.unit_bytes} ({places[0]} of the "
+        f"original, {places[1]} of the fused file)"
     )
-
-
-def _place(header: Header, segment: Segment, at: int) -> str:
-    byte = f"byte {segment.start + at}"
-    return f"{byte} of shard {header.sources.index(segment.source) + 1}" if header.shards else byte

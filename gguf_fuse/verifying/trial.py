@@ -43,10 +43,7 @@ class Weights(NamedTuple):
 
 
 class _Path:
-    """One way through the layer: weights, attention, and a KV cache.
-
-    exact: in float64, else in float32.
-    """
+    """One way through the layer: weights, attention, a KV cache. exact: all in float64."""
 
     def __init__(self, weights: Weights, way: Attend, *, exact: bool = False) -> None:
         self.weights, self.way, self.exact = weights, way, exact
