@@ -97,13 +97,8 @@ def _merged(copies: Iterable[Copy]) -> list[Copy]:
     """Copies that go on in both files become one."""
     merged: list[Copy] = []
     for copy in copies:
-        last = merged[-1] if merged else None
-        if last and copy[:3] == (
-            last.source,
-            last.start + last.n_bytes,
-            last.target + last.n_bytes,
-        ):
-            merged[-1] = last._replace(n_bytes=last.n_bytes + copy.n_bytes)
+        if merged and copy == merged[-1].part(merged[-1].n_bytes, copy.n_bytes):
+            merged[-1] = merged[-1]._replace(n_bytes=merged[-1].n_bytes + copy.n_bytes)
         else:
             merged.append(copy)
     return merged
