@@ -63,7 +63,9 @@ def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list
             if len(parts) == len(names):
                 shared = suffix.endswith("scale")
                 made = FusedTensor(f"{layer}.{form}.{suffix}", parts, shared, n_outer)
-                if problem := _shape_problem(made):
+                if made.name in before:
+                    problems.append(f"{made.name}: is fused, but the original has its own")
+                elif problem := _shape_problem(made):
                     problems.append(problem)
                 else:
                     fusions.append(made)

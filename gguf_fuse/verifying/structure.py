@@ -62,8 +62,7 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
         *_listing_problems(original, fused, made),
         *misfits,
     ]
-    pairs = [_Range(f"metadata {key}", *pair, "byte", 1) for key, pair in long_pairs.items()]
-    ranges = [*pairs, *ranges]
+    ranges[:0] = [_Range(f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()]
     n_bytes = sum(part.n_bytes for part in ranges)
     options.on_start("comparing", n_bytes)
     problems += _compare_data(original, fused, ranges, options)

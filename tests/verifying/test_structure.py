@@ -202,6 +202,16 @@ def test_a_part_that_the_original_lacks(model: Model, suffix: str) -> None:
     assert f"blk.0: is fused, but the original has no blk.0.attn_k.{suffix}" in found
 
 
+def test_a_fused_bias_takes_no_name_of_the_original(model: Model) -> None:
+    """The original's own bias of that name would be lost without a word."""
+    original = model(architecture="qwen2")
+    fused = fused_copy(original)
+    contents = Contents.of(original)
+    contents.tensors["blk.0.attn_qkv.bias"] = ((128,), T.F32, bytes(512))
+    found = problems(contents.write(), fused)
+    assert "blk.0.attn_qkv.bias: is fused, but the original has its own" in found
+
+
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
