@@ -144,6 +144,15 @@ class Header:
     def architecture(self) -> str | None:
         return self.metadata.get("general.architecture")
 
+    @functools.cached_property
+    def by_name(self) -> dict[str, TensorInfo]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @functools.cached_property
+    def position(self) -> dict[str, int]:
+        """Of each tensor in the list, by its name."""
+        return {tensor.name: at for at, tensor in enumerate(self.tensors)}
+
     @property
     def is_model(self) -> bool:
         """No LoRA adapter and no importance matrix."""

@@ -6,13 +6,14 @@ first one's gate, its up, the next one's gate, and so on (`fusions` has the tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
-from gguf_fuse.format.types import blocked, is_known, type_name
+from gguf_fuse.format.types import F32, blocked, is_known, type_name
 from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
@@ -32,8 +33,6 @@ from gguf_fuse.planning.plan import (
     untouched,
 )
 from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY
-
-_NORMS = ("attn_q_norm", "attn_k_norm")
 
 # -- what a file holds --------------------------------------------------------------------------
 
@@ -62,54 +61,14 @@ def examine(
 
     In the order of the fusions, then of the layers. read: for scales, which must be equal.
     """
-    tensors = {tensor.name: tensor for tensor in header.tensors}
     layers = []
     for fusion in fusions:
-        siblings = _siblings(tensors, fusion)
-        for layer in fusion.layers(header.tensors):
-            row = loader_of(header, layer)
-            decided = _decide(layer, tensors, siblings[layer], read, row, fusion)
-            decided = _obey_encoder(decided, header, tensors)
+        siblings = _siblings(header, fusion)
+        for name in fusion.layers(header.tensors):
+            row = loader_of(header, name)
+            decided = _decide(_Candidate(header, name, fusion, row, siblings[name], read))
             layers.append(obey_loader(decided, row, any_architecture))
     return tuple(layers)
-
-
-def _siblings(names: Iterable[str], fusion: Fusion) -> dict[str, list[str]]:
-    """By layer: the tensors that belong to a part or to the fused tensor."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        own = name.rpartition("blk.")[2].partition(".")[2]
-        if own.startswith((*fusion.parts, fusion.fused)):
-            found.setdefault(name[: len(name) - len(own) - 1], []).append(own)
-    return found
-
-
-def _obey_encoder(layer: Layer, header: Header, tensors: Mapping[str, TensorInfo]) -> Layer:
-    """An encoder's graph norms fused Q and K head by head only, and aborts on a wider norm.
-
-    Beside separate ones, the norm of Q decides for both: without it, K is normed as a whole.
-    """
-    modality = {"v": "vision", "a": "audio"}.get(layer.name.partition(".")[0])
-    if header.architecture != "clip" or layer.status is not Status.FUSABLE or modality is None:
-        return layer
-    n_embd = integer(header, f"clip.{modality}.embedding_length", 0) or layer.rows[0]
-    n_head = integer(header, f"clip.{modality}.attention.head_count", 0) or 1
-    n_dim = integer(header, f"clip.{modality}.attention.head_dim", 0) or n_embd // n_head
-    norms = {name: tensors.get(f"{layer.name}.{name}.weight") for name in _NORMS}
-    for name, norm in norms.items():
-        if norm is not None and norm.ne[:1] != (n_dim,):
-            reason = (
-                f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
-                f"loader wants beside {QKV.fused}"
-            )
-            return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
-    if norms["attn_k_norm"] is not None and norms["attn_q_norm"] is None:
-        reason = (
-            "attn_k_norm without attn_q_norm: the encoder's loader norms K as a whole, but head "
-            f"by head beside {QKV.fused}"
-        )
-        return replace(layer, status=Status.MISMATCH, reason=reason, joins=())
-    return layer
 
 
 def obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
@@ -121,77 +80,87 @@ def obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Laye
     return replace(layer, status=Status.SEPARATE, reason=reason, joins=())
 
 
-def _decide(
-    layer: str,
-    tensors: Mapping[str, TensorInfo],
-    siblings: Sequence[str],
-    read: Read,
-    row: Architecture,
-    fusion: Fusion,
-) -> Layer:
-    fused = tensors.get(f"{layer}.{fusion.fused}.weight")
-    weights = [tensors.get(f"{layer}.{part}.weight") for part in fusion.parts]
-    found = [weight for weight in weights if weight is not None]
-    if fused is not None and not found:
-        fused_rows = (fusion.rows(fused.ne),) if fused.ne else ()
-        types: tuple[str, ...] = (type_name(fused.type),)
-        return Layer(layer, Status.FUSED, types, fused_rows, fusion=fusion)
-    types = tuple(type_name(weight.type) for weight in found)
-    rows = tuple(fusion.rows(weight.ne) for weight in found if weight.ne)
-    missing = [f"{part}.weight" for part, w in zip(fusion.parts, weights, strict=True) if w is None]
+def _siblings(header: Header, fusion: Fusion) -> dict[str, list[str]]:
+    """By layer: the tensors that belong to a part or to the fused tensor."""
+    found: dict[str, list[str]] = {}
+    for name in header.by_name:
+        own = name.rpartition("blk.")[2].partition(".")[2]
+        if own.startswith((*fusion.parts, fusion.fused)):
+            found.setdefault(name[: len(name) - len(own) - 1], []).append(own)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A layer that may be fused. siblings: names in it that belong to the fusion."""
+
+    header: Header
+    layer: str
+    fusion: Fusion
+    row: Architecture
+    siblings: Sequence[str]
+    read: Read
+
+    def tensor(self, name: str) -> TensorInfo | None:
+        return self.header.by_name.get(f"{self.layer}.{name}")
+
+    @property
+    def reads(self) -> Reads:
+        return self.row.reads(self.fusion)
+
+
+def _decide(one: _Candidate) -> Layer:
+    fusion, fused = one.fusion, one.tensor(f"{one.fusion.fused}.weight")
+    weights = {f"{part}.weight": one.tensor(f"{part}.weight") for part in fusion.parts}
+    found = [weight for weight in weights.values() if weight is not None]
+    status = Status.FUSED if fused is not None and not found else Status.FUSABLE
+    shown = [fused] if fused is not None and not found else found
+    layer = Layer(
+        one.layer,
+        status,
+        types=tuple(type_name(weight.type) for weight in shown),
+        rows=tuple(fusion.rows(weight.ne) for weight in shown if weight.ne),
+        fusion=fusion,
+    )
+    if status is Status.FUSED:
+        return layer
+    missing = [name for name, weight in weights.items() if weight is None]
     if missing:
-        reason = f"no {', '.join(missing)}"
-        return Layer(layer, Status.INCOMPLETE, types, rows, reason, fusion=fusion)
-    joins, why_not = _joins(layer, tensors, read, row, fusion)
-    why_not = why_not or _unequal_rows(rows, row, fusion) or _in_the_way(siblings, fusion)
-    why_not = why_not or _normed_rows(layer, tensors, row, fusion)
+        return replace(layer, status=Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
+    joins, why_not = _joins(one)
+    why_not = why_not or _unequal_rows(one, layer.rows) or _in_the_way(one)
+    why_not = why_not or _norms_in_the_way(one, layer.rows)
     if why_not:
-        return Layer(layer, Status.MISMATCH, types, rows, why_not, fusion=fusion)
-    return Layer(layer, Status.FUSABLE, types, rows, joins=tuple(joins), fusion=fusion)
+        return replace(layer, status=Status.MISMATCH, reason=why_not)
+    return replace(layer, joins=tuple(joins))
 
 
-def _joins(
-    layer: str,
-    tensors: Mapping[str, TensorInfo],
-    read: Read,
-    row: Architecture,
-    fusion: Fusion,
-) -> tuple[list[Join], str | None]:
+def _joins(one: _Candidate) -> tuple[list[Join], str | None]:
     """What to join, or the reason why not. A suffix that no part has is not joined."""
-    joins: list[Join] = []
+    fusion, joins = one.fusion, list[Join]()
     for suffix in (*JOINED, *SHARED):
-        names = [f"{part}.{suffix}" for part in fusion.parts]
-        parts = [tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in tensors]
+        found = {f"{part}.{suffix}": one.tensor(f"{part}.{suffix}") for part in fusion.parts}
+        parts = tuple(part for part in found.values() if part is not None)
         if not parts:
             continue
         if len(parts) < len(fusion.parts):
-            absent = [name for name in names if f"{layer}.{name}" not in tensors]
+            absent = [name for name, part in found.items() if part is None]
             return [], f"no {', '.join(absent)} beside the other {suffix}"
-        if suffix in SHARED:
-            reason = _not_shared(parts, suffix, read, row.name, row.reads(fusion))
-        elif suffix == "bias":
-            reason = _not_joinable(parts, "bias ", fusion, suffix)
-            reason = reason or _misfit_biases(parts, joins[0], row.name, row.reads(fusion))
-        else:
-            reason = _not_joinable(parts, "", fusion, suffix)
+        shared, ne = suffix in SHARED, parts[0].ne
+        reason = _not_shared(one, parts, suffix) if shared else _not_joinable(parts, suffix, fusion)
+        if suffix == "bias":
+            reason = reason or _misfit_biases(one, parts, joins[0])
         if reason:
             return [], reason
-        joins.append(_join(f"{layer}.{fusion.fused}.{suffix}", parts, suffix in SHARED, fusion))
+        if not shared:
+            ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
+        joins.append(Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
     return joins, None
 
 
-def _join(name: str, parts: Sequence[TensorInfo], shared: bool, fusion: Fusion) -> Join:
-    ne = parts[0].ne
-    if not shared:
-        ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
-    return Join(name, ne, tuple(parts), shared, fusion)
-
-
-def _not_joinable(
-    parts: Sequence[TensorInfo], label: str, fusion: Fusion, suffix: str
-) -> str | None:
-    """Why weights, or biases, cannot be laid end to end. label: what the reason begins with."""
-    n_dims = fusion.dims_of(suffix)
+def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> str | None:
+    """Why weights, or biases, cannot be laid end to end."""
+    n_dims, label = fusion.dims_of(suffix), "bias " if suffix == "bias" else ""
     for part in parts:
         if len(part.ne) != n_dims:
             return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
@@ -200,7 +169,7 @@ def _not_joinable(
     if not is_known(parts[0].type):
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
-        return f"row lengths differ: {', '.join(str(part.ne[0]) for part in parts)}"
+        return f"row lengths differ: {listed(part.ne[0] for part in parts)}"
     if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
     if fusion.n_slices(parts[0].ne) > MAX_SLICES:
@@ -208,63 +177,83 @@ def _not_joinable(
     return None
 
 
-def _misfit_biases(
-    parts: Sequence[TensorInfo], weight: Join, name: str, reads: Reads
-) -> str | None:
+def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: Join) -> str | None:
     """Why biases do not fit the weights they belong to."""
     if blocked(parts[0].type):
         return f"biases of {type_name(parts[0].type)} come in blocks"
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != weight.rows:
         return f"biases of {listed(lengths)} elements for {listed(weight.rows)} rows"
-    if weight.fusion.n_slices(parts[0].ne) != weight.fusion.n_slices(weight.ne):
+    if one.fusion.n_slices(parts[0].ne) != one.fusion.n_slices(weight.ne):
         return f"biases of {parts[0].ne[-1]} experts for {weight.ne[-1]}"
-    if not reads.biases:
-        return f"llama.cpp's loader for {name} adds no fused bias"
+    if not one.reads.biases:
+        return f"llama.cpp's loader for {one.row.name} adds no fused bias"
     return None
 
 
-def _not_shared(
-    parts: Sequence[TensorInfo], suffix: str, read: Read, name: str, reads: Reads
-) -> str | None:
-    if not reads.scales:
-        return f"llama.cpp's loader for {name} applies no fused {suffix}"
+def _not_shared(one: _Candidate, parts: Sequence[TensorInfo], suffix: str) -> str | None:
+    if not one.reads.scales:
+        return f"llama.cpp's loader for {one.row.name} applies no fused {suffix}"
     for part in parts:
-        if type_name(part.type) != "F32" or part.n_bytes != 4:
+        if part.type != F32 or part.n_bytes != 4:
             return f"{part.name} is not one float32"
     if len({part.ne for part in parts}) > 1:
         return f"{suffix}s have different dimensions"
-    if len({read(part) for part in parts}) > 1:
+    if len({one.read(part) for part in parts}) > 1:
         return f"{suffix}s differ: a fused tensor has one"
     return None
 
 
-def _unequal_rows(rows: Sequence[int], row: Architecture, fusion: Fusion) -> str | None:
-    if fusion is not QKV or not row.equal_rows or len(set(rows)) == 1:
-        return None
-    return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
-
-
-def _normed_rows(
-    layer: str, tensors: Mapping[str, TensorInfo], row: Architecture, fusion: Fusion
-) -> str | None:
-    if fusion is not QKV or not row.row_norms_abort:
-        return None
-    found = next((name for name in _NORMS if f"{layer}.{name}.weight" in tensors), None)
-    return f"llama.cpp aborts on {found} beside {QKV.fused} for {row.name}" if found else None
-
-
-def _in_the_way(siblings: Sequence[str], fusion: Fusion) -> str | None:
+def _in_the_way(one: _Candidate) -> str | None:
     """A fused tensor that exists, or a part's tensor that nothing would read any more.
 
     llama.cpp aborts on left-over tensors, such as a clamp of attn_q alone.
     """
-    for name in siblings:
+    for name in one.siblings:
         part, _, suffix = name.partition(".")
-        if part == fusion.fused:
+        if part == one.fusion.fused:
             return f"{name} is there already"
-        if part in fusion.parts and suffix not in (*JOINED, *SHARED):
-            return f"{name} would have no place beside {fusion.fused}"
+        if part in one.fusion.parts and suffix not in (*JOINED, *SHARED):
+            return f"{name} would have no place beside {one.fusion.fused}"
+    return None
+
+
+def _unequal_rows(one: _Candidate, rows: Sequence[int]) -> str | None:
+    if one.fusion is not QKV or not one.row.equal_rows or len(set(rows)) == 1:
+        return None
+    return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
+
+
+def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
+    """Norms of Q and K that llama.cpp computes otherwise beside a fused tensor, or aborts on.
+
+    An encoder's graph norms fused Q and K head by head only, and aborts on a wider norm. Beside
+    separate ones, the norm of Q decides for both: without it, K is normed as a whole.
+    """
+    if one.fusion is not QKV:
+        return None
+    found = {name: one.tensor(f"{name}.weight") for name in ("attn_q_norm", "attn_k_norm")}
+    norms = {name: norm for name, norm in found.items() if norm is not None}
+    if norms and one.row.row_norms_abort:
+        return f"llama.cpp aborts on {next(iter(norms))} beside {QKV.fused} for {one.row.name}"
+    modality = {"v": "vision", "a": "audio"}.get(one.layer.partition(".")[0])
+    if one.header.architecture != "clip" or modality is None:
+        return None
+    key = f"clip.{modality}."
+    n_embd = integer(one.header, f"{key}embedding_length", 0) or rows[0]
+    n_head = integer(one.header, f"{key}attention.head_count", 0) or 1
+    n_dim = integer(one.header, f"{key}attention.head_dim", 0) or n_embd // n_head
+    for name, norm in norms.items():
+        if norm.ne[:1] != (n_dim,):
+            return (
+                f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
+                f"loader wants beside {QKV.fused}"
+            )
+    if list(norms) == ["attn_k_norm"]:
+        return (
+            "attn_k_norm without attn_q_norm: the encoder's loader norms K as a whole, but head "
+            f"by head beside {QKV.fused}"
+        )
     return None
 
 
@@ -351,14 +340,10 @@ def _joined(join: Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
         return (join.parts[0].data,)
-    n_slices = join.fusion.n_slices(join.ne)
-    slices = [_slices(part.data, n_slices) for part in join.parts]
-    return tuple(segment for turn in zip(*slices, strict=True) for segment in turn)
-
-
-def _slices(whole: Segment, n: int) -> list[Segment]:
-    n_bytes = whole.n_bytes // n
-    return [whole.part(at * n_bytes, n_bytes) for at in range(n)]
+    n = join.fusion.n_slices(join.ne)
+    sizes = [part.n_bytes // n for part in join.parts]
+    turns = itertools.product(range(n), zip(join.parts, sizes, strict=True))
+    return tuple(part.data.part(at * size, size) for at, (part, size) in turns)
 
 
 def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
@@ -366,10 +351,9 @@ def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
 
     rows, positions: for each fused tensor, as many numbers as its fusion has parts.
     """
-    position = {tensor.name: index for index, tensor in enumerate(header.tensors)}
     order = header.byte_order
     rows = [n for join in joins for n in join.rows]
-    positions = [position[part.name] for join in joins for part in join.parts]
+    positions = [header.position[part.name] for join in joins for part in join.parts]
     return [
         *record.start(header, [join.name for join in joins]),
         encode_pair(ROWS_KEY, ValueType.UINT64, rows, order),

@@ -77,7 +77,7 @@ def examine(
 ) -> tuple[Layer, ...]:
     """Every layer whose Q, K, V or fused weight the adapter changes, in order.
 
-    rows: of Q, K and V in the layers that the base has fused, as `base.base_rows` gives them;
+    rows: of Q, K and V in the layers that the base has fused, as `unfuse.base_rows` gives them;
     without them, rows of a part that the adapter leaves alone follow from its other layers.
 
     Raises GGUFError for pairs that llama.cpp could not load, Refused for adapters that are no LoRA.
@@ -297,12 +297,11 @@ def _fused_b(header: Header, fused: _FusedPair, read: Read) -> PlannedTensor:
 
 def _encode_record(header: Header, fused: Sequence[_FusedPair], read: Read) -> list[bytes]:
     order = header.byte_order
-    position = {tensor.name: at for at, tensor in enumerate(header.tensors)}
     types, positions, stored, originals = [], [], [], bytearray()
     for made in fused:
         for part, whole in zip(made.parts, made.stored, strict=True):
             types.append(record.NOT_THERE if part is None else part.type)
-            positions.append(record.NOT_THERE if part is None else position[part.name])
+            positions.append(record.NOT_THERE if part is None else header.position[part.name])
             stored.append(len(originals) if part and whole else record.NOT_THERE)
             if part and whole:
                 originals += read(part)

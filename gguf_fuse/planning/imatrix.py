@@ -8,7 +8,6 @@ llama-quantize looks an entry up by the weight's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from gguf_fuse.format.header import Header, TensorInfo
@@ -39,14 +38,14 @@ _FUSED_ENDS = tuple(f".{QKV.fused}.weight{end}" for end in ENTRY)
 
 
 def examine(header: Header, read: Read, *, rows: Rows | None = None) -> tuple[Layer, ...]:
-    """Every layer with an entry of Q, K, V or the fused weight. rows: as `base.base_rows` says.
+    """Every layer with an entry of Q, K, V or the fused weight.
 
-    Raises GGUFError where half an entry is missing or no float32.
+    rows: as `unfuse.base_rows` gives them. Raises GGUFError where half an entry is missing or no
+    float32.
     """
-    tensors = {tensor.name: tensor for tensor in header.tensors}
     for tensor in header.tensors:
-        _check_entry(header, tensor, tensors)
-    return tuple(_decide(header, layer, tensors, read, rows) for layer in _layer_names(header))
+        _check_entry(header, tensor)
+    return tuple(_decide(header, layer, read, rows) for layer in _layer_names(header))
 
 
 def fuse(header: Header, read: Read, *, rows: Rows | None = None) -> Plan:
@@ -67,8 +66,7 @@ def fuse(header: Header, read: Read, *, rows: Rows | None = None) -> Plan:
         reason = summary(layers) if layers else "no entry of attn_q, attn_k or attn_v"
         raise NothingToDo(header, f"nothing to fuse: {reason}", layers)
     joins = [join for layer in fusable for join in layer.joins]
-    position = {tensor.name: at for at, tensor in enumerate(header.tensors)}
-    positions = [position[part.name] for join in joins for part in join.parts]
+    positions = [header.position[part.name] for join in joins for part in join.parts]
     pairs = record.start(header, [join.name for join in joins])
     pairs += [encode_pair(POSITIONS_KEY, ValueType.UINT64, positions, header.byte_order)]
     return record.fused_plan(header, pairs, fused_tensors(header, joins), layers, fusable)
@@ -80,12 +78,11 @@ def unfuse(header: Header) -> Plan:
     One that llama-imatrix computed on a fused model gets three equal entries in place of each.
     Raises GGUFError where the record does not fit the file, NothingToDo where nothing is fused.
     """
-    tensors = {tensor.name: tensor for tensor in header.tensors}
     if record.exists(header):
-        places = _recorded_places(header, tensors)
+        places = _recorded_places(header)
     else:
         fused = [f"{layer}{end}" for layer in _layer_names(header) for end in _FUSED_ENDS]
-        places = {name: None for name in fused if name in tensors}
+        places = {name: None for name in fused if name in header.by_name}
     if not places:
         raise NothingToDo(header, f"nothing to unfuse: no entry of {QKV.fused}")
     changed = [
@@ -93,7 +90,7 @@ def unfuse(header: Header) -> Plan:
         for name in places
         if name.endswith(_FUSED_ENDS[0])
     ]
-    restored = {name: _parts(tensors[name], at) for name, at in places.items()}
+    restored = {name: _parts(header.by_name[name], at) for name, at in places.items()}
     return record.unfused_plan(header, restored, changed)
 
 
@@ -103,11 +100,11 @@ def _layer_names(header: Header) -> list[str]:
     return attention_layers([replace(t, name=t.name.removesuffix(ENTRY[0])) for t in entries])
 
 
-def _check_entry(header: Header, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_entry(header: Header, tensor: TensorInfo) -> None:
     for end, other in (ENTRY, ENTRY[::-1]):
         if not tensor.name.endswith(end):
             continue
-        if tensor.name.removesuffix(end) + other not in tensors:
+        if tensor.name.removesuffix(end) + other not in header.by_name:
             raise GGUFError(f"{header.path}: {tensor.name!r} has no {other[1:]} beside it")
         if type_name(tensor.type) != "F32":
             raise GGUFError(
@@ -116,29 +113,23 @@ def _check_entry(header: Header, tensor: TensorInfo, tensors: Mapping[str, Tenso
             )
 
 
-def _decide(
-    header: Header,
-    layer: str,
-    tensors: Mapping[str, TensorInfo],
-    read: Read,
-    rows: Rows | None,
-) -> Layer:
-    names = [f"{layer}.{part}.weight{ENTRY[0]}" for part in QKV.parts]
-    types = tuple("F32" for name in names if name in tensors)
-    fused = f"{layer}.{QKV.fused}.weight{ENTRY[0]}" in tensors
+def _decide(header: Header, layer: str, read: Read, rows: Rows | None) -> Layer:
+    there = {part: f"{layer}.{part}.weight{ENTRY[0]}" in header.by_name for part in QKV.parts}
+    types = ("F32",) * sum(there.values())
+    fused = f"{layer}.{QKV.fused}.weight{ENTRY[0]}" in header.by_name
     if fused and not types:
         return Layer(layer, Status.FUSED, ("F32",), ())
     if fused:
         reason = f"{QKV.fused} has an entry already, beside those of attn_q, attn_k or attn_v"
         return Layer(layer, Status.MISMATCH, types, (), reason)
-    absent = [part for part, name in zip(QKV.parts, names, strict=True) if name not in tensors]
+    absent = [part for part, found in there.items() if not found]
     if absent:
         return Layer(layer, Status.INCOMPLETE, types, (), f"no entry of {', '.join(absent)}")
     if rows is not None and layer not in rows:
         return Layer(layer, Status.SEPARATE, types, (), KEPT_SEPARATE)
     joins = []
     for end in ENTRY:
-        parts = tuple(tensors[f"{layer}.{part}.weight{end}"] for part in QKV.parts)
+        parts = tuple(header.by_name[f"{layer}.{part}.weight{end}"] for part in QKV.parts)
         if len({part.ne for part in parts}) > 1 or len({read(part) for part in parts}) > 1:
             reason = f"{end[1:]} of attn_q, attn_k and attn_v differ, though they see one input"
             return Layer(layer, Status.MISMATCH, types, (), reason)
@@ -146,23 +137,19 @@ def _decide(
     return Layer(layer, Status.FUSABLE, types, (rows or {}).get(layer, ()), joins=tuple(joins))
 
 
-def _recorded_places(
-    header: Header, tensors: Mapping[str, TensorInfo]
-) -> dict[str, tuple[int, ...] | None]:
+def _recorded_places(header: Header) -> dict[str, tuple[int, ...] | None]:
     names = record.names(header)
     positions = record.array(header, POSITIONS_KEY, int, len(QKV.parts) * len(names))
     if len(set(positions)) < len(positions):
         record.damaged(header, f"{POSITIONS_KEY} has a number twice")
     for name in names:
-        if name not in tensors or not name.endswith(_FUSED_ENDS):
+        if name not in header.by_name or not name.endswith(_FUSED_ENDS):
             record.damaged(header, f"{name!r} is recorded, which the file does not have")
     triples = zip(positions[0::3], positions[1::3], positions[2::3], strict=True)
     return dict(zip(names, triples, strict=True))
 
 
-def _parts(
-    tensor: TensorInfo, places: tuple[int, ...] | None
-) -> list[tuple[int | None, PlannedTensor]]:
+def _parts(tensor: TensorInfo, places: tuple[int, ...] | None) -> list[record.Placed]:
     """The three entries that a fused one stands for. places: None: where it stands."""
     names = [tensor.name.replace(f".{QKV.fused}.", f".{part}.") for part in QKV.parts]
     parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]

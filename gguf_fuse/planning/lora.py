@@ -88,8 +88,7 @@ def read_pairs(header: Header) -> dict[str, Pair]:
 
     Raises GGUFError for pairs that llama.cpp could not load, Refused for a type that is not known.
     """
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    pairs = {}
+    tensors, pairs = header.by_name, {}
     for tensor in header.tensors:
         for end, other in ((A, B), (B, A)):
             name = tensor.name.removesuffix(end)

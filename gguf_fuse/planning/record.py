@@ -103,9 +103,9 @@ def damaged(header: Header, problem: str) -> NoReturn:
     raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
 
 
-# By the name of a fused tensor: the tensors to put in its place, each with its position in the
-# restored file; None: where the fused one stands.
-Restored = Mapping[str, Sequence[tuple[int | None, PlannedTensor]]]
+# A restored tensor and its position in the restored file; None: where the fused one stands.
+Placed = tuple[int | None, PlannedTensor]
+Restored = Mapping[str, Sequence[Placed]]  # by the name of the fused tensor
 
 
 def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:

@@ -100,8 +100,7 @@ def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
         return recorded[0]
     if any(split.fusion is QKV for split in splits):
         record.damaged(header, f"{TENSORS_KEY} does not name {name!r}")
-    (weight,) = (tensor for tensor in header.tensors if tensor.name == name)
-    return _rows_by_heads(header, layer, weight, loader_of(header, layer))
+    return _rows_by_heads(header, layer, header.by_name[name], loader_of(header, layer))
 
 
 def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> Rows:
@@ -125,7 +124,7 @@ def _has_record(header: Header) -> bool:
     return any(key in header.metadata for key in record.RECORD_KEYS)
 
 
-def _parts(split: _Split) -> list[tuple[int | None, PlannedTensor]]:
+def _parts(split: _Split) -> list[record.Placed]:
     """What takes the place of a fused tensor, and where each stands in the restored file."""
     tensor, fusion = split.tensor, split.fusion
     slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
@@ -166,13 +165,12 @@ def _recorded_splits(header: Header) -> list[_Split]:
             header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors"
         )
     record.require_distinct(header, names)
-    tensors = {tensor.name: tensor for tensor in header.tensors}
     splits, first = [], 0
     for name, fusion in zip(names, fusions, strict=True):
-        if name not in tensors or not name.endswith(fusion.fused_names):
+        if name not in header.by_name or not name.endswith(fusion.fused_names):
             record.damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
         own = slice(first, first + len(fusion.parts))
-        splits.append(_Split(tensors[name], fusion, tuple(rows[own]), tuple(positions[own])))
+        splits.append(_Split(header.by_name[name], fusion, tuple(rows[own]), tuple(positions[own])))
         _check_split(header, splits[-1])
         first = own.stop
     return splits
@@ -205,11 +203,10 @@ def _check_split(header: Header, split: _Split) -> None:
 
 def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
     """A file fused by someone else: rows from the head counts or halves, or a refusal."""
-    tensors = {tensor.name: tensor for tensor in header.tensors}
     splits = []
     for fusion in FUSIONS:
         for layer in fusion.layers(header.tensors):
-            weight = tensors.get(f"{layer}.{fusion.fused}.weight")
+            weight = header.by_name.get(f"{layer}.{fusion.fused}.weight")
             if weight is None:
                 continue
             row = loader_of(header, layer)
@@ -221,7 +218,7 @@ def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
                 else _halves(header, weight)
             )
             for suffix in (*JOINED, *SHARED):
-                tensor = tensors.get(f"{layer}.{fusion.fused}.{suffix}")
+                tensor = header.by_name.get(f"{layer}.{fusion.fused}.{suffix}")
                 if tensor is not None:
                     splits.append(_Split(tensor, fusion, rows, None))
                     _check_split(header, splits[-1])

@@ -59,7 +59,7 @@ def unfuse(header: Header, read: Read) -> Plan:
     for fused in recorded:
         if fused.name not in pairs:
             record.damaged(header, f"{fused.name!r} is recorded, which the adapter does not have")
-    restored: dict[str, list[tuple[int | None, PlannedTensor]]] = {}
+    restored: dict[str, list[record.Placed]] = {}
     for fused in recorded:
         restored[fused.name + A] = list(_restored(header, pairs[fused.name], fused, read))
         restored[fused.name + B] = []
@@ -96,10 +96,7 @@ def _recorded(header: Header) -> list[_Recorded]:
     return [_Recorded(*row) for row in zip(names, *found, strict=True)]
 
 
-def _restored(
-    header: Header, pair: Pair, fused: _Recorded, read: Read
-) -> Iterator[tuple[int, PlannedTensor]]:
-    """Positions and tensors of the parts."""
+def _restored(header: Header, pair: Pair, fused: _Recorded, read: Read) -> Iterator[record.Placed]:
     _check_recorded(header, pair, fused)
     ranks = [rank or None for rank in fused.ranks]
     blocks = place_blocks(fused.rows, ranks, pair.rank, is_scaled(header))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import fused_copy, gguf_fuse
+from tests.conftest import fused_copy
 from tests.server import Run
 from tests.shards import Model, in_three, read, shard_paths
 
@@ -47,16 +47,17 @@ def test_command_line(model: Model, tmp_path: Path, run: Run) -> None:
 
 
 WRONG_USAGE = {
-    "both": ["out", "--split-max-size", "4G", "--split-max-tensors", "4"],
-    "size": ["out", "--split-max-size", "4 apples"],
-    "tensors": ["out", "--split-max-tensors", "0"],
+    "both": ["{out}", "--split-max-size", "4G", "--split-max-tensors", "4"],
+    "size": ["{out}", "--split-max-size", "4 apples"],
+    "tensors": ["{out}", "--split-max-tensors", "0"],
     "pipe": ["-", "--split-max-tensors", "1"],
 }
 
 
 @pytest.mark.parametrize("arguments", WRONG_USAGE.values(), ids=WRONG_USAGE.keys())
-def test_wrong_usage(model: Model, tmp_path: Path, arguments: list[str]) -> None:
+def test_wrong_usage(model: Model, tmp_path: Path, arguments: list[str], run: Run) -> None:
     original = model()
-    done = gguf_fuse("fuse", original, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    places = {"{out}": str(tmp_path / "out")}
+    done = run("fuse", original, *(places.get(argument, argument) for argument in arguments))
+    assert done.code == 2, done.err
     assert list(tmp_path.iterdir()) == [original]

@@ -40,7 +40,7 @@ def test_unknown_type_without_data_is_not_called_an_overlap(run: Run, tmp_path: 
     assert "overlaps" not in outcome.err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [pytest.param("fuse", marks=pytest.mark.slow), *COMMANDS[1:]])
 def test_truncated_at_every_boundary_and_inside_every_field(
     command: str, run: Run, tmp_path: Path
 ) -> None:

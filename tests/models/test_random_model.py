@@ -24,6 +24,9 @@ from tests.models.random_model import (
     write_random_model,
 )
 
+# The generator changes seldom, and whatever breaks it breaks other tests too.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MAKE_MODEL = ROOT / "scripts" / "make_model.py"
 # Bytes, words, and more of them than any default window.
@@ -227,7 +230,6 @@ def test_no_two_rows_near_each_other_are_alike(tmp_path: Path) -> None:
     assert len(np.unique(rows[:1021], axis=0)) == 1021
 
 
-@pytest.mark.slow
 def test_memory_stays_small_for_a_large_model(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads the peak from /proc")  # ru_maxrss would count the parent's too
@@ -290,7 +292,6 @@ def test_metadata_can_be_added_replaced_and_left_out(tmp_path: Path) -> None:
 # --- llama.cpp as the judge --------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("architecture", sorted(set(LAYOUTS) - ONLY_FUSED - {"t5"}))
 def test_llama_cpp_loads_it(architecture: str, tmp_path: Path) -> None:
@@ -331,7 +332,6 @@ def test_a_crash_is_a_result(tmp_path: Path) -> None:
     assert crash.value.signal in ("SIGSEGV", "SIGBUS", "SIGABRT")
 
 
-@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize(
     "options",
@@ -363,7 +363,6 @@ def test_llama_cpp_loads_variants(options: dict[str, Any], tmp_path: Path) -> No
     assert np.isfinite(rows).all()
 
 
-@pytest.mark.slow
 @needs_llama_cpp
 def test_a_large_vocabulary_is_a_real_one(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", n_vocab=128256, n_embd=32, n_layer=1, n_head=2)

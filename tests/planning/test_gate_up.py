@@ -455,7 +455,7 @@ QKV_FLAG, GATE_UP_FLAG = (fusion.flag for fusion in FUSIONS)
 
 
 @pytest.mark.parametrize(
-    ("flags", "kinds"),
+    ("flags", "fusions"),
     [
         ([GATE_UP_FLAG], (GATE_UP,)),
         ([QKV_FLAG, GATE_UP_FLAG], BOTH),
