@@ -6,20 +6,20 @@ first one's gate, its up, the next one's gate, and so on (`fusions` has the tabl
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
-from gguf_fuse.format.types import F32, blocked, is_known, type_name
-from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.format.types import F32, TYPES, blocked, type_name
+from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
-from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, MAX_SLICES, QKV, SHARED, Fusion
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.planning.plan import (
+    KEPT_SEPARATE,
     Join,
     Layer,
     NothingToDo,
@@ -32,7 +32,6 @@ from gguf_fuse.planning.plan import (
     summary,
     untouched,
 )
-from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY
 
 # -- what a file holds --------------------------------------------------------------------------
 
@@ -66,13 +65,13 @@ def examine(
         siblings = _siblings(header, fusion)
         for name in fusion.layers(header.tensors):
             row = loader_of(header, name)
-            decided = _decide(_Candidate(header, name, fusion, row, siblings[name], read))
-            layers.append(obey_loader(decided, row, any_architecture))
-    return tuple(layers)
+            layers.append(_decide(_Candidate(header, name, fusion, row, siblings[name], read)))
+    return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
 
 
-def obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
+def obey_loader(header: Header, layer: Layer, any_architecture: bool) -> Layer:
     """The layer, left separate where its loader would not read it fused."""
+    row = loader_of(header, layer.name)
     loader = row.reads(layer.fusion).loader
     if any_architecture or loader is Loader.READS_FUSED or layer.status is Status.FUSED:
         return layer
@@ -138,7 +137,7 @@ def _decide(one: _Candidate) -> Layer:
 def _joins(one: _Candidate) -> tuple[list[Join], str | None]:
     """What to join, or the reason why not. A suffix that no part has is not joined."""
     fusion, joins = one.fusion, list[Join]()
-    for suffix in (*JOINED, *SHARED):
+    for suffix in SUFFIXES:
         found = {f"{part}.{suffix}": one.tensor(f"{part}.{suffix}") for part in fusion.parts}
         parts = tuple(part for part in found.values() if part is not None)
         if not parts:
@@ -166,15 +165,13 @@ def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> s
             return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
     if len({part.type for part in parts}) > 1:
         return f"{label}types differ: {', '.join(type_name(part.type) for part in parts)}"
-    if not is_known(parts[0].type):
+    if parts[0].type not in TYPES:
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
         return f"row lengths differ: {listed(part.ne[0] for part in parts)}"
     if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
-    if fusion.n_slices(parts[0].ne) > MAX_SLICES:
-        return f"{fusion.n_slices(parts[0].ne)} experts; at most {MAX_SLICES} are supported"
-    return None
+    return fusion.too_many(parts[0].ne)
 
 
 def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: Join) -> str | None:
@@ -213,7 +210,7 @@ def _in_the_way(one: _Candidate) -> str | None:
         part, _, suffix = name.partition(".")
         if part == one.fusion.fused:
             return f"{name} is there already"
-        if part in one.fusion.parts and suffix not in (*JOINED, *SHARED):
+        if part in one.fusion.parts and suffix not in SUFFIXES:
             return f"{name} would have no place beside {one.fusion.fused}"
     return None
 
@@ -274,19 +271,11 @@ def fuse(
     """
     require_model(header)
     layers = examine(header, read, fusions=fusions, any_architecture=any_architecture)
-    if record.exists(header):
-        raise NothingToDo(
-            header,
-            "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
-            f"and give {' and '.join(fusion.flag for fusion in FUSIONS)} at once",
-            layers,
-        )
-    fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
-    if not fusable:
-        _raise_nothing_to_fuse(header, layers, fusions)
-    joins = [join for layer in fusable for join in layer.joins]
-    pairs = _encode_record(header, joins)
-    return record.fused_plan(header, pairs, fused_tensors(header, joins), layers, fusable)
+    flags = " and ".join(fusion.flag for fusion in FUSIONS)
+    record.refuse_twice(header, f"; to fuse more of it, unfuse it and give {flags} at once", layers)
+    require_fusable(header, layers, f"no {' or '.join(map(_no_parts, fusions))}")
+    rows = [n for layer in layers for join in layer.joins for n in join.rows]
+    return joined_plan(header, layers, (record.ROWS_KEY, ValueType.UINT64, rows))
 
 
 def require_model(header: Header) -> None:
@@ -298,16 +287,17 @@ def require_model(header: Header) -> None:
         )
 
 
-def _raise_nothing_to_fuse(
-    header: Header, layers: tuple[Layer, ...], fusions: Sequence[Fusion]
-) -> NoReturn:
-    separate = [layer for layer in layers if layer.status is Status.SEPARATE]
-    if separate:
-        refuse_loader(header, loader_of(header, separate[0].name), separate[0].fusion)
-    if not layers:
-        nothing = " or ".join(map(_no_parts, fusions))
-        raise NothingToDo(header, f"nothing to fuse: no {nothing}")
-    raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
+def require_fusable(header: Header, layers: tuple[Layer, ...], nothing: str) -> None:
+    """Raises where no layer can be fused: Refused if for llama.cpp's loader, else NothingToDo.
+
+    nothing: what to say where there are no layers.
+    """
+    if any(layer.status is Status.FUSABLE for layer in layers):
+        return
+    for layer in layers:
+        if layer.status is Status.SEPARATE and layer.reason != KEPT_SEPARATE:
+            refuse_loader(header, loader_of(header, layer.name), layer.fusion)
+    raise NothingToDo(header, f"nothing to fuse: {summary(layers) or nothing}", layers)
 
 
 def _no_parts(fusion: Fusion) -> str:
@@ -316,7 +306,7 @@ def _no_parts(fusion: Fusion) -> str:
     return f"{layer} has {', '.join(others)} or {last}"
 
 
-def refuse_loader(header: Header, row: Architecture, fusion: Fusion = QKV) -> NoReturn:
+def refuse_loader(header: Header, row: Architecture, fusion: Fusion) -> NoReturn:
     loader = row.reads(fusion).loader.phrase(fusion.words)
     raise Refused(
         f"{header.path}: architecture {row.name!r}: llama.cpp's loader {loader}, so the "
@@ -324,7 +314,16 @@ def refuse_loader(header: Header, row: Architecture, fusion: Fusion = QKV) -> No
     )
 
 
-def fused_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
+def joined_plan(header: Header, layers: Sequence[Layer], *pairs: record.Pair) -> Plan:
+    """The plan with the joins of the layers made. pairs: of the record, beside the positions."""
+    joins = [join for layer in layers for join in layer.joins]
+    places = [header.position[part.name] for join in joins for part in join.parts]
+    own = (record.POSITIONS_KEY, ValueType.UINT64, places)
+    tensors, names = _joined_tensors(header, joins), [join.name for join in joins]
+    return record.fused_plan(header, layers, tensors, names, *pairs, own)
+
+
+def _joined_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
     """The file's tensors in order; each joined one where its first part stood."""
     stands_for = {join.parts[0].name: join for join in joins}
     absorbed = {part.name for join in joins for part in join.parts[1:]}
@@ -341,21 +340,5 @@ def _joined(join: Join) -> tuple[Segment, ...]:
     if join.shared:
         return (join.parts[0].data,)
     n = join.fusion.n_slices(join.ne)
-    sizes = [part.n_bytes // n for part in join.parts]
-    turns = itertools.product(range(n), zip(join.parts, sizes, strict=True))
-    return tuple(part.data.part(at * size, size) for at, (part, size) in turns)
-
-
-def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
-    """The metadata pairs that the way back needs.
-
-    rows, positions: for each fused tensor, as many numbers as its fusion has parts.
-    """
-    order = header.byte_order
-    rows = [n for join in joins for n in join.rows]
-    positions = [header.position[part.name] for join in joins for part in join.parts]
-    return [
-        *record.start(header, [join.name for join in joins]),
-        encode_pair(ROWS_KEY, ValueType.UINT64, rows, order),
-        encode_pair(POSITIONS_KEY, ValueType.UINT64, positions, order),
-    ]
+    sized = [(part.data, part.n_bytes // n) for part in join.parts]
+    return tuple(data.part(at * size, size) for at in range(n) for data, size in sized)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.format.types import is_known, type_name
+from gguf_fuse.format.types import TYPES, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import dequantized
 from gguf_fuse.planning.plan import Refused
@@ -104,10 +105,9 @@ def read_pairs(header: Header) -> dict[str, Pair]:
 
 def _check_pair(header: Header, pair: Pair) -> None:
     for tensor in (pair.a, pair.b):
-        if len(tensor.ne) != 2:
-            n_dims = len(tensor.ne)
+        if (n_dims := len(tensor.ne)) != 2:
             raise GGUFError(f"{header.path}: {tensor.name!r} has {n_dims} dimensions, not 2")
-        if not is_known(tensor.type):
+        if tensor.type not in TYPES:
             raise Refused(
                 f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}, which this "
                 "gguf-py does not know; a newer one may"
@@ -144,20 +144,14 @@ def fused_rank(ranks: Sequence[int]) -> int:
 
 
 def place_blocks(
-    rows: Sequence[int], ranks: Sequence[int | None], rank: int, scaled: bool
-) -> tuple[Block | None, ...]:
-    """Of Q, K and V in the fused B; rank: the fused one. None: a part that is not there."""
-    blocks: list[Block | None] = []
-    first_row = first_rank = 0
-    for n_rows, own in zip(rows, ranks, strict=True):
-        if own is None:
-            blocks.append(None)
-        else:
-            factor = (rank, own) if scaled else (1, 1)
-            blocks.append(Block(first_row, n_rows, first_rank, own, *factor))
-            first_rank += own
-        first_row += n_rows
-    return tuple(blocks)
+    rows: Sequence[int], ranks: Sequence[int], rank: int, scaled: bool
+) -> tuple[Block, ...]:
+    """Of Q, K and V in the fused B. ranks: 0 for a part that is not there. rank: the fused one."""
+    ends = zip(rows, accumulate(rows), ranks, accumulate(ranks), strict=True)
+    return tuple(
+        Block(end - n_rows, n_rows, rank_end - own, own, *((rank, own) if scaled else (1, 1)))
+        for n_rows, end, own, rank_end in ends
+    )
 
 
 def known_rows(pairs: Mapping[str, Pair]) -> dict[str, int]:

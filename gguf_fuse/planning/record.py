@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from gguf_fuse.format.header import MAX_PAIRS, Header
-from gguf_fuse.format.source import GGUFError, Segment
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.planning.fusions import GATE_UP, fusion_of
 from gguf_fuse.planning.plan import (
@@ -21,6 +21,7 @@ from gguf_fuse.planning.plan import (
     Plan,
     PlannedTensor,
     Refused,
+    Status,
     untouched,
 )
 
@@ -50,13 +51,11 @@ def exists(header: Header) -> bool:
     return any(key.startswith(KEY_PREFIX) for key in header.metadata)
 
 
-def start(header: Header, fused: Sequence[str]) -> list[bytes]:
-    """The pairs that every record begins with. fused: names of tensors."""
-    order = header.byte_order
-    return [
-        encode_pair(VERSION_KEY, ValueType.UINT32, version_of(fused), order),
-        encode_pair(TENSORS_KEY, ValueType.STRING, list(fused), order),
-    ]
+def refuse_twice(header: Header, hint: str = "", layers: tuple[Layer, ...] = ()) -> None:
+    """Raises NothingToDo for a file that gguf-fuse has fused."""
+    if exists(header):
+        problem = f"nothing to fuse: gguf-fuse has fused this file already{hint}"
+        raise NothingToDo(header, problem, layers)
 
 
 def version_of(fused: Iterable[str]) -> int:
@@ -134,14 +133,19 @@ def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
     return tensors
 
 
+Pair = tuple[str, ValueType, bytes | Sequence[int]]  # an array of the record; see `encode_pair`
+
+
 def fused_plan(
     header: Header,
-    pairs: Sequence[bytes],
-    tensors: Iterable[PlannedTensor],
     layers: Sequence[Layer],
-    changed: Sequence[Layer],
+    tensors: Iterable[PlannedTensor],
+    fused: Sequence[str],
+    *pairs: Pair,
 ) -> Plan:
-    """The plan of the fused file. pairs: the record. changed: those of `layers` it fuses.
+    """The plan of the fused file: the fusable ones of the layers are fused.
+
+    fused: names of the new tensors. pairs: what the record has beside them.
 
     Raises Refused where the file would have more pairs than can be read again.
     """
@@ -150,34 +154,22 @@ def fused_plan(
             f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
             f"{MAX_PAIRS - ROOM} would"
         )
-    own: list[Segment | bytes] = [header.metadata.segment(key) for key in header.metadata]
-    taken = {layer.label for layer in changed}
-    skipped = [layer for layer in layers if layer.label not in taken]
-    return _plan(header, [*own, *pairs], tensors, changed, skipped, may_add_keys=True)
+    version, order = version_of(fused), header.byte_order
+    own = (header.metadata.segment(key) for key in header.metadata)
+    new = [
+        encode_pair(VERSION_KEY, ValueType.UINT32, version, order),
+        encode_pair(TENSORS_KEY, ValueType.STRING, fused, order),
+        *(encode_pair(*pair, order) for pair in pairs),
+    ]
+    changed = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
+    skipped = tuple(layer for layer in layers if layer.status is not Status.FUSABLE)
+    layout = header.version, order, header.alignment
+    return Plan(*layout, (*own, *new), tuple(tensors), changed, skipped, may_add_keys=True)
 
 
 def unfused_plan(header: Header, restored: Restored, changed: Sequence[Layer]) -> Plan:
     """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does."""
-    kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
-    metadata = [header.metadata.segment(key) for key in kept]
-    return _plan(header, metadata, _put_back(header, restored), changed, (), may_add_keys=False)
-
-
-def _plan(
-    header: Header,
-    metadata: Sequence[Segment | bytes],
-    tensors: Iterable[PlannedTensor],
-    changed: Sequence[Layer],
-    skipped: Sequence[Layer],
-    *,
-    may_add_keys: bool,
-) -> Plan:
-    layout = header.version, header.byte_order, header.alignment
-    layers = tuple(changed), tuple(skipped)
-    return Plan(*layout, tuple(metadata), tuple(tensors), *layers, may_add_keys)
-
-
-def refuse_twice(header: Header) -> None:
-    """Raises NothingToDo for a file that gguf-fuse has fused."""
-    if exists(header):
-        raise NothingToDo(header, "nothing to fuse: gguf-fuse has fused this file already")
+    kept = (key for key in header.metadata if not key.startswith(KEY_PREFIX))
+    metadata = tuple(header.metadata.segment(key) for key in kept)
+    layout, tensors = (header.version, header.byte_order), _put_back(header, restored)
+    return Plan(*layout, header.alignment, metadata, tensors, tuple(changed), (), False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gguf_fuse.format.header import Header
+from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
-from gguf_fuse.format.types import TYPES, is_known, row_bytes
+from gguf_fuse.format.types import TYPES, row_bytes
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import FLOATS, encode_floats
 from gguf_fuse.planning import record
@@ -97,73 +97,89 @@ def _recorded(header: Header) -> list[_Recorded]:
 
 
 def _restored(header: Header, pair: Pair, fused: _Recorded, read: Read) -> Iterator[record.Placed]:
-    _check_recorded(header, pair, fused)
-    ranks = [rank or None for rank in fused.ranks]
-    blocks = place_blocks(fused.rows, ranks, pair.rank, is_scaled(header))
-    for index, name in enumerate(QKV.parts):
-        block = blocks[index]
-        if block is None:
-            continue
-        weight = fused.name.replace(f".{QKV.fused}.", f".{name}.")
-        shapes = ((A, (pair.a.ne[0], block.rank)), (B, (block.rank, block.n_rows)))
-        for column, (end, ne) in zip((index, index + len(QKV.parts)), shapes, strict=True):
-            type_id = fused.types[column]
-            n_bytes = ne[1] * row_bytes(type_id, ne[0])
-            if fused.stored[column] != record.NOT_THERE:
-                piece: Segment | Computed = _stored(header, fused.stored[column], n_bytes)
-            else:
-                piece = _derived(header, pair, end, block, type_id, n_bytes, read)
-            yield fused.positions[column], PlannedTensor(weight + end, ne, type_id, (piece,))
-
-
-def _check_recorded(header: Header, pair: Pair, fused: _Recorded) -> None:
     if sum(fused.rows) != pair.rows or min(fused.rows) < 1:
         record.damaged(header, f"{pair.b.name!r} has {pair.rows} rows, not {listed(fused.rows)}")
     if min(fused.ranks) < 0 or not 0 < sum(fused.ranks) <= pair.rank:
         record.damaged(header, f"{pair.a.name!r} has {pair.rank}, not {listed(fused.ranks)} ranks")
-    for index, rank in enumerate(fused.ranks):
-        for column, tensor in ((index, pair.a), (index + len(QKV.parts), pair.b)):
-            type_id = fused.types[column]
-            derivable = type_id in FLOATS and tensor.type in FLOATS
-            copied = column == index and type_id == tensor.type
-            possible = derivable or copied or fused.stored[column] != record.NOT_THERE
-            if rank and not (is_known(type_id) and possible):
-                record.damaged(
-                    header, f"{record.TYPES_KEY} has {type_id} for a part of {tensor.name!r}"
-                )
-            width = pair.a.ne[0] if column == index else rank
-            if rank and width % TYPES[type_id].block:
-                record.damaged(header, f"{record.TYPES_KEY} has {type_id} for rows of {width}")
+    originals = list(_originals(pair, fused, is_scaled(header)))
+    for original in originals:
+        _check(header, original)
+    for original in originals:
+        if original.stored != record.NOT_THERE:
+            data: Segment | Computed = _stored(header, original)
+        else:
+            data = _derived(header, original, read)
+        tensor = PlannedTensor(original.name, original.ne, original.type, (data,))
+        yield original.position, tensor
 
 
-def _stored(header: Header, offset: int, n_bytes: int) -> Segment:
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """The A or B of a part, as the record has it; fused: the one that it is in."""
+
+    fused: TensorInfo
+    block: Block
+    name: str
+    ne: tuple[int, int]
+    type: int
+    position: int
+    stored: int
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are in the fused tensor: rows of A are."""
+        return self.fused.name.endswith(A) and self.type == self.fused.type
+
+    @property
+    def n_bytes(self) -> int:
+        return self.ne[1] * row_bytes(self.type, self.ne[0])
+
+
+def _originals(pair: Pair, fused: _Recorded, scaled: bool) -> Iterator[_Original]:
+    """A and B of each part that was there."""
+    blocks = place_blocks(fused.rows, fused.ranks, pair.rank, scaled)
+    facts = list(zip(fused.types, fused.positions, fused.stored, strict=True))
+    parts = zip(QKV.parts, blocks, facts[:3], facts[3:], strict=True)
+    for name, block, of_a, of_b in parts:
+        weight = fused.name.replace(f".{QKV.fused}.", f".{name}.")
+        if block.rank:
+            yield _Original(pair.a, block, weight + A, (pair.a.ne[0], block.rank), *of_a)
+            yield _Original(pair.b, block, weight + B, (block.rank, block.n_rows), *of_b)
+
+
+def _check(header: Header, original: _Original) -> None:
+    fused, of_type = original.fused, f"{record.TYPES_KEY} has {original.type}"
+    derivable = original.copied or (original.type in FLOATS and fused.type in FLOATS)
+    possible = derivable or original.stored != record.NOT_THERE
+    if original.type not in TYPES or not possible:
+        record.damaged(header, f"{of_type} for a part of {fused.name!r}")
+    if original.ne[0] % TYPES[original.type].block:
+        record.damaged(header, f"{of_type} for rows of {original.ne[0]}")
+
+
+def _stored(header: Header, original: _Original) -> Segment:
     """A range of the metadata: an array of bytes ends its pair."""
-    head = (
-        header.metadata.array_head(record.ORIGINALS_KEY)
-        if record.ORIGINALS_KEY in header.metadata
-        else None
-    )
-    if head is None or head[0] != ValueType.UINT8 or not 0 <= offset <= head[1] - n_bytes:
-        record.damaged(
-            header, f"{record.ORIGINALS_KEY} does not hold bytes {offset} to {offset + n_bytes}"
-        )
-    pair = header.metadata.segment(record.ORIGINALS_KEY)
-    return pair.part(pair.n_bytes - head[1] + offset, n_bytes)
+    key, metadata, start = record.ORIGINALS_KEY, header.metadata, original.stored
+    head = metadata.array_head(key) if key in metadata else None
+    if head is None or head[0] != ValueType.UINT8 or not 0 <= start <= head[1] - original.n_bytes:
+        end = start + original.n_bytes
+        record.damaged(header, f"{key} does not hold bytes {start} to {end}")
+    pair = metadata.segment(key)
+    return pair.part(pair.n_bytes - head[1] + start, original.n_bytes)
 
 
-def _derived(
-    header: Header, pair: Pair, end: str, block: Block, type_id: int, n_bytes: int, read: Read
-) -> Segment | Computed:
-    if end == A and type_id == pair.a.type:
-        above = block.first_rank * row_bytes(type_id, pair.a.ne[0])  # rows of the parts before
-        return pair.a.data.part(above, n_bytes)
+def _derived(header: Header, original: _Original, read: Read) -> Segment | Computed:
+    fused, block = original.fused, original.block
+    if original.copied:
+        above = block.first_rank * row_bytes(fused.type, fused.ne[0])  # rows of the parts before
+        return fused.data.part(above, original.n_bytes)
 
     def make() -> bytes:
-        if end == A:
-            values = decoded(header, pair.a, read(pair.a))
+        values = decoded(header, fused, read(fused))
+        if fused.name.endswith(A):
             values = values[block.first_rank : block.first_rank + block.rank]
         else:
-            values = block.unscaled(block.of(decoded(header, pair.b, read(pair.b))))
-        return encode_floats(values, type_id, header.byte_order)
+            values = block.unscaled(block.of(values))
+        return encode_floats(values, original.type, header.byte_order)
 
-    return Computed(n_bytes, make)
+    return Computed(original.n_bytes, make)
