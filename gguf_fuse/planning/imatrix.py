@@ -122,13 +122,12 @@ def _decide(header: Header, layer: str, read: Read, rows: Rows | None) -> Layer:
 
 def _recorded_splits(header: Header) -> list[Split]:
     names = record.names(header)
-    positions = record.array(header, POSITIONS_KEY, int, len(QKV.parts) * len(names))
-    if len(set(positions)) < len(positions):
+    triples = record.groups(header, POSITIONS_KEY, len(names), len(QKV.parts))
+    if len({place for triple in triples for place in triple}) < len(QKV.parts) * len(names):
         record.damaged(header, f"{POSITIONS_KEY} has a number twice")
     for name in names:
         if name not in header.by_name or not name.endswith(_FUSED_ENDS):
             record.damaged(header, f"{name!r} is recorded, which the file does not have")
-    triples = zip(positions[0::3], positions[1::3], positions[2::3], strict=True)
     return [
         Split(header.by_name[name], QKV, positions=places)
         for name, places in zip(names, triples, strict=True)

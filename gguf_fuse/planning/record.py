@@ -88,14 +88,20 @@ def require_distinct(header: Header, fused: Sequence[str]) -> None:
         damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
 
 
-def array(header: Header, key: str, element: type, length: int | None = None) -> list[Any]:
+def array(header: Header, key: str, element: type) -> list[Any]:
     """An array of the record. Raises GGUFError if it is not there or does not fit."""
     values = header.metadata.get(key)
     if not isinstance(values, list) or not all(type(value) is element for value in values):
         damaged(header, f"{key} is missing or of the wrong type")
-    if length is not None and len(values) != length:
-        damaged(header, f"{key} has {len(values)} numbers, not {length}")
     return values
+
+
+def groups(header: Header, key: str, n: int, each: int) -> list[tuple[int, ...]]:
+    """Of an array of numbers, those of each of the n fused tensors. Raises as `array` does."""
+    values = array(header, key, int)
+    if len(values) != n * each:
+        damaged(header, f"{key} has {len(values)} numbers, not {n * each}")
+    return [tuple(values[at : at + each]) for at in range(0, len(values), each)]
 
 
 def damaged(header: Header, problem: str) -> NoReturn:

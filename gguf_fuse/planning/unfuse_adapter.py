@@ -60,18 +60,12 @@ def unfuse(header: Header, read: Read) -> Plan:
         if fused.name not in pairs:
             record.damaged(header, f"{fused.name!r} is recorded, which the adapter does not have")
     restored: dict[str, list[record.Placed]] = {}
+    changed = []
     for fused in recorded:
-        restored[fused.name + A] = list(_restored(header, pairs[fused.name], fused, read))
-        restored[fused.name + B] = []
-    changed = [
-        Layer(
-            fused.name.removesuffix(f".{QKV.fused}.weight"),
-            Status.FUSED,
-            (pairs[fused.name].types,),
-            fused.rows,
-        )
-        for fused in recorded
-    ]
+        pair, layer = pairs[fused.name], fused.name.removesuffix(f".{QKV.fused}.weight")
+        restored[pair.a.name] = list(_restored(header, pair, fused, read))
+        restored[pair.b.name] = []
+        changed.append(Layer(layer, Status.FUSED, (pair.types,), fused.rows))
     return record.unfused_plan(header, restored, changed)
 
 
@@ -80,20 +74,11 @@ def _recorded(header: Header) -> list[_Recorded]:
     for name in names:
         if not name.endswith(f".{QKV.fused}.weight"):
             record.damaged(header, f"{name!r} is recorded, which is no {QKV.fused}")
-
-    def numbers(key: str, each: int) -> Iterator[tuple[int, ...]]:
-        values = record.array(header, key, int, each * len(names))
-        return (tuple(values[at : at + each]) for at in range(0, len(values), each))
-
-    columns = (
-        (record.ROWS_KEY, 3),
-        (record.RANKS_KEY, 3),
-        (record.TYPES_KEY, 6),
-        (record.POSITIONS_KEY, 6),
-        (record.STORED_KEY, 6),
-    )
-    found = [numbers(key, each) for key, each in columns]
-    return [_Recorded(*row) for row in zip(names, *found, strict=True)]
+    columns = [
+        *(record.groups(header, key, len(names), 3) for key in (record.ROWS_KEY, record.RANKS_KEY)),
+        *(record.groups(header, key, len(names), 6) for key in record.TENSOR_KEYS),
+    ]
+    return [_Recorded(*row) for row in zip(names, *columns, strict=True)]
 
 
 def _restored(header: Header, pair: Pair, fused: _Recorded, read: Read) -> Iterator[record.Placed]:
@@ -105,10 +90,7 @@ def _restored(header: Header, pair: Pair, fused: _Recorded, read: Read) -> Itera
     for original in originals:
         _check(header, original)
     for original in originals:
-        if original.stored != record.NOT_THERE:
-            data: Segment | Computed = _stored(header, original)
-        else:
-            data = _derived(header, original, read)
+        data = _data(header, original, read)
         tensor = PlannedTensor(original.name, original.ne, original.type, (data,))
         yield original.position, tensor
 
@@ -139,8 +121,7 @@ def _originals(pair: Pair, fused: _Recorded, scaled: bool) -> Iterator[_Original
     """A and B of each part that was there."""
     blocks = place_blocks(fused.rows, fused.ranks, pair.rank, scaled)
     facts = list(zip(fused.types, fused.positions, fused.stored, strict=True))
-    parts = zip(QKV.parts, blocks, facts[:3], facts[3:], strict=True)
-    for name, block, of_a, of_b in parts:
+    for name, block, of_a, of_b in zip(QKV.parts, blocks, facts[:3], facts[3:], strict=True):
         weight = fused.name.replace(f".{QKV.fused}.", f".{name}.")
         if block.rank:
             yield _Original(pair.a, block, weight + A, (pair.a.ne[0], block.rank), *of_a)
@@ -168,8 +149,10 @@ def _stored(header: Header, original: _Original) -> Segment:
     return pair.part(pair.n_bytes - head[1] + start, original.n_bytes)
 
 
-def _derived(header: Header, original: _Original, read: Read) -> Segment | Computed:
+def _data(header: Header, original: _Original, read: Read) -> Segment | Computed:
     fused, block = original.fused, original.block
+    if original.stored != record.NOT_THERE:
+        return _stored(header, original)
     if original.copied:
         above = block.first_rank * row_bytes(fused.type, fused.ne[0])  # rows of the parts before
         return fused.data.part(above, original.n_bytes)
