@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
@@ -15,25 +16,9 @@ from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import F32, TYPES, blocked, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer
-from gguf_fuse.planning import record
+from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
-from gguf_fuse.planning.plan import (
-    KEPT_SEPARATE,
-    Join,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Status,
-    listed,
-    summary,
-    untouched,
-)
-
-# -- what a file holds --------------------------------------------------------------------------
 
 
 def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
@@ -51,11 +36,11 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
 
 def examine(
     header: Header,
-    read: Read,
+    read: plan.Read,
     *,
     fusions: Sequence[Fusion] = (QKV,),
     any_architecture: bool = False,
-) -> tuple[Layer, ...]:
+) -> tuple[plan.Layer, ...]:
     """Every layer of the file that has parts of these fusions, and whether it can be fused.
 
     In the order of the fusions, then of the layers. read: for scales, which must be equal.
@@ -69,14 +54,14 @@ def examine(
     return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
 
 
-def obey_loader(header: Header, layer: Layer, any_architecture: bool) -> Layer:
+def obey_loader(header: Header, layer: plan.Layer, any_architecture: bool) -> plan.Layer:
     """The layer, left separate where its loader would not read it fused."""
     row = loader_of(header, layer.name)
     loader = row.reads(layer.fusion).loader
-    if any_architecture or loader is Loader.READS_FUSED or layer.status is Status.FUSED:
+    if any_architecture or loader is Loader.READS_FUSED or layer.status is plan.Status.FUSED:
         return layer
     reason = f"llama.cpp's loader for {row.name} {loader.phrase(layer.fusion.words)}"
-    return replace(layer, status=Status.SEPARATE, reason=reason, joins=())
+    return replace(layer, status=plan.Status.SEPARATE, reason=reason, joins=())
 
 
 def _siblings(header: Header, fusion: Fusion) -> dict[str, list[str]]:
@@ -98,7 +83,7 @@ class _Candidate:
     fusion: Fusion
     row: Architecture
     siblings: Sequence[str]
-    read: Read
+    read: plan.Read
 
     def tensor(self, name: str) -> TensorInfo | None:
         return self.header.by_name.get(f"{self.layer}.{name}")
@@ -108,35 +93,30 @@ class _Candidate:
         return self.row.reads(self.fusion)
 
 
-def _decide(one: _Candidate) -> Layer:
+def _decide(one: _Candidate) -> plan.Layer:
     fusion, fused = one.fusion, one.tensor(f"{one.fusion.fused}.weight")
     weights = {f"{part}.weight": one.tensor(f"{part}.weight") for part in fusion.parts}
     found = [weight for weight in weights.values() if weight is not None]
-    status = Status.FUSED if fused is not None and not found else Status.FUSABLE
     shown = [fused] if fused is not None and not found else found
-    layer = Layer(
-        one.layer,
-        status,
-        types=tuple(type_name(weight.type) for weight in shown),
-        rows=tuple(fusion.rows(weight.ne) for weight in shown if weight.ne),
-        fusion=fusion,
-    )
-    if status is Status.FUSED:
-        return layer
+    types = tuple(type_name(weight.type) for weight in shown)
+    rows = tuple(fusion.rows(weight.ne) for weight in shown if weight.ne)
+    layer = partial(plan.Layer, one.layer, types=types, rows=rows, fusion=fusion)
+    if not found:
+        return layer(plan.Status.FUSED)
     missing = [name for name, weight in weights.items() if weight is None]
     if missing:
-        return replace(layer, status=Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
+        return layer(plan.Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
     joins, why_not = _joins(one)
-    why_not = why_not or _unequal_rows(one, layer.rows) or _in_the_way(one)
-    why_not = why_not or _norms_in_the_way(one, layer.rows)
+    why_not = why_not or _unequal_rows(one, rows) or _in_the_way(one)
+    why_not = why_not or _norms_in_the_way(one, rows)
     if why_not:
-        return replace(layer, status=Status.MISMATCH, reason=why_not)
-    return replace(layer, joins=tuple(joins))
+        return layer(plan.Status.MISMATCH, reason=why_not)
+    return layer(plan.Status.FUSABLE, joins=tuple(joins))
 
 
-def _joins(one: _Candidate) -> tuple[list[Join], str | None]:
+def _joins(one: _Candidate) -> tuple[list[plan.Join], str | None]:
     """What to join, or the reason why not. A suffix that no part has is not joined."""
-    fusion, joins = one.fusion, list[Join]()
+    fusion, joins = one.fusion, list[plan.Join]()
     for suffix in SUFFIXES:
         found = {f"{part}.{suffix}": one.tensor(f"{part}.{suffix}") for part in fusion.parts}
         parts = tuple(part for part in found.values() if part is not None)
@@ -153,7 +133,7 @@ def _joins(one: _Candidate) -> tuple[list[Join], str | None]:
             return [], reason
         if not shared:
             ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
-        joins.append(Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
+        joins.append(plan.Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
     return joins, None
 
 
@@ -168,19 +148,19 @@ def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> s
     if parts[0].type not in TYPES:
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
-        return f"row lengths differ: {listed(part.ne[0] for part in parts)}"
+        return f"row lengths differ: {plan.listed(part.ne[0] for part in parts)}"
     if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
     return fusion.too_many(parts[0].ne)
 
 
-def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: Join) -> str | None:
+def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: plan.Join) -> str | None:
     """Why biases do not fit the weights they belong to."""
     if blocked(parts[0].type):
         return f"biases of {type_name(parts[0].type)} come in blocks"
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != weight.rows:
-        return f"biases of {listed(lengths)} elements for {listed(weight.rows)} rows"
+        return f"biases of {plan.listed(lengths)} elements for {plan.listed(weight.rows)} rows"
     if one.fusion.n_slices(parts[0].ne) != one.fusion.n_slices(weight.ne):
         return f"biases of {parts[0].ne[-1]} experts for {weight.ne[-1]}"
     if not one.reads.biases:
@@ -218,7 +198,10 @@ def _in_the_way(one: _Candidate) -> str | None:
 def _unequal_rows(one: _Candidate, rows: Sequence[int]) -> str | None:
     if one.fusion is not QKV or not one.row.equal_rows or len(set(rows)) == 1:
         return None
-    return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
+    return (
+        f"rows differ ({plan.listed(rows)}); the encoder's loader splits {QKV.fused} into equal "
+        "parts"
+    )
 
 
 def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
@@ -243,8 +226,8 @@ def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
     for name, norm in norms.items():
         if norm.ne[:1] != (n_dim,):
             return (
-                f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
-                f"loader wants beside {QKV.fused}"
+                f"{name} has {plan.listed(norm.ne)} elements, not one head's {n_dim}, as the "
+                f"encoder's loader wants beside {QKV.fused}"
             )
     if list(norms) == ["attn_k_norm"]:
         return (
@@ -254,16 +237,13 @@ def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
     return None
 
 
-# -- fuse ---------------------------------------------------------------------------------------
-
-
 def fuse(
     header: Header,
-    read: Read,
+    read: plan.Read,
     *,
     fusions: Sequence[Fusion] = (QKV,),
     any_architecture: bool = False,
-) -> Plan:
+) -> plan.Plan:
     """The plan of the file with these fusions made. read: as for `examine`.
 
     Raises Refused where the result would not load (`any_architecture` overrides what the table of
@@ -281,23 +261,23 @@ def fuse(
 def require_model(header: Header) -> None:
     """Raises Refused for GGUF files that are no models: adapters and importance matrices."""
     if not header.is_model:
-        raise Refused(
+        raise plan.Refused(
             f"{header.path}: general.type is {header.metadata['general.type']!r}: this is no "
             "model; --base wants the model that the adapter or importance matrix is for"
         )
 
 
-def require_fusable(header: Header, layers: tuple[Layer, ...], nothing: str) -> None:
+def require_fusable(header: Header, layers: tuple[plan.Layer, ...], nothing: str) -> None:
     """Raises where no layer can be fused: Refused if for llama.cpp's loader, else NothingToDo.
 
     nothing: what to say where there are no layers.
     """
-    if any(layer.status is Status.FUSABLE for layer in layers):
+    if any(layer.status is plan.Status.FUSABLE for layer in layers):
         return
     for layer in layers:
-        if layer.status is Status.SEPARATE and layer.reason != KEPT_SEPARATE:
+        if layer.status is plan.Status.SEPARATE and layer.reason != plan.KEPT_SEPARATE:
             refuse_loader(header, loader_of(header, layer.name), layer.fusion)
-    raise NothingToDo(header, f"nothing to fuse: {summary(layers) or nothing}", layers)
+    raise plan.NothingToDo(header, f"nothing to fuse: {plan.summary(layers) or nothing}", layers)
 
 
 def _no_parts(fusion: Fusion) -> str:
@@ -308,13 +288,13 @@ def _no_parts(fusion: Fusion) -> str:
 
 def refuse_loader(header: Header, row: Architecture, fusion: Fusion) -> NoReturn:
     loader = row.reads(fusion).loader.phrase(fusion.words)
-    raise Refused(
+    raise plan.Refused(
         f"{header.path}: architecture {row.name!r}: llama.cpp's loader {loader}, so the "
         "new file would not load; --any-architecture writes it all the same"
     )
 
 
-def joined_plan(header: Header, layers: Sequence[Layer], *pairs: record.Pair) -> Plan:
+def joined_plan(header: Header, layers: Sequence[plan.Layer], *pairs: record.Pair) -> plan.Plan:
     """The plan with the joins of the layers made. pairs: of the record, beside the positions."""
     joins = [join for layer in layers for join in layer.joins]
     places = [header.position[part.name] for join in joins for part in join.parts]
@@ -323,19 +303,19 @@ def joined_plan(header: Header, layers: Sequence[Layer], *pairs: record.Pair) ->
     return record.fused_plan(header, layers, tensors, names, *pairs, own)
 
 
-def _joined_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
+def _joined_tensors(header: Header, joins: Sequence[plan.Join]) -> Iterator[plan.PlannedTensor]:
     """The file's tensors in order; each joined one where its first part stood."""
     stands_for = {join.parts[0].name: join for join in joins}
     absorbed = {part.name for join in joins for part in join.parts[1:]}
     for tensor in header.tensors:
         join = stands_for.get(tensor.name)
         if join is not None:
-            yield PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
+            yield plan.PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
         elif tensor.name not in absorbed:
-            yield untouched(tensor)
+            yield plan.untouched(tensor)
 
 
-def _joined(join: Join) -> tuple[Segment, ...]:
+def _joined(join: plan.Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
         return (join.parts[0].data,)

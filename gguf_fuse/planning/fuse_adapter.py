@@ -21,53 +21,30 @@ from gguf_fuse.format.types import F32, row_bytes
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import FLOATS, decode_floats, encode_floats
 from gguf_fuse.models.names import layer_order
-from gguf_fuse.planning import lora, record
+from gguf_fuse.planning import lora, plan, record
 from gguf_fuse.planning.fuse import obey_loader, require_fusable
 from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.lora import A, B, Block, Pair, decoded
-from gguf_fuse.planning.plan import (
-    KEPT_SEPARATE,
-    Computed,
-    Layer,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Rows,
-    Status,
-    listed,
-    summary,
-    untouched,
-)
 
 
 @dataclass(frozen=True, slots=True)
 class _FusedLayer:
-    """One layer to fuse. pairs: of Q, K and V; None where the adapter has none. a, b: the new pair.
+    """One layer to fuse.
 
-    stored: names of the parts that the record must hold whole.
+    parts: A of Q, K and V, then B of Q, K and V; None where the adapter has none. a, b: the new
+    pair. stored: names of the parts that the record must hold whole.
     """
 
-    pairs: tuple[Pair | None, ...]
+    parts: tuple[TensorInfo | None, ...]
     rows: tuple[int, ...]
-    a: PlannedTensor
-    b: PlannedTensor
+    a: plan.PlannedTensor
+    b: plan.PlannedTensor
     stored: set[str]
-
-    @property
-    def parts(self) -> tuple[TensorInfo | None, ...]:
-        """A of Q, K and V, then B of Q, K and V."""
-        a = (pair.a if pair else None for pair in self.pairs)
-        b = (pair.b if pair else None for pair in self.pairs)
-        return (*a, *b)
-
-
-# -- what an adapter holds ----------------------------------------------------------------------
 
 
 def examine(
-    header: Header, *, rows: Rows | None = None, any_architecture: bool = False
-) -> tuple[Layer, ...]:
+    header: Header, *, rows: plan.Rows | None = None, any_architecture: bool = False
+) -> tuple[plan.Layer, ...]:
     """Every layer whose Q, K, V or fused weight the adapter changes, in order.
 
     rows: of Q, K and V in the layers that the base has fused, as `unfuse.base_rows` gives them;
@@ -77,56 +54,56 @@ def examine(
     """
     adapter_type = header.metadata.get("adapter.type")
     if adapter_type != "lora":
-        raise Refused(
+        raise plan.Refused(
             f"{header.path}: adapter.type is {adapter_type!r}: only LoRA adapters can be fused"
         )
     pairs = lora.read_pairs(header)
     known = lora.known_rows(pairs)
+    base = {name: dict(zip(QKV.parts, own, strict=True)) for name, own in (rows or {}).items()}
     names = {match[1] for name in pairs if (match := lora.WEIGHT.fullmatch(name))}
-    layers = (_decide(header, name, pairs, rows, known) for name in sorted(names, key=layer_order))
+    layers = [
+        _decide(header, name, pairs, known if rows is None else base.get(name))
+        for name in sorted(names, key=layer_order)
+    ]
     return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
 
 
 def _decide(
-    header: Header,
-    layer: str,
-    pairs: Mapping[str, Pair],
-    base: Rows | None,
-    known: Mapping[str, int],
-) -> Layer:
-    fused = pairs.get(f"{layer}.{QKV.fused}.weight")
-    parts = {part: pairs.get(f"{layer}.{part}.weight") for part in QKV.parts}
-    found = [pair for pair in parts.values() if pair is not None]
+    header: Header, name: str, pairs: Mapping[str, Pair], known: Mapping[str, int] | None
+) -> plan.Layer:
+    """known: rows of Q, K and V, as far as they are; None: the base has the layer separate."""
+    fused = pairs.get(f"{name}.{QKV.fused}.weight")
+    found = {part: pair for part in QKV.parts if (pair := pairs.get(f"{name}.{part}.weight"))}
     if fused is not None and not found:
-        return Layer(layer, Status.FUSED, (fused.types,), (fused.rows,))
-    types, rows = tuple(pair.types for pair in found), tuple(pair.rows for pair in found)
+        return plan.Layer(name, plan.Status.FUSED, (fused.types,), (fused.rows,))
+    own = {part: pair.rows for part, pair in found.items()}
+    types, rows = tuple(pair.types for pair in found.values()), tuple(own.values())
     if fused is not None:
-        return Layer(layer, Status.MISMATCH, types, rows, f"{QKV.fused} is there already")
-    lengths = [pair.a.ne[0] for pair in found]
+        return plan.Layer(name, plan.Status.MISMATCH, types, rows, f"{QKV.fused} is there already")
+    lengths = [pair.a.ne[0] for pair in found.values()]
     if len(set(lengths)) > 1:
-        raise GGUFError(f"{header.path}: {layer}: row lengths differ: {listed(lengths)}")
-    if base is not None and layer not in base:
-        return Layer(layer, Status.SEPARATE, types, rows, KEPT_SEPARATE)
-    expected = dict(zip(QKV.parts, base[layer], strict=True)) if base else known
-    for part, pair in parts.items():
-        if pair is not None and base and pair.rows != expected[part]:
-            raise GGUFError(
-                f"{header.path}: {layer}.{part} has {pair.rows} rows, {expected[part]} in the base"
-            )
-    unknown = [part for part, pair in parts.items() if not pair and part not in expected]
+        raise GGUFError(f"{header.path}: {name}: row lengths differ: {plan.listed(lengths)}")
+    if known is None:
+        return plan.Layer(name, plan.Status.SEPARATE, types, rows, plan.KEPT_SEPARATE)
+    for part, n in own.items():
+        wanted = known.get(part, n)
+        if n != wanted:
+            raise GGUFError(f"{header.path}: {name}.{part} has {n} rows, {wanted} in the base")
+    unknown = [part for part in QKV.parts if part not in {*known, *own}]
     if unknown:
         reason = f"the adapter does not tell how many rows {' and '.join(unknown)} has"
-        return Layer(layer, Status.INCOMPLETE, types, rows, reason)
-    whole = tuple(pair.rows if pair else expected[part] for part, pair in parts.items())
-    return Layer(layer, Status.FUSABLE, types, whole)
-
-
-# -- fuse ---------------------------------------------------------------------------------------
+        return plan.Layer(name, plan.Status.INCOMPLETE, types, rows, reason)
+    rows = tuple(own.get(part) or known[part] for part in QKV.parts)
+    return plan.Layer(name, plan.Status.FUSABLE, types, rows)
 
 
 def fuse(
-    header: Header, read: Read, *, rows: Rows | None = None, any_architecture: bool = False
-) -> Plan:
+    header: Header,
+    read: plan.Read,
+    *,
+    rows: plan.Rows | None = None,
+    any_architecture: bool = False,
+) -> plan.Plan:
     """The plan of the adapter for the fused base.
 
     read: the data of a tensor. rows: as for `examine`.
@@ -136,31 +113,28 @@ def fuse(
     """
     record.refuse_twice(header)
     layers = examine(header, rows=rows, any_architecture=any_architecture)
-    unknown = [layer for layer in layers if layer.status is Status.INCOMPLETE]
-    if unknown:
-        raise Refused(f"{header.path}: {summary(unknown)}; --base MODEL.gguf tells")
+    plan.refuse_any(header, layers, plan.Status.INCOMPLETE, "; --base MODEL.gguf tells")
     require_fusable(header, layers, "the adapter changes no attn_q, attn_k or attn_v")
-    pairs = lora.read_pairs(header)
-    fusable = (layer for layer in layers if layer.status is Status.FUSABLE)
-    fused = [_fused_layer(header, layer, pairs, read) for layer in fusable]
+    fusable = (layer for layer in layers if layer.status is plan.Status.FUSABLE)
+    fused = [_fused_layer(header, layer, read) for layer in fusable]
     names, arrays = [made.b.name.removesuffix(B) for made in fused], _record(header, fused, read)
     return record.fused_plan(header, layers, _fused_tensors(header, fused), names, *arrays)
 
 
-def _fused_layer(
-    header: Header, layer: Layer, pairs: Mapping[str, Pair], read: Read
-) -> _FusedLayer:
-    parts = tuple(pairs.get(f"{layer.name}.{part}.weight") for part in QKV.parts)
-    found = [pair for pair in parts if pair is not None]
-    ranks, scaled = [pair.rank for pair in found], lora.is_scaled(header)
+def _fused_layer(header: Header, layer: plan.Layer, read: plan.Read) -> _FusedLayer:
+    a_parts, b_parts = (
+        [header.by_name.get(f"{layer.name}.{part}.weight{end}") for part in QKV.parts]
+        for end in (A, B)
+    )
+    own_ranks = [part.ne[1] if part else 0 for part in a_parts]
+    ranks, scaled = [rank for rank in own_ranks if rank], lora.is_scaled(header)
     rank = lora.fused_rank(ranks) if scaled else sum(ranks)
-    own_ranks = [pair.rank if pair else 0 for pair in parts]
     blocks = lora.place_blocks(layer.rows, own_ranks, rank, scaled)
-    placed = [(pair.b, block) for pair, block in zip(parts, blocks, strict=True) if pair]
+    placed = [(part, block) for part, block in zip(b_parts, blocks, strict=True) if part]
     name = f"{layer.name}.{QKV.fused}.weight"
     b, b_stored = _fused_b(header, name + B, placed, (rank, sum(layer.rows)), read)
-    a, a_stored = _fused_a(header, name + A, [pair.a for pair in found], rank, read)
-    return _FusedLayer(parts, layer.rows, a, b, a_stored | b_stored)
+    a, a_stored = _fused_a(header, name + A, [part for part in a_parts if part], rank, read)
+    return _FusedLayer((*a_parts, *b_parts), layer.rows, a, b, a_stored | b_stored)
 
 
 def _common_type(parts: Iterable[TensorInfo]) -> int:
@@ -169,30 +143,30 @@ def _common_type(parts: Iterable[TensorInfo]) -> int:
 
 
 def _fused_a(
-    header: Header, name: str, parts: Sequence[TensorInfo], rank: int, read: Read
-) -> tuple[PlannedTensor, set[str]]:
+    header: Header, name: str, parts: Sequence[TensorInfo], rank: int, read: plan.Read
+) -> tuple[plan.PlannedTensor, set[str]]:
     """Q's rows, K's, V's, then zeros up to the rank: copied, unless the types differ.
 
     And the names of the parts whose original must be recorded.
     """
     width, type_id = parts[0].ne[0], _common_type(parts)
     row, stored = row_bytes(type_id, width), set()
-    pieces: list[Segment | Computed] = []
+    pieces: list[Segment | plan.Computed] = []
     for part in parts:
         if part.type == type_id:
             pieces.append(part.data)
             continue
         make = partial(_converted, header, part, type_id, read)
-        pieces.append(Computed(part.ne[1] * row, make))
+        pieces.append(plan.Computed(part.ne[1] * row, make))
         if part.type not in FLOATS or not _held(header, part, type_id, read)[1]:
             stored.add(part.name)
     n_zeros = (rank - sum(part.ne[1] for part in parts)) * row
     if n_zeros:
-        pieces.append(Computed(n_zeros, partial(bytes, n_zeros)))
-    return PlannedTensor(name, (width, rank), type_id, tuple(pieces)), stored
+        pieces.append(plan.Computed(n_zeros, partial(bytes, n_zeros)))
+    return plan.PlannedTensor(name, (width, rank), type_id, tuple(pieces)), stored
 
 
-def _converted(header: Header, tensor: TensorInfo, type_id: int, read: Read) -> bytes:
+def _converted(header: Header, tensor: TensorInfo, type_id: int, read: plan.Read) -> bytes:
     return encode_floats(decoded(header, tensor, read(tensor)), type_id, header.byte_order)
 
 
@@ -201,8 +175,8 @@ def _fused_b(
     name: str,
     parts: Sequence[tuple[TensorInfo, Block]],
     ne: tuple[int, int],
-    read: Read,
-) -> tuple[PlannedTensor, set[str]]:
+    read: plan.Read,
+) -> tuple[plan.PlannedTensor, set[str]]:
     """Blocks on the diagonal; and the names of the parts whose original must be recorded."""
     type_id, stored = _choose_b(header, parts, read)
 
@@ -212,12 +186,12 @@ def _fused_b(
             block.of(b)[:] = block.scaled(decoded(header, tensor, read(tensor)))
         return encode_floats(b, type_id, header.byte_order)
 
-    data = Computed(ne[1] * row_bytes(type_id, ne[0]), make)
-    return PlannedTensor(name, ne, type_id, (data,)), stored
+    data = plan.Computed(ne[1] * row_bytes(type_id, ne[0]), make)
+    return plan.PlannedTensor(name, ne, type_id, (data,)), stored
 
 
 def _choose_b(
-    header: Header, parts: Sequence[tuple[TensorInfo, Block]], read: Read
+    header: Header, parts: Sequence[tuple[TensorInfo, Block]], read: plan.Read
 ) -> tuple[int, set[str]]:
     """The type of the fused B, and the names of the parts whose original must be recorded."""
     for type_id in dict.fromkeys((_common_type(part for part, _ in parts), F32)):
@@ -231,11 +205,11 @@ def _choose_b(
         else:
             return type_id, stored
     factor = f"{block.numerator}/{block.denominator}"
-    raise Refused(f"{header.path}: {part.name!r}: times {factor} overflows float32")
+    raise plan.Refused(f"{header.path}: {part.name!r}: times {factor} overflows float32")
 
 
 def _held(
-    header: Header, part: TensorInfo, type_id: int, read: Read, block: Block | None = None
+    header: Header, part: TensorInfo, type_id: int, read: plan.Read, block: Block | None = None
 ) -> tuple[bool, bool]:
     """Whether a part, multiplied as its block says, fits the type, and the way back is exact.
 
@@ -256,8 +230,8 @@ def _held(
     return fits, part.type in FLOATS and encode_floats(back, part.type, order) == data
 
 
-def _fused_tensors(header: Header, fused: Sequence[_FusedLayer]) -> Iterator[PlannedTensor]:
-    planned: dict[str, PlannedTensor | None] = {}
+def _fused_tensors(header: Header, fused: Sequence[_FusedLayer]) -> Iterator[plan.PlannedTensor]:
+    planned: dict[str, plan.PlannedTensor | None] = {}
     for made in fused:
         parts = [part for part in made.parts if part is not None]
         planned.update({part.name: None for part in parts})
@@ -265,12 +239,12 @@ def _fused_tensors(header: Header, fused: Sequence[_FusedLayer]) -> Iterator[Pla
         planned[parts[len(parts) // 2].name] = made.b
     for tensor in header.tensors:
         if tensor.name not in planned:
-            yield untouched(tensor)
+            yield plan.untouched(tensor)
         elif (new := planned[tensor.name]) is not None:
             yield new
 
 
-def _record(header: Header, fused: Sequence[_FusedLayer], read: Read) -> Iterator[record.Pair]:
+def _record(header: Header, fused: Sequence[_FusedLayer], read: plan.Read) -> Iterator[record.Pair]:
     types, positions, stored, originals = [], [], [], bytearray()
     for made in fused:
         for part in made.parts:
@@ -280,7 +254,7 @@ def _record(header: Header, fused: Sequence[_FusedLayer], read: Read) -> Iterato
             stored.append(len(originals) if whole else record.NOT_THERE)
             originals += whole
     yield record.ROWS_KEY, ValueType.UINT64, [n for made in fused for n in made.rows]
-    ranks = [pair.rank if pair else 0 for made in fused for pair in made.pairs]
+    ranks = [a.ne[1] if a else 0 for made in fused for a in made.parts[: len(QKV.parts)]]
     yield record.RANKS_KEY, ValueType.UINT64, ranks
     yield record.TYPES_KEY, ValueType.INT64, types
     yield record.POSITIONS_KEY, ValueType.INT64, positions

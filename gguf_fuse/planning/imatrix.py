@@ -17,17 +17,7 @@ from gguf_fuse.models.names import attention_layers
 from gguf_fuse.planning import record
 from gguf_fuse.planning.fuse import joined_plan, require_fusable
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.plan import (
-    KEPT_SEPARATE,
-    Join,
-    Layer,
-    Plan,
-    Read,
-    Refused,
-    Rows,
-    Status,
-    summary,
-)
+from gguf_fuse.planning.plan import KEPT_SEPARATE, Join, Layer, Plan, Read, Rows, Status, refuse_any
 from gguf_fuse.planning.record import POSITIONS_KEY
 from gguf_fuse.planning.unfuse import Split, split_plan
 
@@ -56,9 +46,7 @@ def fuse(header: Header, read: Read, *, rows: Rows | None = None) -> Plan:
     """
     record.refuse_twice(header)
     layers = examine(header, read, rows=rows)
-    unequal = [layer for layer in layers if layer.status is Status.MISMATCH]
-    if unequal:
-        raise Refused(f"{header.path}: {summary(unequal)}")
+    refuse_any(header, layers, Status.MISMATCH)
     require_fusable(header, layers, "no entry of attn_q, attn_k or attn_v")
     return joined_plan(header, layers)
 

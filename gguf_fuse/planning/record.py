@@ -13,21 +13,13 @@ from typing import Any, NoReturn
 from gguf_fuse.format.header import MAX_PAIRS, Header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.planning import plan
 from gguf_fuse.planning.fusions import GATE_UP, fusion_of
-from gguf_fuse.planning.plan import (
-    KEY_PREFIX,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Refused,
-    Status,
-    untouched,
-)
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
 RECORD_VERSIONS = (1, 2)
 
+KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 VERSION_KEY = KEY_PREFIX + "version"
 TENSORS_KEY = KEY_PREFIX + "tensors"
 ROWS_KEY = KEY_PREFIX + "rows"
@@ -51,11 +43,11 @@ def exists(header: Header) -> bool:
     return any(key.startswith(KEY_PREFIX) for key in header.metadata)
 
 
-def refuse_twice(header: Header, hint: str = "", layers: tuple[Layer, ...] = ()) -> None:
+def refuse_twice(header: Header, hint: str = "", layers: tuple[plan.Layer, ...] = ()) -> None:
     """Raises NothingToDo for a file that gguf-fuse has fused."""
     if exists(header):
         problem = f"nothing to fuse: gguf-fuse has fused this file already{hint}"
-        raise NothingToDo(header, problem, layers)
+        raise plan.NothingToDo(header, problem, layers)
 
 
 def version_of(fused: Iterable[str]) -> int:
@@ -109,19 +101,19 @@ def damaged(header: Header, problem: str) -> NoReturn:
 
 
 # A restored tensor and its position in the restored file; None: where the fused one stands.
-Placed = tuple[int | None, PlannedTensor]
+Placed = tuple[int | None, plan.PlannedTensor]
 Restored = Mapping[str, Sequence[Placed]]  # by the name of the fused tensor
 
 
-def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
+def _put_back(header: Header, restored: Restored) -> tuple[plan.PlannedTensor, ...]:
     """Restored tensors at their places, the others in their order between them.
 
     Raises GGUFError if the places are none of the restored file, or a place or name comes twice.
     """
-    placed: dict[int, PlannedTensor] = {}
-    others: list[PlannedTensor] = []
+    placed: dict[int, plan.PlannedTensor] = {}
+    others: list[plan.PlannedTensor] = []
     for tensor in header.tensors:
-        for at, part in restored.get(tensor.name, [(None, untouched(tensor))]):
+        for at, part in restored.get(tensor.name, [(None, plan.untouched(tensor))]):
             if at is None:
                 others.append(part)
             elif at in placed:
@@ -144,11 +136,11 @@ Pair = tuple[str, ValueType, bytes | Sequence[int]]  # an array of the record; s
 
 def fused_plan(
     header: Header,
-    layers: Sequence[Layer],
-    tensors: Iterable[PlannedTensor],
+    layers: Sequence[plan.Layer],
+    tensors: Iterable[plan.PlannedTensor],
     fused: Sequence[str],
     *pairs: Pair,
-) -> Plan:
+) -> plan.Plan:
     """The plan of the fused file: the fusable ones of the layers are fused.
 
     fused: names of the new tensors. pairs: what the record has beside them.
@@ -156,7 +148,7 @@ def fused_plan(
     Raises Refused where the file would have more pairs than can be read again.
     """
     if len(header.metadata) > MAX_PAIRS - ROOM:
-        raise Refused(
+        raise plan.Refused(
             f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
             f"{MAX_PAIRS - ROOM} would"
         )
@@ -167,15 +159,22 @@ def fused_plan(
         encode_pair(TENSORS_KEY, ValueType.STRING, fused, order),
         *(encode_pair(*pair, order) for pair in pairs),
     ]
-    changed = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
-    skipped = tuple(layer for layer in layers if layer.status is not Status.FUSABLE)
+    changed = tuple(layer for layer in layers if layer.status is plan.Status.FUSABLE)
+    skipped = tuple(layer for layer in layers if layer.status is not plan.Status.FUSABLE)
     layout = header.version, order, header.alignment
-    return Plan(*layout, (*own, *new), tuple(tensors), changed, skipped, may_add_keys=True)
+    return plan.Plan(*layout, (*own, *new), tuple(tensors), changed, skipped, may_add_keys=True)
 
 
-def unfused_plan(header: Header, restored: Restored, changed: Sequence[Layer]) -> Plan:
-    """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does."""
+def unfused_plan(
+    header: Header, restored: Restored, changed: Sequence[plan.Layer], nothing: str
+) -> plan.Plan:
+    """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does.
+
+    Raises NothingToDo where nothing is to be restored; nothing: why.
+    """
+    if not restored:
+        raise plan.NothingToDo(header, f"nothing to unfuse: {nothing}")
     kept = (key for key in header.metadata if not key.startswith(KEY_PREFIX))
     metadata = tuple(header.metadata.segment(key) for key in kept)
     layout, tensors = (header.version, header.byte_order), _put_back(header, restored)
-    return Plan(*layout, header.alignment, metadata, tensors, tuple(changed), (), False)
+    return plan.Plan(*layout, header.alignment, metadata, tensors, tuple(changed), (), False)

@@ -18,17 +18,7 @@ from gguf_fuse.planning import record
 from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, QKV, SUFFIXES, Fusion, fusion_of
 from gguf_fuse.planning.loaders import Loader
-from gguf_fuse.planning.plan import (
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Rows,
-    Status,
-    listed,
-)
+from gguf_fuse.planning.plan import Layer, Plan, PlannedTensor, Read, Refused, Rows, Status, listed
 from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
@@ -89,12 +79,10 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
 def split_plan(
     header: Header, splits: Sequence[Split], nothing: str, weight: str = "weight"
 ) -> Plan:
-    """The plan of the file with these splits made; NothingToDo, because of `nothing`, without any.
+    """The plan of the file with these splits made. Raises as `record.unfused_plan` does.
 
     weight: the suffix that stands for its layer.
     """
-    if not splits:
-        raise NothingToDo(header, f"nothing to unfuse: {nothing}")
     changed = [
         Layer(
             split.tensor.name.removesuffix(f".{split.fusion.fused}.{weight}"),
@@ -107,7 +95,7 @@ def split_plan(
         if split.suffix == weight
     ]
     restored = {split.tensor.name: split.placed() for split in splits}
-    return record.unfused_plan(header, restored, changed)
+    return record.unfused_plan(header, restored, changed, nothing)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:

@@ -10,21 +10,10 @@ from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import TYPES, row_bytes
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import FLOATS, encode_floats
-from gguf_fuse.planning import record
+from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fuse_adapter import examine
 from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, is_scaled, place_blocks, read_pairs
-from gguf_fuse.planning.plan import (
-    Computed,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Status,
-    listed,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +31,20 @@ class _Recorded:
     stored: tuple[int, ...]
 
 
-def unfuse(header: Header, read: Read) -> Plan:
+def unfuse(header: Header, read: plan.Read) -> plan.Plan:
     """The plan of the adapter for the separate base: the original one.
 
     Raises Refused for an adapter that gguf-fuse did not fuse (its rows of Q, K and V are known to
     its base alone), GGUFError where the record does not fit, NothingToDo where nothing is fused.
     """
-    if not record.exists(header):
-        if any(layer.status is Status.FUSED for layer in examine(header, any_architecture=True)):
-            raise Refused(
-                f"{header.path}: gguf-fuse did not fuse this adapter, so it has no record of the "
-                "rows of Q, K and V: it cannot be split for certain"
-            )
-        raise NothingToDo(header, f"nothing to unfuse: the adapter changes no {QKV.fused}")
-    pairs, recorded = read_pairs(header), _recorded(header)
+    recorded = []
+    if record.exists(header):
+        pairs, recorded = read_pairs(header), _recorded(header)
+    elif any(layer.status is plan.Status.FUSED for layer in examine(header, any_architecture=True)):
+        raise plan.Refused(
+            f"{header.path}: gguf-fuse did not fuse this adapter, so it has no record of the rows "
+            "of Q, K and V: it cannot be split for certain"
+        )
     for fused in recorded:
         if fused.name not in pairs:
             record.damaged(header, f"{fused.name!r} is recorded, which the adapter does not have")
@@ -65,8 +54,9 @@ def unfuse(header: Header, read: Read) -> Plan:
         pair, layer = pairs[fused.name], fused.name.removesuffix(f".{QKV.fused}.weight")
         restored[pair.a.name] = list(_restored(header, pair, fused, read))
         restored[pair.b.name] = []
-        changed.append(Layer(layer, Status.FUSED, (pair.types,), fused.rows))
-    return record.unfused_plan(header, restored, changed)
+        changed.append(plan.Layer(layer, plan.Status.FUSED, (pair.types,), fused.rows))
+    nothing = f"the adapter changes no {QKV.fused}"
+    return record.unfused_plan(header, restored, changed, nothing)
 
 
 def _recorded(header: Header) -> list[_Recorded]:
@@ -81,17 +71,23 @@ def _recorded(header: Header) -> list[_Recorded]:
     return [_Recorded(*row) for row in zip(names, *columns, strict=True)]
 
 
-def _restored(header: Header, pair: Pair, fused: _Recorded, read: Read) -> Iterator[record.Placed]:
+def _restored(
+    header: Header, pair: Pair, fused: _Recorded, read: plan.Read
+) -> Iterator[record.Placed]:
     if sum(fused.rows) != pair.rows or min(fused.rows) < 1:
-        record.damaged(header, f"{pair.b.name!r} has {pair.rows} rows, not {listed(fused.rows)}")
+        record.damaged(
+            header, f"{pair.b.name!r} has {pair.rows} rows, not {plan.listed(fused.rows)}"
+        )
     if min(fused.ranks) < 0 or not 0 < sum(fused.ranks) <= pair.rank:
-        record.damaged(header, f"{pair.a.name!r} has {pair.rank}, not {listed(fused.ranks)} ranks")
+        record.damaged(
+            header, f"{pair.a.name!r} has {pair.rank}, not {plan.listed(fused.ranks)} ranks"
+        )
     originals = list(_originals(pair, fused, is_scaled(header)))
     for original in originals:
         _check(header, original)
     for original in originals:
         data = _data(header, original, read)
-        tensor = PlannedTensor(original.name, original.ne, original.type, (data,))
+        tensor = plan.PlannedTensor(original.name, original.ne, original.type, (data,))
         yield original.position, tensor
 
 
@@ -149,7 +145,7 @@ def _stored(header: Header, original: _Original) -> Segment:
     return pair.part(pair.n_bytes - head[1] + start, original.n_bytes)
 
 
-def _data(header: Header, original: _Original, read: Read) -> Segment | Computed:
+def _data(header: Header, original: _Original, read: plan.Read) -> Segment | plan.Computed:
     fused, block = original.fused, original.block
     if original.stored != record.NOT_THERE:
         return _stored(header, original)
@@ -165,4 +161,4 @@ def _data(header: Header, original: _Original, read: Read) -> Segment | Computed
             values = block.unscaled(block.of(values))
         return encode_floats(values, original.type, header.byte_order)
 
-    return Computed(original.n_bytes, make)
+    return plan.Computed(original.n_bytes, make)

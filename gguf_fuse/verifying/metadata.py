@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from gguf_fuse.format.header import Header, Metadata
 from gguf_fuse.format.shards import SPLIT_KEYS
 from gguf_fuse.format.source import Segment
-from gguf_fuse.planning.plan import KEY_PREFIX
 from gguf_fuse.planning.record import (
+    KEY_PREFIX,
     PADDING_KEY,
     POSITIONS_KEY,
     RECORD_KEYS,
