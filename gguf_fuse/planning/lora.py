@@ -123,7 +123,7 @@ def is_scaled(header: Header) -> bool:
     """Whether llama.cpp divides by the rank: it does not where alpha is 0, or not there."""
     if ALPHA_KEY not in header.metadata:
         return False
-    if header.metadata.value_type(ALPHA_KEY) != ValueType.FLOAT32:
+    if header.metadata.spans[ALPHA_KEY].type != ValueType.FLOAT32:
         raise GGUFError(f"{header.path}: {ALPHA_KEY} is no float32")
     return bool(header.metadata[ALPHA_KEY] != 0)
 

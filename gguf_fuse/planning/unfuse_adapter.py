@@ -136,13 +136,12 @@ def _check(header: Header, original: _Original) -> None:
 
 def _stored(header: Header, original: _Original) -> Segment:
     """A range of the metadata: an array of bytes ends its pair."""
-    key, metadata, start = record.ORIGINALS_KEY, header.metadata, original.stored
-    head = metadata.array_head(key) if key in metadata else None
-    if head is None or head[0] != ValueType.UINT8 or not 0 <= start <= head[1] - original.n_bytes:
-        end = start + original.n_bytes
+    key, start, end = record.ORIGINALS_KEY, original.stored, original.stored + original.n_bytes
+    span = header.metadata.spans.get(key)
+    if span is None or span.element != ValueType.UINT8 or not 0 <= start <= end <= span.length:
         record.damaged(header, f"{key} does not hold bytes {start} to {end}")
-    pair = metadata.segment(key)
-    return pair.part(pair.n_bytes - head[1] + start, original.n_bytes)
+    pair = header.metadata.segment(key)
+    return pair.part(pair.n_bytes - span.length + start, original.n_bytes)
 
 
 def _data(header: Header, original: _Original, read: plan.Read) -> Segment | plan.Computed:

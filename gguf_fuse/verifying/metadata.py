@@ -59,7 +59,7 @@ def _compare_pair(before: Metadata, after: Metadata, key: str) -> list[str]:
         return []
     a, b = repr(before[key]), repr(after[key])
     if a == b:
-        a, b = f"of type {before.value_type(key).name}", f"of type {after.value_type(key).name}"
+        a, b = (f"of type {metadata.spans[key].type.name}" for metadata in (before, after))
     if len(a) > LONG_VALUE or len(b) > LONG_VALUE:
         return [f"metadata {key}: the value differs in the fused file"]
     return [f"metadata {key}: {a}, but {b} in the fused file"]
