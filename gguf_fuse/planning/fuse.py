@@ -198,10 +198,8 @@ def _in_the_way(one: _Candidate) -> str | None:
 def _unequal_rows(one: _Candidate, rows: Sequence[int]) -> str | None:
     if one.fusion is not QKV or not one.row.equal_rows or len(set(rows)) == 1:
         return None
-    return (
-        f"rows differ ({plan.listed(rows)}); the encoder's loader splits {QKV.fused} into equal "
-        "parts"
-    )
+    numbers = plan.listed(rows)
+    return f"rows differ ({numbers}); the encoder's loader splits {QKV.fused} into equal parts"
 
 
 def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:

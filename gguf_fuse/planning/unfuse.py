@@ -68,9 +68,8 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     without a record cannot be split for certain, NothingToDo where nothing is fused.
     """
     require_model(header)
-    if _has_record(header):
-        splits = _recorded_splits(header)
-    else:
+    splits = _recorded_splits(header)
+    if splits is None:
         splits = _derived_splits(header, any_architecture)
     nothing = f"no attention layer has {QKV.fused}.weight, no layer {GATE_UP.fused}.weight"
     return split_plan(header, splits, nothing)
@@ -101,7 +100,7 @@ def split_plan(
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     """Rows of Q, K and V in a layer's fused weight; raises as `unfuse` does."""
     name = f"{layer}.{QKV.fused}.weight"
-    splits = _recorded_splits(header) if _has_record(header) else []
+    splits = _recorded_splits(header) or []
     recorded = [split.rows for split in splits if split.tensor.name == name]
     if recorded:
         return recorded[0]
@@ -127,11 +126,10 @@ def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> 
     return {layer.name: layer.rows for layer in layers if layer.fusion is QKV}
 
 
-def _has_record(header: Header) -> bool:
-    return any(key in header.metadata for key in record.RECORD_KEYS)
-
-
-def _recorded_splits(header: Header) -> list[Split]:
+def _recorded_splits(header: Header) -> list[Split] | None:
+    """None for a file without a record."""
+    if not any(key in header.metadata for key in record.RECORD_KEYS):
+        return None
     version = record.version(header, record.RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
     if version != record.version_of(names):
