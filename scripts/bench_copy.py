@@ -27,6 +27,8 @@ from random_models import ModelSpec, spec_of_size, write_random_model
 from rich.console import Console
 from rich.table import Table
 
+from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import opened
 from gguf_fuse.writing.copy import clone_block
 
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -106,8 +108,8 @@ def contenders(model: Path, output: Path, all_tools: bool) -> dict[str, list[str
         "cp + sync": ["sh", "-c", f"{' '.join(copy)} && sync {output}"],
         "gguf-fuse": [*fuse, "--reflink", "never"],
     }
-    with model.open("rb") as file:
-        if clone_block(file.fileno(), output.parent):
+    with opened(read_header(model).sources) as files:
+        if all(clone_block(file, output.parent) for file in files.values()):
             found["cp --reflink=always"] = ["cp", "--reflink=always", *paths]
             found["gguf-fuse --reflink always"] = [*fuse, "--reflink", "always"]
             found["... --reflink always --no-sync"] = [*fuse, "--no-sync", "--reflink", "always"]

@@ -170,6 +170,13 @@ def _ask(request: dict[str, Any], timeout: float) -> NDArray[np.float32]:
         return np.fromfile(answer, np.float32)
 
 
+def ggml_type(type_id: int) -> tuple[str, int, int]:
+    """What llama.cpp has of a type that it knows: name, elements of a block, bytes of a block."""
+    ggml = _ggml()
+    name = ggml.ggml_type_name(type_id).decode()
+    return name, ggml.ggml_blck_size(type_id), ggml.ggml_type_size(type_id)
+
+
 # Processes that wait for a request. As many as there ever were threads that asked at once.
 _idle: list[subprocess.Popen[str]] = []
 
@@ -314,7 +321,9 @@ def _server(request: dict[str, Any]) -> Any:
     try:
         return xllamacpp.Server(params)
     except RuntimeError:
-        # It has told why on stderr.
+        # It tells why on stderr, by a thread of its own.
+        ggml = _ggml()
+        getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
         sys.exit(_REFUSED)
 
 
@@ -416,6 +425,7 @@ class _InitParams(ctypes.Structure):
 
 
 # Result and arguments of llama.cpp's functions: "p" pointer, "s" C string, "n" int64, "b" bool.
+_LOG, _FLUSH_LOG = "_Z15common_log_mainv", "_Z16common_log_flushP10common_log"  # C++ names
 _SIGNATURES = {
     "gguf_init_from_file": "ps*",
     "gguf_init_empty": "p",
@@ -425,11 +435,17 @@ _SIGNATURES = {
     "gguf_add_tensor": "-pp",
     "gguf_write_to_file": "bpsb",
     "ggml_get_tensor": "pps",
+    "ggml_type_name": "si",
+    "ggml_blck_size": "ni",
+    "ggml_type_size": "ni",
+    _LOG: "p",
+    _FLUSH_LOG: "-p",
 }
 _C_TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
     "s": ctypes.c_char_p,
     "n": ctypes.c_int64,
+    "i": ctypes.c_int,
     "b": ctypes.c_bool,
     "*": _InitParams,
     "-": None,

@@ -5,6 +5,7 @@ Of its two scripts, test.sh runs these tests, and .ci/run runs demo.sh.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import gguf_fuse
+from gguf_fuse.cli.demo_model import write_demo_model
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
 from tests.models.architectures import LAYOUTS
-from tests.models.random_model import demo_spec, write_random_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,9 +30,20 @@ def block(name: str) -> list[str]:
     return found[1].splitlines()
 
 
+# The command; of bench only the first rows, for it is not about how long anything takes.
+COMMAND = f"""#!{sys.executable}
+import sys
+if "bench" in sys.argv:
+    from gguf_fuse.measuring import bench, timing
+    bench.N_TOKENS, bench.N_KV, timing.BUDGET_S = bench.N_TOKENS[:1], bench.N_KV[:1], 0.0
+from gguf_fuse.cli import main
+main()
+"""
+
+
 def test_commands(tmp_path: Path) -> None:
-    write_random_model(tmp_path / "in.gguf", demo_spec())
-    (tmp_path / "gguf-fuse").write_text(f'#!/bin/sh\nexec {sys.executable} -m gguf_fuse "$@"\n')
+    write_demo_model(tmp_path / "in.gguf")
+    (tmp_path / "gguf-fuse").write_text(COMMAND)
     (tmp_path / "gguf-fuse").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     for line in block("commands"):
@@ -46,7 +58,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_python(tmp_path: Path) -> None:
-    write_random_model(tmp_path / "in.gguf", demo_spec())
+    write_demo_model(tmp_path / "in.gguf")
     found = re.search(r"<!-- python.*?-->\n```python\n(.*?)```", README, re.DOTALL)
     assert found
     done = subprocess.run(
@@ -60,12 +72,32 @@ def test_python(tmp_path: Path) -> None:
 def test_every_public_name_is_there() -> None:
     for name in gguf_fuse.__all__:
         assert getattr(gguf_fuse, name) is not None
+        assert name in dir(gguf_fuse)
     with pytest.raises(AttributeError, match="no attribute 'fuze'"):
         gguf_fuse.fuze  # noqa: B018
 
 
+def test_type_checkers_see_every_public_name_where_it_lives() -> None:
+    tree = ast.parse(Path(gguf_fuse.__file__).read_text())
+    seen = {
+        imported.asname: (node.module, imported.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and "gguf_fuse" in node.module
+        for imported in node.names
+    }
+    assert seen == {
+        name: (f"gguf_fuse.{module}", name) for name, module in gguf_fuse._MODULES.items()
+    }
+
+
+def test_the_import_costs_nothing() -> None:
+    script = "import sys, gguf_fuse; print(*(n for n in sys.modules if n.startswith('gguf_fuse')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "gguf_fuse\n"
+
+
 def test_numbers_of_architectures() -> None:
-    measured = [row for row in ARCHITECTURES.values() if row.qkv.source == "measured"]
+    measured = [row for row in ARCHITECTURES.values() if row.qkv.proof == "measured"]
     n_fused = sum(row.qkv.loader is Loader.READS_FUSED for row in measured)
     assert f"For {n_fused}\narchitectures the fused file was loaded" in README
     assert len(LAYOUTS) >= 50
@@ -76,10 +108,12 @@ def masked(line: str) -> str:
     return re.sub(r"[\d.]+ s\b|\([\d.]+ \wB/s\)", "#", line).rstrip()
 
 
-def test_output_of_the_demo() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gguf_fuse", "demo"], capture_output=True, text=True, check=True
-    )
+def test_output_of_the_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gguf_fuse", "demo"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "the files are removed again" in done.stdout
+    assert list(tmp_path.iterdir()) == []
     printed = [masked(line) for line in done.stdout.splitlines()]
     for line in block("demo"):
         assert masked(line) in printed
@@ -95,7 +129,7 @@ def test_scripts_are_sound(script: str) -> None:
 
 def test_pipeline_with_stand_ins_for_llama_cpp(tmp_path: Path) -> None:
     """convert_and_fuse.sh runs through; conversion and quantization only copy a model."""
-    write_random_model(tmp_path / "model.gguf", demo_spec())
+    write_demo_model(tmp_path / "model.gguf")
     tools = tmp_path / "llama.cpp" / "build" / "bin"
     tools.mkdir(parents=True)
     source = shlex.quote(str(tmp_path / "model.gguf"))

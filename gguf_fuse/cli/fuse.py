@@ -57,10 +57,7 @@ def fuse(
     from gguf_fuse.cli import layers
 
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
-    with (
-        how.options(output, dry_run=dry_run, as_json=as_json) as options,
-        layers.nothing_as_json(as_json),
-    ):
+    with how.options(output, dry_run=dry_run, as_json=as_json) as options:
         result = api.fuse(
             source,
             output,

@@ -79,11 +79,12 @@ class Writing:
     def options(self, output: str, *, dry_run: bool, as_json: bool) -> Iterator[Options]:
         """What api takes, with a progress bar. Raises typer.BadParameter."""
         from gguf_fuse.api import Options
+        from gguf_fuse.cli.layers import nothing_as_json
 
         if output == "-":
             self._check_standard_output(dry_run, as_json)
         max_size = self._max_size(output)
-        with progress_bar(self.quiet, of_bytes=True) as bar:
+        with progress_bar(self.quiet, of_bytes=True) as bar, nothing_as_json(as_json):
             yield Options(
                 dry_run,
                 self.force,

@@ -21,10 +21,7 @@ def unfuse(
     from gguf_fuse import api
     from gguf_fuse.cli import layers
 
-    with (
-        how.options(output, dry_run=dry_run, as_json=as_json) as options,
-        layers.nothing_as_json(as_json),
-    ):
+    with how.options(output, dry_run=dry_run, as_json=as_json) as options:
         result = api.unfuse(source, output, any_architecture=any_architecture, options=options)
     if as_json:
         print_json(layers.result_json(result))

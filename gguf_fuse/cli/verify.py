@@ -19,8 +19,7 @@ from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
 from gguf_fuse.machine import COMPUTE_THREADS
 
 if TYPE_CHECKING:
-    from gguf_fuse.verifying.report import Check, LayerReport, Report, Timing
-    from gguf_fuse.verifying.structure import Structure
+    from gguf_fuse.verifying.report import Check, LayerReport, Report, Structure, Timing
 
 _MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
 _MOST_PROBLEMS = 20  # more are alike, and JSON has them all

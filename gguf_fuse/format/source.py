@@ -12,13 +12,16 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
+
+_Block = TypeVar("_Block")
 
 
 class GGUFError(Exception):
@@ -160,6 +163,32 @@ def _allow_open(n_files: int) -> None:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def in_turn(
+    blocks: Iterator[_Block], threads: int, work: Callable[[Iterator[_Block]], None]
+) -> None:
+    """Several threads take blocks in turn; `work` is given those of one thread as they come.
+
+    Raises what `work` raises in any of them; the others end at their next block then.
+    """
+    lock, stop = threading.Lock(), threading.Event()
+
+    def share() -> Iterator[_Block]:
+        while not stop.is_set():
+            with lock:
+                block = next(blocks, None)
+            if block is None:
+                return
+            yield block
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in as_completed([pool.submit(work, share()) for _ in range(threads)]):
+                future.result()
+        except BaseException:
+            stop.set()  # the pool waits for its threads: let them end at once
+            raise
 
 
 if sys.platform == "win32":

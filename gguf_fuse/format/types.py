@@ -57,6 +57,10 @@ TYPES = {
 F32, F16, BF16 = 0, 1, 30
 
 
+def is_known(type_id: int) -> bool:
+    return type_id in TYPES
+
+
 def blocked(type_id: int) -> bool:
     """Whether the elements of a known type come in blocks, so that a row may end inside one."""
     return TYPES[type_id].block > 1

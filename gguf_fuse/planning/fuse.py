@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
-from gguf_fuse.format.types import F32, TYPES, blocked, type_name
+from gguf_fuse.format.types import F32, blocked, is_known, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import plan, record
@@ -145,7 +145,7 @@ def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> s
             return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
     if len({part.type for part in parts}) > 1:
         return f"{label}types differ: {', '.join(type_name(part.type) for part in parts)}"
-    if parts[0].type not in TYPES:
+    if not is_known(parts[0].type):
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
         return f"row lengths differ: {plan.listed(part.ne[0] for part in parts)}"

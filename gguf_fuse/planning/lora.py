@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.format.types import TYPES, type_name
+from gguf_fuse.format.types import is_known, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import dequantized
 from gguf_fuse.planning.plan import Refused
@@ -107,7 +107,7 @@ def _check_pair(header: Header, pair: Pair) -> None:
     for tensor in (pair.a, pair.b):
         if (n_dims := len(tensor.ne)) != 2:
             raise GGUFError(f"{header.path}: {tensor.name!r} has {n_dims} dimensions, not 2")
-        if tensor.type not in TYPES:
+        if not is_known(tensor.type):
             raise Refused(
                 f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}, which this "
                 "gguf-py does not know; a newer one may"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.types import TYPES, blocked, type_name
+from gguf_fuse.format.types import blocked, is_known, type_name
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
 from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
@@ -164,7 +164,7 @@ def _check_split(header: Header, split: Split) -> None:
     if split.shared:
         return
     place, of_type = f"{header.path}: tensor {tensor.name!r}", type_name(tensor.type)
-    if tensor.type not in TYPES:
+    if not is_known(tensor.type):
         raise Refused(
             f"{place} is of {of_type}, whose rows this gguf-py does not know; a newer one may"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
-from gguf_fuse.format.types import TYPES, row_bytes
+from gguf_fuse.format.types import TYPES, is_known, row_bytes
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import FLOATS, encode_floats
 from gguf_fuse.planning import plan, record
@@ -128,7 +128,7 @@ def _check(header: Header, original: _Original) -> None:
     fused, of_type = original.fused, f"{record.TYPES_KEY} has {original.type}"
     derivable = original.copied or (original.type in FLOATS and fused.type in FLOATS)
     possible = derivable or original.stored != record.NOT_THERE
-    if original.type not in TYPES or not possible:
+    if not (is_known(original.type) and possible):
         record.damaged(header, f"{of_type} for a part of {fused.name!r}")
     if original.ne[0] % TYPES[original.type].block:
         record.damaged(header, f"{of_type} for rows of {original.ne[0]}")

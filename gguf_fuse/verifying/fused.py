@@ -22,7 +22,7 @@ MAX_EXPERTS = 1 << 12  # of one tensor: each one's rows are compared on their ow
 
 @dataclass(frozen=True, slots=True)
 class FusedTensor:
-    """A tensor of FUSED alone, and those of ORIGINAL that it must hold. shared: one value.
+    """A tensor of FUSED, and those of ORIGINAL that it must hold. shared: one value for all.
 
     n_outer: dimensions behind that of the rows.
     """
@@ -63,9 +63,12 @@ def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list
             if len(parts) == len(names):
                 shared = suffix.endswith("scale")
                 made = FusedTensor(f"{layer}.{form}.{suffix}", parts, shared, n_outer)
-                problem = _shape_problem(made)
-                problems += [problem] if problem else []
-                fusions += [] if problem else [made]
+                if made.name in before:
+                    problems.append(f"{made.name}: is fused, but the original has its own")
+                elif problem := _shape_problem(made):
+                    problems.append(problem)
+                else:
+                    fusions.append(made)
             elif parts or suffix == "weight":
                 missing = ", ".join(name for name in names if name not in before)
                 problems.append(f"{layer}: is fused, but the original has no {missing}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 
 from gguf_fuse.format.header import Header
@@ -18,7 +19,7 @@ N_SPREAD = 4  # above it, so many layers
 def parse_layers(text: str) -> Choice:
     """ "0,5-7", "all", "4x" (four evenly spaced ones), "auto". Raises ValueError."""
     if text in ("auto", "all"):
-        return Choice(all=text == "all")
+        return Choice(spread=None if text == "auto" else sys.maxsize)
     if re.fullmatch(r"[1-9]\d{0,5}x", text):
         return Choice(spread=int(text[:-1]))
     numbers: set[int] = set()
@@ -38,9 +39,12 @@ def choose_layers(header: Header, choice: Choice) -> list[str]:
         if absent := sorted(choice.numbers.difference(number.values())):
             raise GGUFError(f"{header.path}: no attention layer {absent[0]}; --layers is wrong")
         return [name for name in names if number[name] in choice.numbers]
-    if choice.all or (choice.spread is None and _n_elements(header, names) <= SMALL_MODEL):
-        return names
-    return _evenly(names, choice.spread or N_SPREAD)
+    spread = choice.spread
+    if spread is None:
+        spread = len(names) if _n_elements(header, names) <= SMALL_MODEL else N_SPREAD
+    count = min(spread, len(names))
+    # The first, the last, and others at even distances between them.
+    return [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _n_elements(header: Header, names: Sequence[str]) -> int:
@@ -48,11 +52,3 @@ def _n_elements(header: Header, names: Sequence[str]) -> int:
     parts = (*ATTENTION_PARTS, FUSED_ATTENTION)
     wanted = {f"{name}.{part}.weight" for name in names for part in parts}
     return sum(math.prod(tensor.ne) for tensor in header.tensors if tensor.name in wanted)
-
-
-def _evenly(names: Sequence[str], count: int) -> list[str]:
-    """The first, the last, and others at even distances between them."""
-    if count >= len(names):
-        return list(names)
-    last = len(names) - 1
-    return [names[round(i * last / max(count - 1, 1))] for i in range(count)]

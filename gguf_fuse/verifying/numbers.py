@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,8 @@ from gguf_fuse.models.layer import read_layer, read_projections
 from gguf_fuse.planning.unfuse import attention_rows
 from gguf_fuse.verifying.report import LayerReport, Timing, VerifyOptions
 from gguf_fuse.verifying.trial import Trial, Weights
+
+_VAGUE = "the original's own numbers are not finite, or too large for float32"
 
 
 def compare_numbers(
@@ -49,8 +51,11 @@ def _compare_layer(
     _require_memory(original, name, before, options)
     try:
         trial = Trial(before, _read_like(before, fused, name), options)
-        checks = trial.checks()
-        notes = filter(None, (note, _vague(trial.names - checks.keys())))
+        found = trial.checks()
+        checks = {way: check for way, check in found.items() if check is not None}
+        notes = [] if note is None else [note]
+        if missing := sorted(found.keys() - checks.keys()):
+            notes.append(f"not checked: {', '.join(missing)}: {_VAGUE}")
         report = LayerReport(name, checks, "; ".join(notes) or None)
         return report, trial.timing(name) if timed else None
     except (GGUFError, ValueError) as error:
@@ -72,21 +77,9 @@ def _read(header: Header, name: str) -> tuple[Weights, str | None]:
 
 def _read_like(before: Weights, header: Header, name: str) -> Weights:
     """FUSED's layer, split where ORIGINAL's rows end: FUSED's own record is not believed."""
-    if before.layer is None:
-        own = read_projections(header, name, attention_rows)
-        return Weights(replace(own, rows=before.projections.rows), None)
-    layer = read_layer(header, name, attention_rows)
-    projections = replace(layer.projections, rows=before.projections.rows)
-    return Weights(projections, replace(layer, projections=projections))
-
-
-def _vague(missing: Set[str]) -> str | None:
-    if not missing:
-        return None
-    return (
-        f"not checked: {', '.join(sorted(missing))}: the original's own numbers are not finite, or "
-        "too large for float32"
-    )
+    layer = None if before.layer is None else read_layer(header, name, attention_rows)
+    own = layer.projections if layer else read_projections(header, name, attention_rows)
+    return Weights(replace(own, rows=before.projections.rows), layer)
 
 
 def _reason(error: Exception, header: Header) -> str:

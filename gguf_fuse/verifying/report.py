@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 from gguf_fuse.machine import COMPUTE_THREADS
 from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
-from gguf_fuse.verifying.structure import Structure
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers by number; or `spread` evenly spaced ones. With neither, it depends on the model."""
+    """Layers by number; or at most `spread`, evenly spaced. With neither, the model decides."""
 
     numbers: frozenset[int] | None = None
     spread: int | None = None
-    all: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,10 @@ class VerifyOptions:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The largest error of one way to compute, relative to the largest value of the reference.
-
-    limit: as `trial.Gauge` sets it.
-    """
+    """The largest error of one way to compute, relative to the largest value of the reference."""
 
     error: float
-    limit: float
+    limit: float  # see `trial._Gauge`
 
     @property
     def ok(self) -> bool:
@@ -72,6 +67,21 @@ class Timing:
     n_tokens: int
     n_kv: int
     ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Whether the two files hold the same bytes; each problem names its place."""
+
+    problems: tuple[str, ...]
+    n_fused: int  # attention layers that are fused in FUSED alone
+    n_fused_experts: int  # layers whose experts are
+    n_bytes: int  # compared, of one file
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,25 @@
-"""ORIGINAL and FUSED -> Structure: do they hold the same bytes?
-
-Exact, and of all layers: a fused tensor is its parts end to end, and all else is the same.
-"""
+"""ORIGINAL and FUSED -> Structure: do they hold the same bytes?"""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.source import OpenSource, Segment, Source, opened
+from gguf_fuse.format.source import Segment, in_turn, opened
 from gguf_fuse.format.types import type_name
-from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.record import VERSION_KEY
-from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
 from gguf_fuse.verifying.fused import FORMS, FusedTensor, find_fused
-from gguf_fuse.verifying.metadata import (
-    compare_metadata,
-    cutting_problems,
-    order_problems,
-    padding_problems,
-    record_problems,
-)
+from gguf_fuse.verifying.metadata import compare_metadata, order_problems, own_problems
+from gguf_fuse.verifying.report import Structure, VerifyOptions
 
 BLOCK_BYTES = 256 * 1024  # two of them stay in the L2 cache between reading and comparing
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Whether the two files hold the same bytes; each problem names its place."""
-
-    problems: tuple[str, ...]
-    n_fused: int  # attention layers that are fused in FUSED alone
-    n_fused_experts: int  # layers whose experts are
-    n_bytes: int  # compared, of one file
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +40,7 @@ class _Range:
         return self.original.n_bytes
 
 
-def compare_structure(
-    original: Header,
-    fused: Header,
-    *,
-    threads: int = COPY_THREADS,
-    on_start: OnStart = ignore_start,
-    on_progress: OnProgress = ignore_progress,
-) -> Structure:
+def compare_structure(original: Header, fused: Header, options: VerifyOptions) -> Structure:
     """Every tensor and every metadata value of both files, byte for byte.
 
     What is fused, and where its rows must come from, follows from ORIGINAL's tensors alone: the
@@ -82,32 +48,28 @@ def compare_structure(
     Raises GGUFError for a file that cannot be read, or that changes meanwhile.
     """
     started = time.perf_counter()
-    made, problems = find_fused(original, fused)
-    problems = _swap_problems(original, fused) + problems
-    problems += _format_problems(original, fused)
-    long_pairs, misfits = compare_metadata(original, fused)
-    problems += misfits
-    problems += record_problems(original, fused, made)
-    problems += cutting_problems(original, fused)
-    problems += padding_problems(original, fused)
-    problems += _listing_problems(original, fused, made)
+    made, unlike_fused = find_fused(original, fused)
+    long_pairs, unequal = compare_metadata(original, fused)
     ranges, misfits = _ranges(original, fused, made)
-    problems += misfits
-    pairs = [_Range(f"metadata {key}", *pair, "byte", 1) for key, pair in long_pairs.items()]
-    ranges = [*pairs, *ranges]
+    problems = []
+    if VERSION_KEY in original.metadata and VERSION_KEY not in fused.metadata:
+        problems.append("the first file is the fused one, the second is not: ORIGINAL comes first")
+    problems += [
+        *unlike_fused,
+        *_format_problems(original, fused),
+        *unequal,
+        *own_problems(original, fused, made),
+        *_listing_problems(original, fused, made),
+        *misfits,
+    ]
+    ranges[:0] = [_Range(f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()]
     n_bytes = sum(part.n_bytes for part in ranges)
-    on_start("comparing", n_bytes)
-    problems += _compare_data(original, fused, ranges, threads, on_progress)
+    options.on_start("comparing", n_bytes)
+    problems += _compare_data(original, fused, ranges, options)
     n_fused, n_experts = (
         sum(tensor.name.endswith(f".{form}.weight") for tensor in made) for form, *_ in FORMS
     )
     return Structure(tuple(problems), n_fused, n_experts, n_bytes, time.perf_counter() - started)
-
-
-def _swap_problems(original: Header, fused: Header) -> list[str]:
-    if VERSION_KEY not in original.metadata or VERSION_KEY in fused.metadata:
-        return []
-    return ["the first file is the fused one, the second is not: ORIGINAL comes first"]
 
 
 def _format_problems(original: Header, fused: Header) -> list[str]:
@@ -123,57 +85,43 @@ def _listing_problems(original: Header, fused: Header, made: Sequence[FusedTenso
     """Nothing missing, nothing extra, the order kept: a fused tensor stands where Q stood."""
     stands_for = {tensor.parts[0].name: tensor.name for tensor in made}
     absorbed = {part.name for tensor in made for part in tensor.parts[1:]}
-    expected = [
-        stands_for.get(tensor.name, tensor.name)
-        for tensor in original.tensors
-        if tensor.name not in absorbed
-    ]
+    left = [tensor.name for tensor in original.tensors if tensor.name not in absorbed]
+    expected = [stands_for.get(name, name) for name in left]
     present = [tensor.name for tensor in fused.tensors]
     wanted, there = set(expected), set(present)
     problems = [f"{name}: missing in the fused file" for name in expected if name not in there]
     problems += [f"{name}: only in the fused file" for name in present if name not in wanted]
-    return problems + order_problems(
-        "tensor",
-        [name for name in expected if name in there],
-        [name for name in present if name in wanted],
-    )
+    return problems + order_problems("tensor", expected, present)
 
 
 def _ranges(
     original: Header, fused: Header, made: Sequence[FusedTensor]
 ) -> tuple[list[_Range], list[str]]:
     """What to compare, in the order of FUSED; a tensor of another shape or type is a problem."""
-    before = {tensor.name: tensor for tensor in original.tensors}
-    fused_from = {tensor.name: tensor for tensor in made}
+    # What is not fused must hold itself.
+    wanted = {t.name: FusedTensor(t.name, (t,), shared=True, n_outer=0) for t in original.tensors}
+    wanted |= {tensor.name: tensor for tensor in made}
     ranges: list[_Range] = []
     problems: list[str] = []
     for tensor in fused.tensors:
-        source = fused_from.get(tensor.name)
-        if source is None and tensor.name not in before:
+        source = wanted.get(tensor.name)
+        if source is None:
             continue  # named as extra already
-        parts = source.parts if source else (before[tensor.name],)
-        ne = source.ne if source else parts[0].ne
         misfits = [
-            f"{tensor.name}: {what} {has}, but {wanted} in the original's {part.name}"
-            for part in parts
-            for what, has, wanted in _facts(tensor, part, ne)
-            if has != wanted
+            f"{tensor.name}: {what} {has}, but {needed} in the original's {part.name}"
+            for part in source.parts
+            for what, has, needed in (
+                ("type", type_name(tensor.type), type_name(part.type)),
+                ("ne", list(tensor.ne), list(source.ne)),
+            )
+            if has != needed
         ]
-        if not misfits and not source:
-            misfits = _room_problems(original, fused, parts[0], tensor)
+        if not misfits and len(source.parts) == 1:
+            misfits = _room_problems(original, fused, source.parts[0], tensor)
         problems += misfits
         if not misfits:
-            ranges += _tensor_ranges(tensor, parts, source)
+            ranges += _tensor_ranges(tensor, source)
     return ranges, problems
-
-
-def _facts(
-    tensor: TensorInfo, part: TensorInfo, ne: tuple[int, ...]
-) -> list[tuple[str, object, object]]:
-    return [
-        ("type", type_name(tensor.type), type_name(part.type)),
-        ("ne", list(tensor.ne), list(ne)),
-    ]
 
 
 def _room_problems(
@@ -192,46 +140,34 @@ def _room_problems(
     return [f"{after.name}: {after.n_bytes} bytes, but {before.n_bytes} in the original"]
 
 
-def _tensor_ranges(
-    tensor: TensorInfo, parts: Sequence[TensorInfo], made: FusedTensor | None
-) -> Iterator[_Range]:
+def _tensor_ranges(tensor: TensorInfo, source: FusedTensor) -> Iterator[_Range]:
     start = 0
-    n_experts = made.n_experts if made else 1
-    for expert, part in itertools.product(range(n_experts), parts):
+    for expert, part in itertools.product(range(source.n_experts), source.parts):
         # They differ where the type is unknown, by padding: see `_room_problems`.
-        n_bytes = min(part.n_bytes, tensor.n_bytes) // n_experts
+        n_bytes = min(part.n_bytes, tensor.n_bytes) // source.n_experts
         unit = "row" if len(part.ne) > 1 else "element"
-        n_units = max(1, math.prod(part.ne[1:]) if len(part.ne) > 1 else math.prod(part.ne))
+        n_units = max(1, math.prod(part.ne[1:] or part.ne))
         place = tensor.name
         if part.name != tensor.name:
             place += f": {part.name.rsplit('.', 2)[-2]}"
-        if made and made.n_outer and not made.shared:
+        if source.n_outer and not source.shared:
             place += f" of expert {expert}"
         before = part.data.part(expert * n_bytes, n_bytes)
         after = tensor.data.part(start, n_bytes)
-        yield _Range(place, before, after, unit, -(-n_bytes * n_experts // n_units))
-        start += 0 if made and made.shared else n_bytes
+        yield _Range(place, before, after, unit, -(-n_bytes * source.n_experts // n_units))
+        start += 0 if source.shared else n_bytes
 
 
 def _compare_data(
-    original: Header,
-    fused: Header,
-    ranges: Sequence[_Range],
-    threads: int,
-    on_progress: OnProgress,
+    original: Header, fused: Header, ranges: Sequence[_Range], options: VerifyOptions
 ) -> list[str]:
-    """Threads take blocks in turn, each with two buffers of its own -> a problem per range."""
-    blocks = ((at, start) for at, part in enumerate(ranges) for start in _starts(part))
+    """By threads with two buffers each -> a problem per range that differs."""
     first: dict[int, int] = {}  # by range: the first byte that differs
-    lock, stop = threading.Lock(), threading.Event()
+    lock = threading.Lock()
 
-    def work(files: Mapping[Source, OpenSource]) -> None:
+    def work(blocks: Iterator[tuple[int, int]]) -> None:
         a, b = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-        while not stop.is_set():
-            with lock:
-                at, start = next(blocks, (-1, 0))
-            if at < 0:
-                return
+        for at, start in blocks:
             part = ranges[at]
             n_bytes = min(BLOCK_BYTES, part.n_bytes - start)
             if start < first.get(at, part.n_bytes):
@@ -242,29 +178,18 @@ def _compare_data(
                 if differs is not None:
                     with lock:
                         first[at] = min(first.get(at, part.n_bytes), start + differs)
-            on_progress(n_bytes)
+            options.on_progress(n_bytes)
 
-    with _opened(original, fused) as files, ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in as_completed([pool.submit(work, files) for _ in range(threads)]):
-                future.result()
-        except BaseException:
-            stop.set()  # the pool waits for its threads: let them end at once
-            raise
-    return [_data_problem(original, fused, ranges[at], first[at]) for at in sorted(first)]
-
-
-@contextlib.contextmanager
-def _opened(original: Header, fused: Header) -> Iterator[Mapping[Source, OpenSource]]:
-    """All files, the same from the reading of their headers to the end."""
+    blocks = (
+        (at, start)
+        for at, part in enumerate(ranges)
+        for start in range(0, part.n_bytes, BLOCK_BYTES)
+    )
     with opened([*original.sources, *fused.sources]) as files:
-        yield files
+        in_turn(blocks, options.threads, work)
         for file in files.values():
             file.refuse_changed()
-
-
-def _starts(part: _Range) -> range:
-    return range(0, part.n_bytes, BLOCK_BYTES)
+    return [_data_problem(original, fused, ranges[at], first[at]) for at in sorted(first)]
 
 
 def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:
@@ -276,13 +201,11 @@ def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:
 
 
 def _data_problem(original: Header, fused: Header, part: _Range, at: int) -> str:
+    places = []
+    for header, segment in ((original, part.original), (fused, part.fused)):
+        shard = f" of shard {header.sources.index(segment.source) + 1}" if header.shards else ""
+        places.append(f"byte {segment.start + at}{shard}")
     return (
-        f"{part.place} differs in {part.unit} {at // part.unit_bytes} "
-        f"({_place(original, part.original, at)} of the original, "
-        f"{_place(fused, part.fused, at)} of the fused file)"
+        f"{part.place} differs in {part.unit} {at // part.unit_bytes} ({places[0]} of the "
+        f"original, {places[1]} of the fused file)"
     )
-
-
-def _place(header: Header, segment: Segment, at: int) -> str:
-    byte = f"byte {segment.start + at}"
-    return f"{byte} of shard {header.sources.index(segment.source) + 1}" if header.shards else byte

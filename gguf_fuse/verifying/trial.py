@@ -1,22 +1,20 @@
 """One layer, computed from ORIGINAL's weights, from FUSED's, and in float64 -> errors and times.
 
-The same random activations go through each file's weights, then through attention as the
-architecture does it. Axis names are those of `attention`.
+Axis names are those of `attention`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguf_fuse.attention import attend, masks, split
 from gguf_fuse.attention.projections import Linear, apply_gate, split_rows
-from gguf_fuse.attention.shapes import Floats, group_heads
+from gguf_fuse.attention.shapes import Floats, Ints, group_heads
 from gguf_fuse.attention.softmax import AttentionParams
 from gguf_fuse.measuring.timing import interleaved
 from gguf_fuse.models import layer
@@ -31,7 +29,8 @@ ROW_BLOCK = 1024  # rows of a weight that exist in float64 at one time
 
 _PLAIN = "plain"  # the way whose error sets the limit
 
-Positions: TypeAlias = NDArray[np.int64]
+Checks = Mapping[str, Check | None]  # by way; None: nothing can be told
+
 # q, k, v, mask, params -> [n_seqs, n_head, n_tokens, head_dim_v]
 Attend = Callable[[Floats, Floats, Floats, Floats | None, AttentionParams], Floats]
 
@@ -44,13 +43,11 @@ class Weights(NamedTuple):
 
 
 class _Path:
-    """One way through the layer: weights, and a KV cache in the way's precision."""
+    """One way through the layer: weights, attention, a KV cache. exact: all in float64."""
 
-    def __init__(self, weights: Weights, *, exact: bool = False) -> None:
-        self.weights = weights
-        self.exact = exact
-        self.dtype = np.dtype(np.float64 if exact else np.float32)
-        self.k = self.v = np.zeros((0, 0, 0, 0), self.dtype)  # see `allocate`
+    def __init__(self, weights: Weights, way: Attend, *, exact: bool = False) -> None:
+        self.weights, self.way, self.exact = weights, way, exact
+        self.caches: list[Floats] = []  # K and V, [n_seqs, n_head_kv, n_cells, dim]; see `allocate`
 
     @property
     def layer(self) -> AttentionLayer:
@@ -66,37 +63,35 @@ class _Path:
         doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
         return _by_row_blocks(projections, lambda w: w.project(doubles, clamp))
 
-    def heads(self, x: Floats, positions: Positions) -> Heads:
+    def heads(self, x: Floats, positions: Ints) -> Heads:
         """x [n_seqs, n_tokens, n_embd] at positions [n_seqs, n_tokens], -1 for padding."""
         return layer.positioned(self.layer, *self.project(x), positions)
 
     def allocate(self, heads: Heads, n_cells: int) -> None:
-        """A cache of n_cells whose first cells are the prompt's K and V."""
-        n_seqs, n_head_kv, n_prompt, _ = heads.k.shape
-        self.k, self.v = (
-            np.zeros((n_seqs, n_head_kv, n_cells, part.shape[3]), self.dtype)
-            for part in (heads.k, heads.v)
-        )  # [n_seqs, n_head_kv, n_cells, head_dim], [..., head_dim_v]
-        self.k[:, :, :n_prompt], self.v[:, :, :n_prompt] = heads.k, heads.v
+        """Caches of n_cells whose first cells are the prompt's K and V."""
+        self.caches = []
+        for part in (heads.k, heads.v):  # [n_seqs, n_head_kv, n_prompt, head_dim or head_dim_v]
+            n_seqs, n_head_kv, n_prompt, dim = part.shape
+            self.caches.append(np.zeros((n_seqs, n_head_kv, n_cells, dim), part.dtype))
+            self.caches[-1][:, :, :n_prompt] = part
 
     def cached(self, heads: Heads, cells: Sequence[int]) -> Heads:
         """One token of each sequence, stored in its cell -> its Q, with K and V of all cells."""
-        for seq, cell in enumerate(cells):
-            self.k[seq, :, cell] = heads.k[seq, :, 0]  # [n_head_kv, head_dim]
-            self.v[seq, :, cell] = heads.v[seq, :, 0]  # [n_head_kv, head_dim_v]
-        return heads._replace(k=self.k, v=self.v)
+        for cache, part in zip(self.caches, (heads.k, heads.v), strict=True):
+            cache[np.arange(len(cells)), :, cells] = part[:, :, 0]  # [n_seqs, n_head_kv, dim]
+        return heads._replace(k=self.caches[0], v=self.caches[1])
 
-    def decode(self, way: Attend, heads: Heads, cells: Sequence[int]) -> Floats:
+    def decode(self, heads: Heads, cells: Sequence[int], way: Attend | None = None) -> Floats:
         """What `cached` gives, for the last filled cells -> [n_seqs, n_head, 1, head_dim_v]."""
-        filled = masks.padded_positions([cell + 1 for cell in cells], self.k.shape[2])
-        return self.attend(way, heads, np.array(cells)[:, None], filled)
+        filled = masks.padded_positions([cell + 1 for cell in cells], heads.k.shape[2])
+        return self.attend(heads, np.array(cells)[:, None], filled, way)
 
     def attend(
-        self, way: Attend, heads: Heads, q_positions: Positions, k_positions: Positions
+        self, heads: Heads, q_positions: Ints, k_positions: Ints, way: Attend | None = None
     ) -> Floats:
         """q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]; as in `attention`."""
         seen = layer.mask(self.layer.spec, q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
-        attended = way(heads.q, heads.k, heads.v, seen, self.layer.params)
+        attended = (way or self.way)(heads.q, heads.k, heads.v, seen, self.layer.params)
         return attended if heads.gate is None else apply_gate(attended, heads.gate)
 
     def largest_score(self, heads: Heads) -> float:
@@ -129,16 +124,14 @@ def _by_row_blocks(
 
     Some rows at a time: a whole weight in float64 would double the memory.
     """
-    outputs = [compute(part) for linear in projections.linears for part in _row_blocks(linear)]
+    outputs = []
+    for linear in projections.linears:
+        for start in range(0, len(linear.weight), ROW_BLOCK):
+            rows = slice(start, start + ROW_BLOCK)
+            bias = None if linear.bias is None else linear.bias[rows]
+            outputs.append(compute(Linear(linear.weight[rows], linear.scale, bias)))
     joined = np.concatenate(outputs, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
     return split_rows(joined, projections.rows)
-
-
-def _row_blocks(linear: Linear) -> Iterator[Linear]:
-    for start in range(0, len(linear.weight), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        bias = None if linear.bias is None else linear.bias[rows]
-        yield Linear(linear.weight[rows], linear.scale, bias)
 
 
 class _Gauge:
@@ -166,17 +159,15 @@ class _Gauge:
             error = np.max(np.abs(result - exact), initial=0.0)
             self.errors[name] = float(np.maximum(self.errors.get(name, 0.0), error))
 
-    def checks(self) -> dict[str, Check]:
-        """None of them where the plain way is not finite, or too far off to tell right from wrong.
-
-        All ways but the plain one are checked, by name.
+    def checks(self) -> Checks:
+        """Of all ways but the plain one; of none where that one is not finite, or too far off to
+        tell right from wrong.
         """
         unit = self.top or 1.0
         limit = FACTOR * self.errors[_PLAIN] / unit + EPS * (4 + self.rounding)
-        if not limit <= MAX_LIMIT:  # or nan
-            return {}
+        sound = limit <= MAX_LIMIT  # nan is not
         others = {name: error for name, error in self.errors.items() if name != _PLAIN}
-        return {name: Check(error / unit, limit) for name, error in others.items()}
+        return {n: Check(error / unit, limit) if sound else None for n, error in others.items()}
 
 
 class Trial:
@@ -188,9 +179,15 @@ class Trial:
     """
 
     def __init__(self, original: Weights, fused: Weights, options: VerifyOptions) -> None:
-        self.plain, self.fused = _Path(original), _Path(fused)
-        self.exact = _Path(original, exact=True)
+        self.plain = _Path(original, attend.expanded_attention)
+        self.fused = _Path(fused, attend.attention)
+        self.exact = _Path(original, attend.reference_attention, exact=True)
         self.paths = (self.plain, self.fused, self.exact)
+        self.decodes: dict[str, Attend] = {
+            "expand": attend.expanded_attention,
+            "broadcast": attend.broadcast_attention,
+            "split": functools.partial(split.split_attention, n_threads=options.threads),
+        }
         self.options = options
         self.random = np.random.default_rng(options.seed)
         self.prompts = _lengths(options.n_prompt, options.n_seqs)
@@ -204,21 +201,14 @@ class Trial:
         shape = (self.options.n_seqs, n_tokens, self.n_embd)
         return self.random.standard_normal(shape, dtype=np.float32)
 
-    @property
-    def names(self) -> set[str]:
-        """Of all checks that there can be."""
-        if not self.modelled:
-            return {"projection"}
-        return {"projection", "prefill", *(f"decode_{way}" for way in self.decodes())}
-
-    def checks(self) -> dict[str, Check]:
+    def checks(self) -> Checks:
         x = self.activations(self.options.n_prompt)
         checks = self.check_projection(x)
         if self.modelled:
-            checks |= self.check_prefill(x) | self.check_decode()
+            checks = {**checks, **self.check_prefill(x), **self.check_decode()}
         return checks
 
-    def check_projection(self, x: Floats) -> dict[str, Check]:
+    def check_projection(self, x: Floats) -> Checks:
         """The worst of Q, K and V, each relative to its own size; none if one of them has none."""
         checks: list[Check] = []
         sums = _largest_sums(self.plain.weights.projections, x)
@@ -228,24 +218,19 @@ class Trial:
             rounding = largest / (float(np.max(np.abs(exact))) or 1.0)
             self.projected = max(self.projected, rounding)
             gauge.add(exact, {_PLAIN: plain, "projection": fused}, rounding)
-            checks += gauge.checks().values()
+            checks += filter(None, gauge.checks().values())
         if len(checks) < len(sums):
-            return {}
+            return {"projection": None}
         worst = max(checks, key=lambda check: (not check.ok, check.error / check.limit))
         return {"projection": worst}
 
-    def check_prefill(self, x: Floats) -> dict[str, Check]:
+    def check_prefill(self, x: Floats) -> Checks:
         positions = masks.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
         heads = [path.heads(x, positions) for path in self.paths]
         self.fill_caches(heads)
-        ways: tuple[Attend, ...] = (
-            attend.expanded_attention,
-            attend.attention,
-            attend.reference_attention,
-        )
         plain, fused, exact = (
-            path.attend(way, own, positions, positions)
-            for path, own, way in zip(self.paths, heads, ways, strict=True)
+            path.attend(own, positions, positions)
+            for path, own in zip(self.paths, heads, strict=True)
         )
         gauge = _Gauge()
         rounding = self.projected + 2 * self.exact.largest_score(heads[2])
@@ -257,38 +242,30 @@ class Trial:
         for path, own in zip(self.paths, heads, strict=True):
             path.allocate(own, n_cells)
         for seq, (prompt, context) in enumerate(zip(self.prompts, self.contexts, strict=True)):
-            for cache in ("k", "v"):
-                known = getattr(self.plain, cache)[seq, :, :prompt]  # [n_head_kv, prompt, dim]
+            for caches in zip(*(path.caches for path in self.paths), strict=True):  # of K, then V
+                known = caches[0][seq, :, :prompt]  # [n_head_kv, prompt, dim]
                 size = np.float32(np.sqrt(np.mean(np.square(known, dtype=np.float64))))
                 shape = (known.shape[0], context - prompt, known.shape[2])
                 filling = size * self.random.standard_normal(shape, dtype=np.float32)
-                for path in self.paths:
-                    getattr(path, cache)[seq, :, prompt:context] = filling
+                for cache in caches:
+                    cache[seq, :, prompt:context] = filling
 
-    def check_decode(self) -> dict[str, Check]:
+    def check_decode(self) -> Checks:
         gauge = _Gauge()
         for step in range(self.options.n_decode):
             cells = [context + step for context in self.contexts]
             plain, fused, exact = self.decode_heads(cells)
-            ways = {_PLAIN: self.plain.decode(attend.expanded_attention, plain, cells)}
-            for name, way in self.decodes().items():
-                ways[f"decode_{name}"] = self.fused.decode(way, fused, cells)
+            ways = {_PLAIN: self.plain.decode(plain, cells)}
+            for name, way in self.decodes.items():
+                ways[f"decode_{name}"] = self.fused.decode(fused, cells, way)
             rounding = self.projected + 2 * self.exact.largest_score(exact)
-            reference = self.exact.decode(attend.reference_attention, exact, cells)
-            gauge.add(reference, ways, rounding)
+            gauge.add(self.exact.decode(exact, cells), ways, rounding)
         return gauge.checks()
 
     def decode_heads(self, cells: Sequence[int]) -> list[Heads]:
         """One new token of each sequence, at the position of its cell, by every path; cached."""
         x, positions = self.activations(1), np.array(cells)[:, None]  # [n_seqs, 1]
         return [path.cached(path.heads(x, positions), cells) for path in self.paths]
-
-    def decodes(self) -> dict[str, Attend]:
-        return {
-            "expand": attend.expanded_attention,
-            "broadcast": attend.broadcast_attention,
-            "split": functools.partial(split.split_attention, n_threads=self.options.threads),
-        }
 
     def timing(self, name: str) -> Timing:
         """One token of each sequence through the projections, and the last decode step again."""
@@ -300,8 +277,8 @@ class Trial:
         if self.modelled:
             cells = [context + self.options.n_decode - 1 for context in self.contexts]
             heads = self.decode_heads(cells)[1]
-            for decode, way in self.decodes().items():
-                ways[decode] = functools.partial(self.fused.decode, way, heads, cells)
+            for decode, way in self.decodes.items():
+                ways[decode] = functools.partial(self.fused.decode, heads, cells, way)
         return Timing(name, self.options.n_seqs, max(self.contexts), interleaved(ways, 0.5))
 
 

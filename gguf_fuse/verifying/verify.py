@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
@@ -27,30 +26,18 @@ def verify(original: Path, fused: Path, options: VerifyOptions | None = None) ->
     options = options or VerifyOptions()
     before, after = read_model(original), read_model(fused)
     for header in (before, after):
-        _require_model(header)
-    names = [] if options.structure_only else choose_layers(before, options.layers)
-    structure = compare_structure(
-        before,
-        after,
-        threads=options.threads,
-        on_start=options.on_start,
-        on_progress=options.on_progress,
-    )
+        if not header.is_model:
+            raise Refused(
+                f"{header.path}: general.type is {header.metadata['general.type']!r}: verify "
+                "compares models; unfuse gives the original bytes back, which cmp can compare"
+            )
+    names: list[str] = []
+    others: list[str] = []  # that nobody chose because they have no attention that is known here
+    if not options.structure_only:
+        names = choose_layers(before, options.layers)
+        others = other_layers(before.tensors) if options.layers.numbers is None else []
+    structure = compare_structure(before, after, options)
     layers, timing = compare_numbers(before, after, names, options)
-    return Report(structure, layers + _not_computed(before, options), timing)
-
-
-def _require_model(header: Header) -> None:
-    if not header.is_model:
-        raise Refused(
-            f"{header.path}: general.type is {header.metadata['general.type']!r}: verify compares "
-            "models; unfuse gives the original bytes back, which cmp can compare"
-        )
-
-
-def _not_computed(header: Header, options: VerifyOptions) -> tuple[LayerReport, ...]:
-    """Layers that nobody chose because they have no attention that is known here."""
-    if options.structure_only or options.layers.numbers is not None:
-        return ()
     note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
-    return tuple(LayerReport(name, {}, note) for name in other_layers(header.tensors))
+    not_computed = [LayerReport(name, {}, note) for name in others]
+    return Report(structure, (*layers, *not_computed), timing)

@@ -15,10 +15,9 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from gguf_fuse.format.source import OpenSource, Source
+from gguf_fuse.format.source import OpenSource, Source, in_turn
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.place import Copy
 
@@ -44,9 +43,6 @@ _CANNOT_CLONE = {
 }
 
 
-# -- copying ------------------------------------------------------------------------------------
-
-
 def copy_ranges(
     sources: Opened,
     target_fd: int,
@@ -55,36 +51,24 @@ def copy_ranges(
     threads: int,
     on_block: Callable[[Copy], None],
 ) -> None:
-    """Several threads take blocks in turn, each with one buffer: memory does not grow.
+    """Copy, by threads with one buffer each: memory does not grow.
 
-    on_block: called, by any of the threads, with each block that was written.
-
-    Raises OSError if writing fails, GGUFError if reading does.
+    on_block: called, by any of the threads, with each block that was written. Raises OSError if
+    writing fails, GGUFError if reading does.
     """
     if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
         for file in sources.values():
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    blocks, lock, stop = iter_blocks(copies), threading.Lock(), threading.Event()
 
-    def work() -> None:
+    def work(blocks: Iterator[Copy]) -> None:
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        while not stop.is_set():
-            with lock:
-                block = next(blocks, None)
-            if block is None:
-                return
+        for block in blocks:
             view = buffer[: block.n_bytes]
             sources[block.source].read_at(view, block.start)
             write_all(target_fd, view, block.target)
             on_block(block)
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in as_completed([pool.submit(work) for _ in range(threads)]):
-                future.result()
-        except BaseException:
-            stop.set()  # the pool waits for its threads: let them end at once
-            raise
+    in_turn(iter_blocks(copies), threads, work)
 
 
 def iter_blocks(copies: Iterable[Copy], most: int = BLOCK_BYTES) -> Iterator[Copy]:
@@ -112,9 +96,6 @@ else:
 
     def _write_at(fd: int, view: memoryview, offset: int) -> int:
         return os.pwrite(fd, view, offset)
-
-
-# -- cloning ------------------------------------------------------------------------------------
 
 
 def clone_block(source: OpenSource, folder: Path) -> int | None:
@@ -166,19 +147,16 @@ def _clone(source: OpenSource, target_fd: int, clone: Copy) -> None:
     fcntl.ioctl(target_fd, _FICLONERANGE, request)
 
 
-# -- space and holes ----------------------------------------------------------------------------
-
-
 def _libc_call(name: str, *arguments: int) -> int:
     """A Linux call that Python has no name for: 0, or the errno."""
-    function = getattr(_libc(), name)
-    return ctypes.get_errno() if function(*map(ctypes.c_long, arguments)) else 0
+    return ctypes.get_errno() if _libc_function(name)(*map(ctypes.c_long, arguments)) else 0
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
-    # Kept: opening it takes ten times as long as a call, and there is one for each block.
-    return ctypes.CDLL(None, use_errno=True)
+def _libc_function(name: str) -> Callable[..., int]:
+    # Kept: opening libc takes ten times as long as a call, and there is one for each block.
+    function: Callable[..., int] = getattr(ctypes.CDLL(None, use_errno=True), name)
+    return function
 
 
 def start_write_back(fd: int, block: Copy) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import islice
 from pathlib import Path
 
 from gguf_fuse.format.header import DEFAULT_ALIGNMENT, Header, align
@@ -21,7 +21,7 @@ from gguf_fuse.format.shards import (
     ShardName,
 )
 from gguf_fuse.format.source import GGUFError, Segment
-from gguf_fuse.format.values import ByteOrder, ValueType, encode_pair
+from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.planning.plan import Plan, PlannedTensor
 from gguf_fuse.planning.record import KEY_PREFIX, SHARDS_KEY
 
@@ -80,37 +80,33 @@ def _check_name(source: Header, output: str, name: ShardName) -> None:
 
 def _cut_alike(source: Header, plan: Plan) -> list[Plan]:
     """Every shard keeps its own metadata, with the new count of tensors."""
-    homes = _homes(source, plan)
-    parts = []
-    for number, shard in enumerate(source.shards):
-        pieces = [
-            (segment.start, _updated(shard, key, segment, len(plan.tensors)))
-            for key, segment in _own_pairs(shard, number)
-        ]
-        metadata = tuple(piece for _, piece in pieces)
-        if number == 0:
-            metadata = (*_interleaved(plan.metadata, pieces), *_record(source, plan))
-        part = replace(
-            plan,
-            alignment=shard.alignment,
-            metadata=metadata,
-            tensors=tuple(t for t, home in zip(plan.tensors, homes, strict=True) if home == number),
+    parts: list[Plan] = []
+    for shard, tensors in zip(source.shards, _groups_alike(source, plan), strict=True):
+        pairs = _own_pairs(shard, len(plan.tensors), first=not parts)
+        metadata = tuple(pair for _, pair in pairs)
+        if not parts:
+            metadata = tuple(_interleaved(plan.metadata, pairs))
+            if plan.may_add_keys:  # not on the way back
+                counts = [len(shard.tensors) for shard in source.shards]
+                metadata += (encode_pair(SHARDS_KEY, ValueType.UINT32, counts, plan.byte_order),)
+        parts.append(
+            replace(plan, alignment=shard.alignment, metadata=metadata, tensors=tuple(tensors))
         )
-        parts.append(part)
     return parts
 
 
-def _own_pairs(shard: Header, number: int) -> Iterator[tuple[str, Segment]]:
-    """What a shard has beside the model's metadata; of that, the first has all."""
+def _own_pairs(shard: Header, n_tensors: int, *, first: bool) -> list[tuple[int, Segment | bytes]]:
+    """What a shard has beside the model's metadata, of which the first has all; and where."""
+    pairs: list[tuple[int, Segment | bytes]] = []
     for key in shard.metadata:
-        if (number > 0 or key in SPLIT_KEYS) and not key.startswith(KEY_PREFIX):
-            yield key, shard.metadata.segment(key)
-
-
-def _updated(shard: Header, key: str, segment: Segment, n_tensors: int) -> Segment | bytes:
-    if key != TENSORS_COUNT_KEY:
-        return segment
-    return encode_pair(key, ValueType.INT32, n_tensors, shard.byte_order)
+        if key.startswith(KEY_PREFIX) or (first and key not in SPLIT_KEYS):
+            continue
+        old = shard.metadata.segment(key)
+        new: Segment | bytes = old
+        if key == TENSORS_COUNT_KEY:
+            new = encode_pair(key, ValueType.INT32, n_tensors, shard.byte_order)
+        pairs.append((old.start, new))
+    return pairs
 
 
 def _interleaved(
@@ -125,27 +121,22 @@ def _interleaved(
     yield from (piece for _, piece in rest)
 
 
-def _record(source: Header, plan: Plan) -> list[bytes]:
-    if not plan.may_add_keys:  # the way back: nothing of ours may be added
-        return []
-    counts = [len(shard.tensors) for shard in source.shards]
-    return [encode_pair(SHARDS_KEY, ValueType.UINT32, counts, plan.byte_order)]
-
-
-def _homes(source: Header, plan: Plan) -> list[int]:
-    """For each tensor, the shard that it goes to: as recorded, else where its data begins."""
+def _groups_alike(source: Header, plan: Plan) -> list[list[PlannedTensor]]:
+    """The tensors of each shard: as recorded, else each where its data begins."""
     counts = source.metadata.get(SHARDS_KEY)
     if isinstance(counts, list) and len(counts) == len(source.shards):
         if any(type(n) is not int or n < 0 for n in counts) or sum(counts) != len(plan.tensors):
             raise GGUFError(f"{source.path}: {SHARDS_KEY} does not fit {len(plan.tensors)} tensors")
-        return list(chain.from_iterable(repeat(i, n) for i, n in enumerate(counts)))
+        rest = iter(plan.tensors)
+        return [list(islice(rest, n)) for n in counts]
     number = {shard.source: at for at, shard in enumerate(source.shards)}
-    homes, home = [], 0
+    groups: list[list[PlannedTensor]] = [[] for _ in source.shards]
+    home = 0
     for tensor in plan.tensors:
         first = tensor.segments[0]
         home = max(home, number[first.source] if isinstance(first, Segment) else 0)
-        homes.append(home)
-    return homes
+        groups[home].append(tensor)
+    return groups
 
 
 def _groups(
@@ -167,31 +158,20 @@ def _groups(
 
 def _cut(source: Header, plan: Plan, groups: Sequence[Sequence[PlannedTensor]]) -> list[Plan]:
     """As llama-gguf-split does: all metadata in the first shard, tensors from there on."""
-    stale = {
-        source.metadata.segment(key) for key in SPLIT_KEYS if key in source.metadata
-    }  # of a file that was merged before
-    first = tuple(piece for piece in plan.metadata if piece not in stale)
-    others = _alignment(plan)
+    order = plan.byte_order
+    # Of a file that was merged before.
+    stale = {source.metadata.segment(key) for key in SPLIT_KEYS if key in source.metadata}
+    first = [piece for piece in plan.metadata if piece not in stale]
+    others = []  # every file tells its own alignment, unless it is the usual one
+    if plan.alignment != DEFAULT_ALIGNMENT:
+        others = [encode_pair("general.alignment", ValueType.UINT32, plan.alignment, order)]
     parts = []
     for number, group in enumerate(groups):
-        own = _split_pairs(number, len(groups), len(plan.tensors), plan.byte_order)
+        own = [  # in this order, so that the shards are the very bytes of llama-gguf-split
+            encode_pair(NUMBER_KEY, ValueType.UINT16, number, order),
+            encode_pair(TENSORS_COUNT_KEY, ValueType.INT32, len(plan.tensors), order),
+            encode_pair(COUNT_KEY, ValueType.UINT16, len(groups), order),
+        ]
         metadata = (*(others if number else first), *own)
         parts.append(replace(plan, metadata=metadata, tensors=tuple(group)))
     return parts
-
-
-def _alignment(plan: Plan) -> list[bytes]:
-    """Every file tells its own alignment, unless it is the usual one."""
-    if plan.alignment == DEFAULT_ALIGNMENT:
-        return []
-    value_type = ValueType.UINT32
-    return [encode_pair("general.alignment", value_type, plan.alignment, plan.byte_order)]
-
-
-def _split_pairs(number: int, count: int, n_tensors: int, order: ByteOrder) -> list[bytes]:
-    """In the order of llama-gguf-split, so that the shards are its very bytes."""
-    return [
-        encode_pair(NUMBER_KEY, ValueType.UINT16, number, order),
-        encode_pair(TENSORS_COUNT_KEY, ValueType.INT32, n_tensors, order),
-        encode_pair(COUNT_KEY, ValueType.UINT16, count, order),
-    ]

@@ -11,7 +11,7 @@ that were shifted alike share one good padding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,63 +64,44 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
 
     clone_block: the size of the blocks that source and target can share; None: they cannot.
     """
-    offsets, data_bytes = _offsets(plan)
-    pieces = list(_pieces(plan, offsets))
-    # Targets count from the start of the data until that is known.
-    moves = _merged(
-        Copy(piece.source, piece.start, at, piece.n_bytes)
-        for at, piece in pieces
-        if isinstance(piece, Segment)
-    )
+    offsets: list[int] = []
+    computed: list[tuple[int, bytes | Computed]] = []
+    moves: list[Copy] = []
+    data_bytes = 0
+    for tensor in plan.tensors:  # places count from the start of the data until that is known
+        offsets.append(data_bytes)
+        made, copies, end = _lay(tensor.segments, data_bytes)
+        computed += made
+        moves += copies
+        data_bytes = align(end, plan.alignment)
+    moves = _merged(moves)
     n_padding = None
     if clone_block and clone_block <= MAX_PADDING and plan.may_add_keys:
         start = _best_start(plan, moves, clone_block)
         n_padding = None if start is None else _padding(plan, offsets, start, clone_block)
     literals, header_copies, header_end = _lay(_header(plan, offsets, n_padding))
     data_start = align(header_end, plan.alignment)
-    copies = _merged([*header_copies, *(move.moved(data_start) for move in moves)])
-    clones = [clone for copy in copies for clone in _interior(copy, clone_block)]
-    edges = [edge for copy in copies for edge in _edges(copy, clone_block)]
-    computed = [(data_start + at, made) for at, made in pieces if isinstance(made, Computed)]
+    clones: list[Copy] = []
+    edges: list[Copy] = []
+    for copy in _merged([*header_copies, *(move.moved(data_start) for move in moves)]):
+        inside, outside = _divided(copy, clone_block)
+        clones += inside
+        edges += outside
+    literals += [(data_start + at, made) for at, made in computed]
     return Placement(
-        (*literals, *computed), tuple(edges), tuple(clones), data_start, data_start + data_bytes
+        tuple(literals), tuple(edges), tuple(clones), data_start, data_start + data_bytes
     )
-
-
-def _offsets(plan: Plan) -> tuple[list[int], int]:
-    """Of each tensor, and where the data ends."""
-    offsets, end = [], 0
-    for tensor in plan.tensors:
-        offsets.append(end)
-        end = align(end + tensor.n_bytes, plan.alignment)
-    return offsets, end
-
-
-def _pieces(plan: Plan, offsets: Iterable[int]) -> Iterator[tuple[int, Segment | Computed]]:
-    """What the data is made of, and where in it each piece goes."""
-    for tensor, at in zip(plan.tensors, offsets, strict=True):
-        for segment in tensor.segments:
-            yield at, segment
-            at += segment.n_bytes
 
 
 def _merged(copies: Iterable[Copy]) -> list[Copy]:
     """Copies that go on in both files become one."""
     merged: list[Copy] = []
     for copy in copies:
-        if merged and _goes_on(merged[-1], copy):
+        if merged and copy == merged[-1].part(merged[-1].n_bytes, copy.n_bytes):
             merged[-1] = merged[-1]._replace(n_bytes=merged[-1].n_bytes + copy.n_bytes)
         else:
             merged.append(copy)
     return merged
-
-
-def _goes_on(last: Copy, copy: Copy) -> bool:
-    ends = last.start + last.n_bytes, last.target + last.n_bytes
-    return last.source is copy.source and ends == (copy.start, copy.target)
-
-
-# -- the header ---------------------------------------------------------------------------------
 
 
 def _header(plan: Plan, offsets: Sequence[int], n_padding: int | None) -> list[Segment | bytes]:
@@ -136,19 +117,17 @@ def _header(plan: Plan, offsets: Sequence[int], n_padding: int | None) -> list[S
 
 
 def _lay(
-    pieces: Iterable[Segment | bytes],
-) -> tuple[list[tuple[int, bytes]], list[Copy], int]:
-    """Literals and copies, one after the other, and where the last one ends."""
-    literals: list[tuple[int, bytes]] = []
+    pieces: Iterable[Segment | bytes | Computed], at: int = 0
+) -> tuple[list[tuple[int, bytes | Computed]], list[Copy], int]:
+    """Literals and copies, one after the other from `at` on, and where the last one ends."""
+    literals: list[tuple[int, bytes | Computed]] = []
     copies: list[Copy] = []
-    at = 0
     for piece in pieces:
-        if isinstance(piece, bytes):
-            literals.append((at, piece))
-            at += len(piece)
-        else:
+        if isinstance(piece, Segment):
             copies.append(Copy(piece.source, piece.start, at, piece.n_bytes))
-            at += piece.n_bytes
+        else:
+            literals.append((at, piece))
+        at += len(piece) if isinstance(piece, bytes) else piece.n_bytes
     return literals, copies, at
 
 
@@ -165,28 +144,17 @@ def _best_start(plan: Plan, moves: Iterable[Copy], block: int) -> int | None:
     for move in moves:
         start = (move.start - move.target) % block
         if start % min(plan.alignment, block) == 0:
-            gain[start] += sum(clone.n_bytes for clone in _interior(move.moved(start), block))
+            gain[start] += sum(clone.n_bytes for clone in _divided(move.moved(start), block)[0])
     return max(+gain, key=lambda start: gain[start], default=None)
 
 
-# -- cloning ------------------------------------------------------------------------------------
-
-
-def _interior(copy: Copy, block: int | None) -> list[Copy]:
-    """The whole blocks of a range, if its start and its target lie alike."""
+def _divided(copy: Copy, block: int | None) -> tuple[list[Copy], list[Copy]]:
+    """The whole blocks of a range, if its start and its target lie alike; and what is left."""
     if not block or (copy.start - copy.target) % block:
-        return []
-    first = align(copy.start, block)
-    last = (copy.start + copy.n_bytes) // block * block
-    return [copy.part(first - copy.start, last - first)] if first < last else []
-
-
-def _edges(copy: Copy, block: int | None) -> list[Copy]:
-    """What `_interior` leaves of a range."""
-    inside = _interior(copy, block)
-    if not inside:
-        return [copy]
-    head = inside[0].start - copy.start
-    tail = head + inside[0].n_bytes
-    parts = [copy.part(0, head), copy.part(tail, copy.n_bytes - tail)]
-    return [part for part in parts if part.n_bytes]
+        return [], [copy]
+    head = -copy.start % block
+    end = head + (copy.n_bytes - head) // block * block
+    if end <= head:
+        return [], [copy]
+    edges = copy.part(0, head), copy.part(end, copy.n_bytes - end)
+    return [copy.part(head, end - head)], [edge for edge in edges if edge.n_bytes]

@@ -84,29 +84,24 @@ def check_destinations(source: Header, outputs: Sequence[Output], *, force: bool
     """
     reals = [Path(os.path.realpath(output.path)) for output in outputs]
     needed: dict[Path, int] = {}
-    for output, real in zip(outputs, reals, strict=True):
-        try:
-            _check_place(source, output.path, real, force)
-        except OSError as error:
-            raise GGUFError(f"{output.path}: {error.strerror}") from error
-        n_bytes = output.placement.n_bytes - output.placement.n_cloned
-        needed[real.parent] = needed.get(real.parent, 0) + n_bytes
-        if reals.count(real) > 1:
-            raise GGUFError(f"{output.path}: two shards would be the same file, {real}")
-    for folder, n_bytes in needed.items():
-        _check_space(outputs[0].path, folder, n_bytes)
-    return reals
-
-
-def _check_space(destination: Path, folder: Path, needed: int) -> None:
     try:
-        free = shutil.disk_usage(folder).free
+        for output, real in zip(outputs, reals, strict=True):
+            path = output.path
+            _check_place(source, path, real, force)
+            if reals.count(real) > 1:
+                raise GGUFError(f"{path}: two shards would be the same file, {real}")
+            n_bytes = output.placement.n_bytes - output.placement.n_cloned
+            needed[real.parent] = needed.get(real.parent, 0) + n_bytes
+        path = outputs[0].path
+        for folder, n_bytes in needed.items():
+            free = shutil.disk_usage(folder).free
+            if free < n_bytes:
+                raise GGUFError(
+                    f"{path}: {n_bytes} bytes are needed, {free} are free on the disk of {folder}"
+                )
     except OSError as error:
-        raise GGUFError(f"{destination}: {error.strerror}") from error
-    if free < needed:
-        raise GGUFError(
-            f"{destination}: {needed} bytes are needed, {free} are free on the disk of {folder}"
-        )
+        raise GGUFError(f"{path}: {error.strerror}") from error
+    return reals
 
 
 def _check_place(source: Header, destination: Path, real: Path, force: bool) -> None:
@@ -229,27 +224,26 @@ def _rename_all(moves: Sequence[tuple[Path, Path]], force: bool) -> None:
     try:
         for temporary, destination in reversed(moves):
             if force and destination.exists():
-                replaced[destination] = _beside(destination)
-                _link(destination, replaced[destination])
+                old = replaced[destination] = _beside(destination)
+                try:
+                    os.link(destination, old)
+                except OSError:  # a file system without second names
+                    destination.replace(old)
             _rename(temporary, destination, force)
     except BaseException:
         for temporary, destination in moves:
             if destination in replaced:
                 if replaced[destination].exists():
                     replaced[destination].replace(destination)
-            elif _is_renamed(temporary, destination):
+            # An interrupt may come between the giving of the new name and the taking of the old.
+            elif not temporary.exists() or (
+                destination.exists() and temporary.samefile(destination)
+            ):
                 destination.unlink(missing_ok=True)
         raise
     finally:
         for path in replaced.values():
             path.unlink(missing_ok=True)
-
-
-def _is_renamed(temporary: Path, destination: Path) -> bool:
-    """Also if an interrupt came between the giving of the new name and the taking of the old."""
-    if not temporary.exists():
-        return True
-    return destination.exists() and temporary.samefile(destination)
 
 
 def _rename(temporary: Path, destination: Path, force: bool) -> None:
@@ -265,14 +259,6 @@ def _rename(temporary: Path, destination: Path, force: bool) -> None:
             temporary.unlink()
             return
     temporary.replace(destination)
-
-
-def _link(path: Path, name: Path) -> None:
-    """A second name; where the file system has none, in place of the first."""
-    try:
-        os.link(path, name)
-    except OSError:
-        path.replace(name)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.attention import attend, projections, split
-from gguf_fuse.cli.report import projection_verdict
+from gguf_fuse.cli.bench import projection_verdict
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.measuring import bench as benchmark
 from gguf_fuse.measuring.bench import DecodeRow, ProjectionRow, Shape, bench, shape_of

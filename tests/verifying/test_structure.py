@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
 from tests.conftest import fused_copy
 from tests.verifying.faults import (
+    QUICK,
     Contents,
     Fault,
     add_a_key,
@@ -200,6 +202,16 @@ def test_a_part_that_the_original_lacks(model: Model, suffix: str) -> None:
     assert f"blk.0: is fused, but the original has no blk.0.attn_k.{suffix}" in found
 
 
+def test_a_fused_bias_takes_no_name_of_the_original(model: Model) -> None:
+    """The original's own bias of that name would be lost without a word."""
+    original = model(architecture="qwen2")
+    fused = fused_copy(original)
+    contents = Contents.of(original)
+    contents.tensors["blk.0.attn_qkv.bias"] = ((128,), T.F32, bytes(512))
+    found = problems(contents.write(), fused)
+    assert "blk.0.attn_qkv.bias: is fused, but the original has its own" in found
+
+
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
@@ -226,7 +238,7 @@ def test_a_file_that_changes_meanwhile(model: Model) -> None:
     headers = read_header(original), read_header(fused)
     fused.write_bytes(fused.read_bytes() + b"\0")
     with pytest.raises(GGUFError, match="changed while it was read"):
-        compare_structure(*headers)
+        compare_structure(*headers, QUICK)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -241,7 +253,7 @@ def test_a_file_that_grows_while_it_is_compared(model: Model, which: int) -> Non
 
     headers = [read_header(path) for path in files]
     with pytest.raises(GGUFError, match=f"{re.escape(str(files[which]))}: changed while it was"):
-        compare_structure(*headers, on_progress=grow)
+        compare_structure(*headers, VerifyOptions(on_progress=grow))
 
 
 def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
@@ -249,8 +261,9 @@ def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
     fused = fused_copy(original)
     headers = read_header(original), read_header(fused)
     words = f"{re.escape(str(fused))}: ended at byte .*: it was cut while it was read"
+    options = VerifyOptions(threads=1, on_progress=lambda n: os.truncate(fused, 100))
     with pytest.raises(GGUFError, match=words):
-        compare_structure(*headers, threads=1, on_progress=lambda n: os.truncate(fused, 100))
+        compare_structure(*headers, options)
 
 
 def test_swapped_files_are_named(pair: tuple[Path, Path]) -> None:

@@ -94,7 +94,8 @@ def test_a_clone_is_the_copy_and_takes_no_space(mounted: Path, type_: T) -> None
 
 def assert_equal_but_for_padding(cloned: Path, copied: Path) -> None:
     one, other = read_header(cloned), read_header(copied)
-    assert one.tensors == other.tensors
+    entries = [[(t.name, t.ne, t.type, t.offset) for t in file.tensors] for file in (one, other)]
+    assert entries[0] == entries[1]
     pairs = {key: one.metadata.pair_bytes(key) for key in one.metadata if key != PADDING_KEY}
     assert pairs == {key: other.metadata.pair_bytes(key) for key in other.metadata}
     assert cloned.read_bytes()[one.data_start :] == copied.read_bytes()[other.data_start :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 from gguf_fuse.api import Options, fuse
 from gguf_fuse.format.source import GGUFError
+from tests.compare import sha256
 from tests.pack import F16, fused, valid
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches the writing through /proc")
@@ -34,24 +36,12 @@ os.pwrite = slow_pwrite
 """
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 class Model:
     """A model of 75 MB, the hash of what it becomes, and a check that it is untouched."""
 
     def __init__(self, path: Path) -> None:
         file = valid(F16, n_layers=3, n_embd=2048)
-        self.path, self.wanted = path, hash_of(fused(file).pack())
+        self.path, self.wanted = path, hashlib.sha256(fused(file).pack()).hexdigest()
         path.write_bytes(file.pack())
         self.n_bytes = path.stat().st_size
         self.hash, self.stat = sha256(path), self._status()
@@ -88,8 +78,9 @@ Process = subprocess.Popen[str]
 
 def start(*arguments: str | Path, prelude: str = "", **options: object) -> Process:
     """The command; `prelude` is Python that runs in the process before it."""
-    # A shell that runs the tests in the background lets them ignore Ctrl-C.
+    # A shell that runs the tests in the background lets them ignore Ctrl-C, and nohup SIGHUP.
     heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    heed += "\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)"
     script = f"{heed}\n{prelude}\nfrom gguf_fuse.cli import main\nmain()"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
@@ -105,7 +96,7 @@ def run(*arguments: str | Path, prelude: str = "", **options: object) -> tuple[i
     return finish(start(*arguments, prelude=prelude, **options))
 
 
-def wait_written(process: Process, n_bytes: int) -> None:
+def wait_written(process: Process | Forker, n_bytes: int) -> None:
     """Until the process has written so much, or is at its end."""
     counters = Path(f"/proc/{process.pid}/io")
     while process.poll() is None:
@@ -149,21 +140,69 @@ def dying(call, before):
 """
 
 
-def start_and_kill(moment: float | str, arguments: list[str]) -> int:
-    if isinstance(moment, str) and not moment.endswith("%"):
+# Forks a process per line that it reads: starting Python takes longer than the writing.
+_FORKER = """
+import json, os, sys
+import gguf_fuse.api, gguf_fuse.cli.layers
+for line in sys.stdin:
+    prelude, sys.argv = json.loads(line)
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        exec(prelude)
+        gguf_fuse.cli.main()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forker:
+    """Like `start` and `finish`, for one command at a time whose output does not matter."""
+
+    def __init__(self) -> None:
+        command, pipe = [sys.executable, "-c", _FORKER], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        assert self.process.stdin and self.process.stdout
+        self.orders, self.answers, self.pid = self.process.stdin, self.process.stdout, 0
+
+    def start(self, *arguments: str, prelude: str) -> None:
+        print(json.dumps([prelude, ["gguf-fuse", *arguments]]), file=self.orders, flush=True)
+        self.pid = int(self.answers.readline())
+
+    def poll(self) -> int | None:
+        return None if Path(f"/proc/{self.pid}").exists() else 0
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def finish(self) -> int:
+        return int(self.answers.readline())
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.process.communicate()
+
+
+def start_and_kill(moment: float | str, arguments: list[str], forker: Forker) -> int:
+    if isinstance(moment, float):
+        process = start(*arguments, "--no-sync", prelude=SLOWLY)
+        time.sleep(moment)
+        process.kill()
+        return finish(process)[0]
+    if moment.endswith("%"):
+        forker.start(*arguments, "--no-sync", prelude=SLOWLY)
+        n_bytes = Path(arguments[1]).stat().st_size
+        wait_written(forker, int(float(moment[:-1]) / 100 * n_bytes))
+        forker.kill()
+    else:
         before, _, call = moment.rpartition(" ")
         if call == "publish":  # what --force replaces is renamed over, else a second name is given
             call = "pathlib.Path.replace" if "-f" in arguments else "os.link"
-        prelude = _KILL.format(call=call, before=bool(before))
-        return finish(start(*arguments, prelude=prelude))[0]
-    process = start(*arguments, "--no-sync", prelude=SLOWLY)
-    if isinstance(moment, str):
-        n_bytes = Path(arguments[1]).stat().st_size
-        wait_written(process, int(float(moment[:-1]) / 100 * n_bytes))
-    else:
-        time.sleep(moment)
-    process.kill()
-    return finish(process)[0]
+        forker.start(*arguments, prelude=_KILL.format(call=call, before=bool(before)))
+    return forker.finish()
 
 
 def test_there_are_twenty_moments() -> None:
@@ -171,14 +210,14 @@ def test_there_are_twenty_moments() -> None:
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["absent", "old"])
-def test_killed(old: bytes | None, model: Model, folder: Path) -> None:
+def test_killed(old: bytes | None, model: Model, folder: Path, forker: Forker) -> None:
     """SIGKILL cannot be caught: only the order of the steps protects the destination."""
     out, n_hits, n_published = folder / "out.gguf", 0, 0
     arguments = ["fuse", str(model.path), str(out), *ONE_BY_ONE, *(["-f"] if old else [])]
     for moment in MOMENTS:
         if old:
             out.write_bytes(old)
-        code = start_and_kill(moment, arguments)
+        code = start_and_kill(moment, arguments, forker)
         assert code in (0, -signal.SIGKILL), moment
         model.assert_untouched()
         if out.exists() and out.stat().st_size != len(OLD):  # it came too late: all is there
