@@ -18,29 +18,14 @@ from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
-from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, summary
+from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
 from gguf_fuse.writing.copy import clone_block
 from gguf_fuse.writing.cut import divide
 from gguf_fuse.writing.place import Placement, place
-from gguf_fuse.writing.publish import (
-    Options,
-    Output,
-    Written,
-    check_destinations,
-    write,
-)
+from gguf_fuse.writing.publish import Options, Output, Written, check_destinations, write
 from gguf_fuse.writing.stream import stream
 
-__all__ = [
-    "Inspection",
-    "OnMismatch",
-    "Options",
-    "Reflink",
-    "Result",
-    "fuse",
-    "inspect",
-    "unfuse",
-]
+__all__ = ["Inspection", "OnMismatch", "Options", "Reflink", "Result", "fuse", "inspect", "unfuse"]
 
 STANDARD_OUTPUT = "-"
 
@@ -101,9 +86,8 @@ def fuse(
 
 
 def _refuse_mismatch(header: Header, layers: Sequence[Layer], on_mismatch: OnMismatch) -> None:
-    mismatched = [layer for layer in layers if layer.status is Status.MISMATCH]
-    if mismatched and on_mismatch == "error":
-        raise Refused(f"{header.path}: {summary(mismatched)} (--on-mismatch skip leaves them)")
+    if on_mismatch == "error":
+        refuse_any(header, layers, Status.MISMATCH, " (--on-mismatch skip leaves them)")
 
 
 def unfuse(

@@ -65,44 +65,44 @@ class Metadata(Mapping[str, Any]):
 
     def __init__(self, source: Source, spans: dict[str, PairSpan], byte_order: ByteOrder) -> None:
         self._source = source
-        self._spans = spans
+        self.spans = spans
         self._byte_order = byte_order
 
     def __getitem__(self, key: str) -> Any:
         """The value. Raises GGUFError if it takes more than MAX_DECODED_BYTES."""
-        span = self._spans[key]
+        span = self.spans[key]
         return decode(self._bytes(key, span.value), span.type, struct_prefix(self._byte_order))[0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._spans)
+        return iter(self.spans)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self.spans)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._spans  # Mapping's own would decode the value
+        return key in self.spans  # Mapping's own would decode the value
 
     def without(self, keys: Collection[str]) -> Metadata:
         """The same pairs, less those of the keys."""
-        rest = {key: span for key, span in self._spans.items() if key not in keys}
+        rest = {key: span for key, span in self.spans.items() if key not in keys}
         return Metadata(self._source, rest, self._byte_order)
 
     @property
     def n_bytes(self) -> int:
-        return sum(span.end - span.start for span in self._spans.values())
+        return sum(span.end - span.start for span in self.spans.values())
 
     def segment(self, key: str) -> Segment:
         """Where the pair lies in the file: key, value type and value."""
-        span = self._spans[key]
+        span = self.spans[key]
         return Segment(self._source, span.start, span.end - span.start)
 
     def pair_bytes(self, key: str) -> bytes:
         """The bytes of `segment`. Raises GGUFError as looking up the value does."""
-        return self._bytes(key, self._spans[key].start)
+        return self._bytes(key, self.spans[key].start)
 
     def _bytes(self, key: str, start: int) -> bytes:
         """Those of a pair from `start` on."""
-        span = self._spans[key]
+        span = self.spans[key]
         n_bytes = span.end - start
         if n_bytes > MAX_DECODED_BYTES:
             raise GGUFError(
@@ -112,14 +112,6 @@ class Metadata(Mapping[str, Any]):
         if span.raw is not None:
             return span.raw[-n_bytes:]
         return self._source.read(start, n_bytes)
-
-    def value_type(self, key: str) -> ValueType:
-        return self._spans[key].type
-
-    def array_head(self, key: str) -> tuple[ValueType, int] | None:
-        """Element type and length of an array value; None for a scalar."""
-        span = self._spans[key]
-        return None if span.element is None else (span.element, span.length)
 
 
 @dataclass(frozen=True)
@@ -169,12 +161,10 @@ class Header:
 
     @property
     def _is_canonical_file(self) -> bool:
-        end = 0
-        for tensor in self.tensors:
-            if tensor.offset != end:
-                return False
-            end = align(end + tensor.n_bytes, self.alignment)
-        return self.data_start + end == self.source.n_bytes
+        offsets = [tensor.offset for tensor in self.tensors]
+        ends = [align(tensor.offset + tensor.n_bytes, self.alignment) for tensor in self.tensors]
+        length = self.source.n_bytes - self.data_start
+        return [*offsets, length] == [0, *ends]
 
     @property
     def files(self) -> tuple[Header, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from itertools import zip_longest
 from typing import NamedTuple, NoReturn
 
 from gguf_fuse.format.header import (
@@ -45,9 +46,10 @@ _WINDOW_BYTES = 1 << 20
 
 _VALUE_TYPES = {int(value_type): value_type for value_type in ValueType}
 
+_TOKENS = "tokenizer.ggml.tokens"
 # Types of well-known arrays: a wrong one made other readers run past the end of the array.
 _ARRAY_TYPES = {
-    "tokenizer.ggml.tokens": {ValueType.STRING},
+    _TOKENS: {ValueType.STRING},
     "tokenizer.ggml.merges": {ValueType.STRING},
     "tokenizer.ggml.scores": {ValueType.FLOAT32, ValueType.INT32},
     "tokenizer.ggml.token_type": {ValueType.INT32, ValueType.UINT32},
@@ -112,12 +114,10 @@ class _Parser:
             data_start=data_start,
         )
 
-    # -- fixed header -------------------------------------------------------------------------
-
     def _version(self) -> int:
         if self.file_bytes == 0:
             self.fail("not a GGUF file: it is empty; download or copy it again")
-        start = self._read(0, min(_FIXED_HEADER_BYTES, self.file_bytes))
+        start = self.file.read(0, min(_FIXED_HEADER_BYTES, self.file_bytes))
         if start.startswith(b"version https://git-lfs"):
             self.fail("not a GGUF file but a Git LFS pointer to one; run git lfs pull")
         if not start.startswith(MAGIC):
@@ -146,8 +146,6 @@ class _Parser:
         if count > most:
             self.fail(f"the header says {count} {what}; at most {most} are supported")
 
-    # -- metadata -----------------------------------------------------------------------------
-
     def _metadata(self, n_pairs: int) -> Metadata:
         spans: dict[str, PairSpan] = {}
         for index in range(n_pairs):
@@ -158,22 +156,26 @@ class _Parser:
                 self.fail(f"metadata key {key!r} appears twice")
             self.place = f"metadata key {key!r}"
             value_type = self._value_type()
-            value = self.at
-            element, length = self._skip_value(value_type)
+            value, element, length = self.at, None, 0
+            if value_type == ValueType.ARRAY:
+                element, length = self._skip_array(1)
+            elif value_type == ValueType.STRING:
+                self._skip_strings(1)
+            else:
+                self._skip(SCALAR_BYTES[value_type])
             raw = self._kept(start)
             spans[key] = PairSpan(start, value, self.at, value_type, element, length, raw)
         return Metadata(self.source, spans, self.byte_order)
 
     def _kept(self, start: int) -> bytes | None:
         """The bytes from there to here, if they are few."""
-        n_bytes = self.at - start
+        n_bytes, begin = self.at - start, start - self.window_start
         if n_bytes > SHORT_PAIR or self.n_kept + n_bytes > MAX_KEPT:
             return None
         self.n_kept += n_bytes
-        begin = start - self.window_start
         if begin >= 0 and begin + n_bytes <= len(self.window):
             return self.window[begin : begin + n_bytes]
-        return self._read(start, n_bytes)
+        return self.file.read(start, n_bytes)
 
     def _value_type(self) -> ValueType:
         number = self._unpack(self.u32)
@@ -181,21 +183,11 @@ class _Parser:
             self.fail(f"{self.place} has value type {number}; the highest known is 12")
         return _VALUE_TYPES[number]
 
-    def _skip_value(self, value_type: ValueType) -> tuple[ValueType | None, int]:
-        """Element type and length, if it is an array."""
-        if value_type == ValueType.ARRAY:
-            return self._skip_array(1)
-        if value_type == ValueType.STRING:
-            self._skip_strings(1)
-        else:
-            self._skip(SCALAR_BYTES[value_type])
-        return None, 0
-
     def _skip_array(self, depth: int) -> tuple[ValueType, int]:
+        """Element type and length."""
         if depth > MAX_ARRAY_DEPTH:
             self.fail(f"{self.place} nests arrays more than {MAX_ARRAY_DEPTH} deep")
-        element = self._value_type()
-        length = self._unpack(self.u64)
+        element, length = self._value_type(), self._unpack(self.u64)
         what = f"elements in {self.place}"
         if element == ValueType.STRING:
             self._check_count(length, 8, what, MAX_STRINGS - self.n_strings)
@@ -207,9 +199,8 @@ class _Parser:
             for _ in range(length):
                 self._skip_array(depth + 1)
         else:
-            n_bytes = SCALAR_BYTES[element]
-            self._check_count(length, n_bytes, what, self.file_bytes)
-            self._skip(length * n_bytes)
+            self._check_count(length, SCALAR_BYTES[element], what, self.file_bytes)
+            self._skip(length * SCALAR_BYTES[element])
         return element, length
 
     def _skip_strings(self, count: int) -> None:
@@ -229,8 +220,8 @@ class _Parser:
         key = "general.alignment"
         if key not in metadata:
             return DEFAULT_ALIGNMENT
-        if metadata.value_type(key) != ValueType.UINT32:
-            self._wrong_type(metadata, key, "UINT32")
+        if metadata.spans[key].type != ValueType.UINT32:
+            self._wrong_type(key, metadata.spans[key], "UINT32")
         alignment = int(metadata[key])
         if alignment == 0 or alignment & (alignment - 1):
             self.fail(f"{key} is {alignment}, not a power of two")
@@ -239,38 +230,25 @@ class _Parser:
         return alignment
 
     def _check_known_keys(self, metadata: Metadata) -> None:
-        key = "general.architecture"
-        if key in metadata and metadata.value_type(key) != ValueType.STRING:
-            self._wrong_type(metadata, key, "STRING")
-        block_count = f"{metadata.get(key)}.block_count"
-        if block_count in metadata and metadata.value_type(block_count) not in INTEGERS:
-            self._wrong_type(metadata, block_count, "an integer")
+        spans, key = metadata.spans, "general.architecture"
+        if key in spans and spans[key].type != ValueType.STRING:
+            self._wrong_type(key, spans[key], "STRING")
+        key = f"{metadata.get(key)}.block_count"
+        if key in spans and spans[key].type not in INTEGERS:
+            self._wrong_type(key, spans[key], "an integer")
         for key, elements in _ARRAY_TYPES.items():
-            head = metadata.array_head(key) if key in metadata else None
-            if key in metadata and (head is None or head[0] not in elements):
+            if key in spans and spans[key].element not in elements:
                 names = " or ".join(sorted(element.name for element in elements))
-                self._wrong_type(metadata, key, f"an array of {names}")
-        self._check_vocabulary(metadata)
-
-    def _check_vocabulary(self, metadata: Metadata) -> None:
-        if "tokenizer.ggml.tokens" not in metadata:
-            return
-        n_vocab = (metadata.array_head("tokenizer.ggml.tokens") or (0, 0))[1]
+                self._wrong_type(key, spans[key], f"an array of {names}")
+        n_vocab = spans[_TOKENS].length if _TOKENS in spans else 0
         for key in _PER_TOKEN:
-            length = (metadata.array_head(key) or (0, 0))[1] if key in metadata else n_vocab
-            if length < n_vocab:
-                self.fail(
-                    f"{key} has {length} elements for {n_vocab} tokens: readers run past its end"
-                )
+            n = spans[key].length if key in spans else n_vocab
+            if n < n_vocab:
+                self.fail(f"{key} has {n} elements for {n_vocab} tokens: readers run past its end")
 
-    def _wrong_type(self, metadata: Metadata, key: str, wanted: str) -> NoReturn:
-        head = metadata.array_head(key)
-        found = metadata.value_type(key).name
-        if head is not None:
-            found = f"an array of {head[0].name}"
+    def _wrong_type(self, key: str, span: PairSpan, wanted: str) -> NoReturn:
+        found = span.type.name if span.element is None else f"an array of {span.element.name}"
         self.fail(f"metadata key {key!r} is {found}, it must be {wanted}")
-
-    # -- tensors ------------------------------------------------------------------------------
 
     def _tensor_entries(self, n_tensors: int) -> list[_Entry]:
         """Of every tensor, as the file lists them."""
@@ -300,10 +278,10 @@ class _Parser:
                     f"{alignment}"
                 )
         by_offset = sorted(entries, key=lambda entry: entry.offset)
-        sizes: dict[str, int] = {}
-        for at, entry in enumerate(by_offset):
-            after = by_offset[at + 1] if at + 1 < len(by_offset) else None
-            sizes[entry.name] = self._placed_bytes(entry, after, data_start)
+        sizes = {
+            entry.name: self._placed_bytes(entry, after, data_start)
+            for entry, after in zip_longest(by_offset, by_offset[1:])
+        }
         return tuple(
             TensorInfo(*entry, Segment(self.source, data_start + entry.offset, sizes[entry.name]))
             for entry in entries
@@ -341,8 +319,6 @@ class _Parser:
             )
         return math.prod(entry.ne) // block * block_bytes
 
-    # -- bytes --------------------------------------------------------------------------------
-
     def _name(self, what: str) -> str:
         length = self._unpack(self.u64)
         if length == 0:
@@ -371,27 +347,21 @@ class _Parser:
         return self.window[start : start + n_bytes]
 
     def _skip(self, n_bytes: int) -> None:
-        if self.at + n_bytes > self.file_bytes:
-            self._truncated(self.at + n_bytes)
+        self._check_end(self.at + n_bytes)
         self.at += n_bytes
 
     def _load(self, start: int, n_bytes: int) -> None:
         """Move the window to where the walk goes on, over n_bytes at least."""
-        if start + n_bytes > self.file_bytes:
-            self._truncated(start + n_bytes)
-        self.window = self._read(start, min(max(n_bytes, _WINDOW_BYTES), self.file_bytes - start))
-        self.window_start = start
+        self._check_end(start + n_bytes)
+        n_bytes = min(max(n_bytes, _WINDOW_BYTES), self.file_bytes - start)
+        self.window, self.window_start = self.file.read(start, n_bytes), start
 
-    def _read(self, start: int, n_bytes: int) -> bytes:
-        data = bytearray(n_bytes)
-        self.file.read_at(memoryview(data), start)
-        return bytes(data)
-
-    def _truncated(self, end: int) -> NoReturn:
-        self.fail(
-            f"{self.place} runs to byte {end}, the file ends at byte {self.file_bytes}: it is "
-            "truncated or damaged; download or copy it again"
-        )
+    def _check_end(self, end: int) -> None:
+        if end > self.file_bytes:
+            self.fail(
+                f"{self.place} runs to byte {end}, the file ends at byte {self.file_bytes}: it is "
+                "truncated or damaged; download or copy it again"
+            )
 
     def fail(self, problem: str) -> NoReturn:
         raise GGUFError(f"{self.source.path}: {problem}")

@@ -63,7 +63,14 @@ def read_model(path: str | os.PathLike[str]) -> Header:
     count = _count(header)
     if count <= 1:
         return header
-    return _merged(header, _read_set(header, count))
+    shards = _read_set(header, count)
+    return replace(
+        shards[0],
+        path=header.path,
+        metadata=shards[0].metadata.without(SPLIT_KEYS),
+        tensors=tuple(chain.from_iterable(shard.tensors for shard in shards)),
+        shards=shards,
+    )
 
 
 def _read_set(header: Header, count: int) -> tuple[Header, ...]:
@@ -78,8 +85,8 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
             f"is shard {number} of {count}, so its name must end in {_ending(number, count)}: the "
             "other shards are found by their names",
         )
-    others = (i for i in range(1, count + 1) if i != name.number)
-    missing = list(islice((i for i in others if not name.path(i).exists()), _MOST_MISSING + 1))
+    absent = (i for i in range(1, count + 1) if i != name.number and not name.path(i).exists())
+    missing = list(islice(absent, _MOST_MISSING + 1))
     if missing:
         more = ", ..." if len(missing) > _MOST_MISSING else ""
         _fail(
@@ -97,11 +104,11 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
 
 def _count(shard: Header) -> int:
     """How many shards a file says that there are; 0 if it says nothing of shards."""
-    if COUNT_KEY not in shard.metadata:
-        told = [key for key in SPLIT_KEYS if key in shard.metadata]
-        if told:
-            _fail(shard, f"{COUNT_KEY} is missing beside {told[0]}: is this a shard?")
+    told = [key for key in SPLIT_KEYS if key in shard.metadata]
+    if not told:
         return 0
+    if COUNT_KEY not in told:
+        _fail(shard, f"{COUNT_KEY} is missing beside {told[0]}: is this a shard?")
     count = shard.metadata[COUNT_KEY]
     if type(count) is not int:
         _fail(shard, f"{COUNT_KEY} is no number: is this a shard?")
@@ -125,14 +132,12 @@ def _check_shard(shard: Header, number: int, count: int, first: Header) -> None:
             f"is shard {_number(shard)} of {count} by its {NUMBER_KEY}, shard {number} by its "
             "name: that shard is there twice, or renamed",
         )
-    facts: list[tuple[str, object, object]] = [
+    total = first.metadata.get(TENSORS_COUNT_KEY)
+    for what, here, there in (
         ("byte order", shard.byte_order, first.byte_order),
         ("GGUF version", shard.version, first.version),
-    ]
-    total = shard.metadata.get(TENSORS_COUNT_KEY)
-    if number == 1 or total is not None:
-        facts.append((TENSORS_COUNT_KEY, total, first.metadata.get(TENSORS_COUNT_KEY)))
-    for what, here, there in facts:
+        (TENSORS_COUNT_KEY, shard.metadata.get(TENSORS_COUNT_KEY, total), total),
+    ):
         if here != there:
             _fail(shard, f"{what} is {here}, but {there} in {first.path}: not a shard of this set")
 
@@ -158,17 +163,6 @@ def _check_tensors(shards: Sequence[Header]) -> None:
             f"{TENSORS_COUNT_KEY} is {total}, but the {len(shards)} shards hold {len(owner)} "
             "tensors: a shard is damaged or of another model",
         )
-
-
-def _merged(header: Header, shards: tuple[Header, ...]) -> Header:
-    """One model. The path is that of the file that was asked for."""
-    return replace(
-        shards[0],
-        path=header.path,
-        metadata=shards[0].metadata.without(SPLIT_KEYS),
-        tensors=tuple(chain.from_iterable(shard.tensors for shard in shards)),
-        shards=shards,
-    )
 
 
 def _fail(header: Header, problem: str) -> NoReturn:

@@ -72,10 +72,9 @@ class Source:
     def read(self, start: int, n_bytes: int) -> bytes:
         """A small range, opened for it alone. Raises GGUFError as `OpenSource` does."""
         with opened([self]) as files:
-            data = bytearray(n_bytes)
-            files[self].read_at(memoryview(data), start)
+            data = files[self].read(start, n_bytes)
             files[self].refuse_changed()
-        return bytes(data)
+        return data
 
 
 class Segment(NamedTuple):
@@ -114,6 +113,12 @@ class OpenSource:
             if n_bytes == 0:
                 self._fail(f"ended at byte {start}: it was cut while it was read")
             view, start = view[n_bytes:], start + n_bytes
+
+    def read(self, start: int, n_bytes: int) -> bytes:
+        """A small range. Raises GGUFError as `read_at` does."""
+        data = bytearray(n_bytes)
+        self.read_at(memoryview(data), start)
+        return bytes(data)
 
     def refuse_changed(self) -> None:
         """Raises GGUFError if the file is not the one any more that was found."""

@@ -31,9 +31,7 @@ class ValueType(IntEnum):
 
 # By the type's number, the code of `struct`; strings and arrays have none.
 _CODES = "BbHhIif?__Qqd"
-SCALARS: dict[ValueType, str] = {
-    t: _CODES[t] for t in ValueType if t not in (ValueType.STRING, ValueType.ARRAY)
-}
+SCALARS = {t: _CODES[t] for t in ValueType if _CODES[t] != "_"}
 SCALAR_BYTES = {int(t): struct.calcsize(code) for t, code in SCALARS.items()}
 INTEGERS = frozenset(t for t, code in SCALARS.items() if code in "BbHhIiQq")
 

@@ -6,35 +6,19 @@ first one's gate, its up, the next one's gate, and so on (`fusions` has the tabl
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import F32, blocked, is_known, type_name
-from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer
-from gguf_fuse.planning import record
-from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, MAX_SLICES, QKV, SHARED, Fusion
+from gguf_fuse.planning import plan, record
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
-from gguf_fuse.planning.plan import (
-    Join,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Status,
-    listed,
-    summary,
-    untouched,
-)
-from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY
-
-# -- what a file holds --------------------------------------------------------------------------
 
 
 def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
@@ -52,11 +36,11 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
 
 def examine(
     header: Header,
-    read: Read,
+    read: plan.Read,
     *,
     fusions: Sequence[Fusion] = (QKV,),
     any_architecture: bool = False,
-) -> tuple[Layer, ...]:
+) -> tuple[plan.Layer, ...]:
     """Every layer of the file that has parts of these fusions, and whether it can be fused.
 
     In the order of the fusions, then of the layers. read: for scales, which must be equal.
@@ -66,18 +50,18 @@ def examine(
         siblings = _siblings(header, fusion)
         for name in fusion.layers(header.tensors):
             row = loader_of(header, name)
-            decided = _decide(_Candidate(header, name, fusion, row, siblings[name], read))
-            layers.append(obey_loader(decided, row, any_architecture))
-    return tuple(layers)
+            layers.append(_decide(_Candidate(header, name, fusion, row, siblings[name], read)))
+    return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
 
 
-def obey_loader(layer: Layer, row: Architecture, any_architecture: bool) -> Layer:
+def obey_loader(header: Header, layer: plan.Layer, any_architecture: bool) -> plan.Layer:
     """The layer, left separate where its loader would not read it fused."""
+    row = loader_of(header, layer.name)
     loader = row.reads(layer.fusion).loader
-    if any_architecture or loader is Loader.READS_FUSED or layer.status is Status.FUSED:
+    if any_architecture or loader is Loader.READS_FUSED or layer.status is plan.Status.FUSED:
         return layer
     reason = f"llama.cpp's loader for {row.name} {loader.phrase(layer.fusion.words)}"
-    return replace(layer, status=Status.SEPARATE, reason=reason, joins=())
+    return replace(layer, status=plan.Status.SEPARATE, reason=reason, joins=())
 
 
 def _siblings(header: Header, fusion: Fusion) -> dict[str, list[str]]:
@@ -99,7 +83,7 @@ class _Candidate:
     fusion: Fusion
     row: Architecture
     siblings: Sequence[str]
-    read: Read
+    read: plan.Read
 
     def tensor(self, name: str) -> TensorInfo | None:
         return self.header.by_name.get(f"{self.layer}.{name}")
@@ -109,36 +93,31 @@ class _Candidate:
         return self.row.reads(self.fusion)
 
 
-def _decide(one: _Candidate) -> Layer:
+def _decide(one: _Candidate) -> plan.Layer:
     fusion, fused = one.fusion, one.tensor(f"{one.fusion.fused}.weight")
     weights = {f"{part}.weight": one.tensor(f"{part}.weight") for part in fusion.parts}
     found = [weight for weight in weights.values() if weight is not None]
-    status = Status.FUSED if fused is not None and not found else Status.FUSABLE
     shown = [fused] if fused is not None and not found else found
-    layer = Layer(
-        one.layer,
-        status,
-        types=tuple(type_name(weight.type) for weight in shown),
-        rows=tuple(fusion.rows(weight.ne) for weight in shown if weight.ne),
-        fusion=fusion,
-    )
-    if status is Status.FUSED:
-        return layer
+    types = tuple(type_name(weight.type) for weight in shown)
+    rows = tuple(fusion.rows(weight.ne) for weight in shown if weight.ne)
+    layer = partial(plan.Layer, one.layer, types=types, rows=rows, fusion=fusion)
+    if not found:
+        return layer(plan.Status.FUSED)
     missing = [name for name, weight in weights.items() if weight is None]
     if missing:
-        return replace(layer, status=Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
+        return layer(plan.Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
     joins, why_not = _joins(one)
-    why_not = why_not or _unequal_rows(one, layer.rows) or _in_the_way(one)
-    why_not = why_not or _norms_in_the_way(one, layer.rows)
+    why_not = why_not or _unequal_rows(one, rows) or _in_the_way(one)
+    why_not = why_not or _norms_in_the_way(one, rows)
     if why_not:
-        return replace(layer, status=Status.MISMATCH, reason=why_not)
-    return replace(layer, joins=tuple(joins))
+        return layer(plan.Status.MISMATCH, reason=why_not)
+    return layer(plan.Status.FUSABLE, joins=tuple(joins))
 
 
-def _joins(one: _Candidate) -> tuple[list[Join], str | None]:
+def _joins(one: _Candidate) -> tuple[list[plan.Join], str | None]:
     """What to join, or the reason why not. A suffix that no part has is not joined."""
-    fusion, joins = one.fusion, list[Join]()
-    for suffix in (*JOINED, *SHARED):
+    fusion, joins = one.fusion, list[plan.Join]()
+    for suffix in SUFFIXES:
         found = {f"{part}.{suffix}": one.tensor(f"{part}.{suffix}") for part in fusion.parts}
         parts = tuple(part for part in found.values() if part is not None)
         if not parts:
@@ -154,7 +133,7 @@ def _joins(one: _Candidate) -> tuple[list[Join], str | None]:
             return [], reason
         if not shared:
             ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
-        joins.append(Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
+        joins.append(plan.Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
     return joins, None
 
 
@@ -169,21 +148,19 @@ def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> s
     if not is_known(parts[0].type):
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
-        return f"row lengths differ: {listed(part.ne[0] for part in parts)}"
+        return f"row lengths differ: {plan.listed(part.ne[0] for part in parts)}"
     if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
-    if fusion.n_slices(parts[0].ne) > MAX_SLICES:
-        return f"{fusion.n_slices(parts[0].ne)} experts; at most {MAX_SLICES} are supported"
-    return None
+    return fusion.too_many(parts[0].ne)
 
 
-def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: Join) -> str | None:
+def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: plan.Join) -> str | None:
     """Why biases do not fit the weights they belong to."""
     if blocked(parts[0].type):
         return f"biases of {type_name(parts[0].type)} come in blocks"
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != weight.rows:
-        return f"biases of {listed(lengths)} elements for {listed(weight.rows)} rows"
+        return f"biases of {plan.listed(lengths)} elements for {plan.listed(weight.rows)} rows"
     if one.fusion.n_slices(parts[0].ne) != one.fusion.n_slices(weight.ne):
         return f"biases of {parts[0].ne[-1]} experts for {weight.ne[-1]}"
     if not one.reads.biases:
@@ -213,7 +190,7 @@ def _in_the_way(one: _Candidate) -> str | None:
         part, _, suffix = name.partition(".")
         if part == one.fusion.fused:
             return f"{name} is there already"
-        if part in one.fusion.parts and suffix not in (*JOINED, *SHARED):
+        if part in one.fusion.parts and suffix not in SUFFIXES:
             return f"{name} would have no place beside {one.fusion.fused}"
     return None
 
@@ -221,7 +198,8 @@ def _in_the_way(one: _Candidate) -> str | None:
 def _unequal_rows(one: _Candidate, rows: Sequence[int]) -> str | None:
     if one.fusion is not QKV or not one.row.equal_rows or len(set(rows)) == 1:
         return None
-    return f"rows differ ({listed(rows)}); the encoder's loader splits {QKV.fused} into equal parts"
+    numbers = plan.listed(rows)
+    return f"rows differ ({numbers}); the encoder's loader splits {QKV.fused} into equal parts"
 
 
 def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
@@ -246,8 +224,8 @@ def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
     for name, norm in norms.items():
         if norm.ne[:1] != (n_dim,):
             return (
-                f"{name} has {listed(norm.ne)} elements, not one head's {n_dim}, as the encoder's "
-                f"loader wants beside {QKV.fused}"
+                f"{name} has {plan.listed(norm.ne)} elements, not one head's {n_dim}, as the "
+                f"encoder's loader wants beside {QKV.fused}"
             )
     if list(norms) == ["attn_k_norm"]:
         return (
@@ -257,16 +235,13 @@ def _norms_in_the_way(one: _Candidate, rows: Sequence[int]) -> str | None:
     return None
 
 
-# -- fuse ---------------------------------------------------------------------------------------
-
-
 def fuse(
     header: Header,
-    read: Read,
+    read: plan.Read,
     *,
     fusions: Sequence[Fusion] = (QKV,),
     any_architecture: bool = False,
-) -> Plan:
+) -> plan.Plan:
     """The plan of the file with these fusions made. read: as for `examine`.
 
     Raises Refused where the result would not load (`any_architecture` overrides what the table of
@@ -274,40 +249,33 @@ def fuse(
     """
     require_model(header)
     layers = examine(header, read, fusions=fusions, any_architecture=any_architecture)
-    if record.exists(header):
-        raise NothingToDo(
-            header,
-            "nothing to fuse: gguf-fuse has fused this file already; to fuse more of it, unfuse it "
-            f"and give {' and '.join(fusion.flag for fusion in FUSIONS)} at once",
-            layers,
-        )
-    fusable = tuple(layer for layer in layers if layer.status is Status.FUSABLE)
-    if not fusable:
-        _raise_nothing_to_fuse(header, layers, fusions)
-    joins = [join for layer in fusable for join in layer.joins]
-    pairs = _encode_record(header, joins)
-    return record.fused_plan(header, pairs, fused_tensors(header, joins), layers, fusable)
+    flags = " and ".join(fusion.flag for fusion in FUSIONS)
+    record.refuse_twice(header, f"; to fuse more of it, unfuse it and give {flags} at once", layers)
+    require_fusable(header, layers, f"no {' or '.join(map(_no_parts, fusions))}")
+    rows = [n for layer in layers for join in layer.joins for n in join.rows]
+    return joined_plan(header, layers, (record.ROWS_KEY, ValueType.UINT64, rows))
 
 
 def require_model(header: Header) -> None:
     """Raises Refused for GGUF files that are no models: adapters and importance matrices."""
     if not header.is_model:
-        raise Refused(
+        raise plan.Refused(
             f"{header.path}: general.type is {header.metadata['general.type']!r}: this is no "
             "model; --base wants the model that the adapter or importance matrix is for"
         )
 
 
-def _raise_nothing_to_fuse(
-    header: Header, layers: tuple[Layer, ...], fusions: Sequence[Fusion]
-) -> NoReturn:
-    separate = [layer for layer in layers if layer.status is Status.SEPARATE]
-    if separate:
-        refuse_loader(header, loader_of(header, separate[0].name), separate[0].fusion)
-    if not layers:
-        nothing = " or ".join(map(_no_parts, fusions))
-        raise NothingToDo(header, f"nothing to fuse: no {nothing}")
-    raise NothingToDo(header, f"nothing to fuse: {summary(layers)}", layers)
+def require_fusable(header: Header, layers: tuple[plan.Layer, ...], nothing: str) -> None:
+    """Raises where no layer can be fused: Refused if for llama.cpp's loader, else NothingToDo.
+
+    nothing: what to say where there are no layers.
+    """
+    if any(layer.status is plan.Status.FUSABLE for layer in layers):
+        return
+    for layer in layers:
+        if layer.status is plan.Status.SEPARATE and layer.reason != plan.KEPT_SEPARATE:
+            refuse_loader(header, loader_of(header, layer.name), layer.fusion)
+    raise plan.NothingToDo(header, f"nothing to fuse: {plan.summary(layers) or nothing}", layers)
 
 
 def _no_parts(fusion: Fusion) -> str:
@@ -316,46 +284,39 @@ def _no_parts(fusion: Fusion) -> str:
     return f"{layer} has {', '.join(others)} or {last}"
 
 
-def refuse_loader(header: Header, row: Architecture, fusion: Fusion = QKV) -> NoReturn:
+def refuse_loader(header: Header, row: Architecture, fusion: Fusion) -> NoReturn:
     loader = row.reads(fusion).loader.phrase(fusion.words)
-    raise Refused(
+    raise plan.Refused(
         f"{header.path}: architecture {row.name!r}: llama.cpp's loader {loader}, so the "
         "new file would not load; --any-architecture writes it all the same"
     )
 
 
-def fused_tensors(header: Header, joins: Sequence[Join]) -> Iterator[PlannedTensor]:
+def joined_plan(header: Header, layers: Sequence[plan.Layer], *pairs: record.Pair) -> plan.Plan:
+    """The plan with the joins of the layers made. pairs: of the record, beside the positions."""
+    joins = [join for layer in layers for join in layer.joins]
+    places = [header.position[part.name] for join in joins for part in join.parts]
+    own = (record.POSITIONS_KEY, ValueType.UINT64, places)
+    tensors, names = _joined_tensors(header, joins), [join.name for join in joins]
+    return record.fused_plan(header, layers, tensors, names, *pairs, own)
+
+
+def _joined_tensors(header: Header, joins: Sequence[plan.Join]) -> Iterator[plan.PlannedTensor]:
     """The file's tensors in order; each joined one where its first part stood."""
     stands_for = {join.parts[0].name: join for join in joins}
     absorbed = {part.name for join in joins for part in join.parts[1:]}
     for tensor in header.tensors:
         join = stands_for.get(tensor.name)
         if join is not None:
-            yield PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
+            yield plan.PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
         elif tensor.name not in absorbed:
-            yield untouched(tensor)
+            yield plan.untouched(tensor)
 
 
-def _joined(join: Join) -> tuple[Segment, ...]:
+def _joined(join: plan.Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
         return (join.parts[0].data,)
     n = join.fusion.n_slices(join.ne)
-    sizes = [part.n_bytes // n for part in join.parts]
-    turns = itertools.product(range(n), zip(join.parts, sizes, strict=True))
-    return tuple(part.data.part(at * size, size) for at, (part, size) in turns)
-
-
-def _encode_record(header: Header, joins: Sequence[Join]) -> list[bytes]:
-    """The metadata pairs that the way back needs.
-
-    rows, positions: for each fused tensor, as many numbers as its fusion has parts.
-    """
-    order = header.byte_order
-    rows = [n for join in joins for n in join.rows]
-    positions = [header.position[part.name] for join in joins for part in join.parts]
-    return [
-        *record.start(header, [join.name for join in joins]),
-        encode_pair(ROWS_KEY, ValueType.UINT64, rows, order),
-        encode_pair(POSITIONS_KEY, ValueType.UINT64, positions, order),
-    ]
+    sized = [(part.data, part.n_bytes // n) for part in join.parts]
+    return tuple(data.part(at * size, size) for at in range(n) for data, size in sized)

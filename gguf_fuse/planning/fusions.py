@@ -20,9 +20,9 @@ from gguf_fuse.models.names import (
 
 JOINED = ("weight", "bias")  # suffixes of tensors that are laid end to end
 SHARED = ("scale", "input_scale")  # the same values, so the fused tensor has them once
+SUFFIXES = (*JOINED, *SHARED)
 
-# llama.cpp has 512 at most; it bounds what a damaged file can cost.
-MAX_SLICES = 1 << 12
+_MAX_SLICES = 1 << 12  # llama.cpp has 512 at most; it bounds what a damaged file can cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Fusion:
     @property
     def fused_names(self) -> tuple[str, ...]:
         """How names of fused tensors end."""
-        return tuple(f".{self.fused}.{suffix}" for suffix in (*JOINED, *SHARED))
+        return tuple(f".{self.fused}.{suffix}" for suffix in SUFFIXES)
 
     def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
         """Names of the layers that have a weight of a part, or the fused one, in order."""
@@ -68,6 +68,11 @@ class Fusion:
     def n_slices(self, ne: tuple[int, ...]) -> int:
         """How many times the parts take turns: 1, or the number of experts."""
         return math.prod(ne[self.axis(ne) + 1 :])
+
+    def too_many(self, ne: tuple[int, ...]) -> str | None:
+        """Why a tensor is neither joined nor split, if it has more slices than are supported."""
+        n = self.n_slices(ne)
+        return f"{n} experts; at most {_MAX_SLICES} are supported" if n > _MAX_SLICES else None
 
 
 QKV = Fusion("Q, K and V", "--fuse-qkv-weights", ATTENTION_PARTS, FUSED_ATTENTION, n_dims=2)

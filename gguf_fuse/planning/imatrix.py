@@ -13,25 +13,13 @@ from dataclasses import replace
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.types import type_name
-from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.models.names import attention_layers
 from gguf_fuse.planning import record
-from gguf_fuse.planning.fuse import fused_tensors
+from gguf_fuse.planning.fuse import joined_plan, require_fusable
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.plan import (
-    KEPT_SEPARATE,
-    Join,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Rows,
-    Status,
-    summary,
-)
+from gguf_fuse.planning.plan import KEPT_SEPARATE, Join, Layer, Plan, Read, Rows, Status, refuse_any
 from gguf_fuse.planning.record import POSITIONS_KEY
+from gguf_fuse.planning.unfuse import Split, split_plan
 
 ENTRY = (".in_sum2", ".counts")
 _FUSED_ENDS = tuple(f".{QKV.fused}.weight{end}" for end in ENTRY)
@@ -58,18 +46,9 @@ def fuse(header: Header, read: Read, *, rows: Rows | None = None) -> Plan:
     """
     record.refuse_twice(header)
     layers = examine(header, read, rows=rows)
-    unequal = [layer for layer in layers if layer.status is Status.MISMATCH]
-    if unequal:
-        raise Refused(f"{header.path}: {summary(unequal)}")
-    fusable = [layer for layer in layers if layer.status is Status.FUSABLE]
-    if not fusable:
-        reason = summary(layers) if layers else "no entry of attn_q, attn_k or attn_v"
-        raise NothingToDo(header, f"nothing to fuse: {reason}", layers)
-    joins = [join for layer in fusable for join in layer.joins]
-    positions = [header.position[part.name] for join in joins for part in join.parts]
-    pairs = record.start(header, [join.name for join in joins])
-    pairs += [encode_pair(POSITIONS_KEY, ValueType.UINT64, positions, header.byte_order)]
-    return record.fused_plan(header, pairs, fused_tensors(header, joins), layers, fusable)
+    refuse_any(header, layers, Status.MISMATCH)
+    require_fusable(header, layers, "no entry of attn_q, attn_k or attn_v")
+    return joined_plan(header, layers)
 
 
 def unfuse(header: Header) -> Plan:
@@ -79,19 +58,11 @@ def unfuse(header: Header) -> Plan:
     Raises GGUFError where the record does not fit the file, NothingToDo where nothing is fused.
     """
     if record.exists(header):
-        places = _recorded_places(header)
+        splits = _recorded_splits(header)
     else:
         fused = [f"{layer}{end}" for layer in _layer_names(header) for end in _FUSED_ENDS]
-        places = {name: None for name in fused if name in header.by_name}
-    if not places:
-        raise NothingToDo(header, f"nothing to unfuse: no entry of {QKV.fused}")
-    changed = [
-        Layer(name.removesuffix(_FUSED_ENDS[0]), Status.FUSED, ("F32",) * 3, ())
-        for name in places
-        if name.endswith(_FUSED_ENDS[0])
-    ]
-    restored = {name: _parts(header.by_name[name], at) for name, at in places.items()}
-    return record.unfused_plan(header, restored, changed)
+        splits = [Split(header.by_name[name], QKV) for name in fused if name in header.by_name]
+    return split_plan(header, splits, f"no entry of {QKV.fused}", f"weight{ENTRY[0]}")
 
 
 def _layer_names(header: Header) -> list[str]:
@@ -137,20 +108,15 @@ def _decide(header: Header, layer: str, read: Read, rows: Rows | None) -> Layer:
     return Layer(layer, Status.FUSABLE, types, (rows or {}).get(layer, ()), joins=tuple(joins))
 
 
-def _recorded_places(header: Header) -> dict[str, tuple[int, ...] | None]:
+def _recorded_splits(header: Header) -> list[Split]:
     names = record.names(header)
-    positions = record.array(header, POSITIONS_KEY, int, len(QKV.parts) * len(names))
-    if len(set(positions)) < len(positions):
+    triples = record.groups(header, POSITIONS_KEY, len(names), len(QKV.parts))
+    if len({place for triple in triples for place in triple}) < len(QKV.parts) * len(names):
         record.damaged(header, f"{POSITIONS_KEY} has a number twice")
     for name in names:
         if name not in header.by_name or not name.endswith(_FUSED_ENDS):
             record.damaged(header, f"{name!r} is recorded, which the file does not have")
-    triples = zip(positions[0::3], positions[1::3], positions[2::3], strict=True)
-    return dict(zip(names, triples, strict=True))
-
-
-def _parts(tensor: TensorInfo, places: tuple[int, ...] | None) -> list[record.Placed]:
-    """The three entries that a fused one stands for. places: None: where it stands."""
-    names = [tensor.name.replace(f".{QKV.fused}.", f".{part}.") for part in QKV.parts]
-    parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]
-    return list(zip(places or [None] * len(parts), parts, strict=True))
+    return [
+        Split(header.by_name[name], QKV, positions=places)
+        for name, places in zip(names, triples, strict=True)
+    ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,7 @@ def read_pairs(header: Header) -> dict[str, Pair]:
 
 def _check_pair(header: Header, pair: Pair) -> None:
     for tensor in (pair.a, pair.b):
-        if len(tensor.ne) != 2:
-            n_dims = len(tensor.ne)
+        if (n_dims := len(tensor.ne)) != 2:
             raise GGUFError(f"{header.path}: {tensor.name!r} has {n_dims} dimensions, not 2")
         if not is_known(tensor.type):
             raise Refused(
@@ -123,7 +123,7 @@ def is_scaled(header: Header) -> bool:
     """Whether llama.cpp divides by the rank: it does not where alpha is 0, or not there."""
     if ALPHA_KEY not in header.metadata:
         return False
-    if header.metadata.value_type(ALPHA_KEY) != ValueType.FLOAT32:
+    if header.metadata.spans[ALPHA_KEY].type != ValueType.FLOAT32:
         raise GGUFError(f"{header.path}: {ALPHA_KEY} is no float32")
     return bool(header.metadata[ALPHA_KEY] != 0)
 
@@ -144,20 +144,14 @@ def fused_rank(ranks: Sequence[int]) -> int:
 
 
 def place_blocks(
-    rows: Sequence[int], ranks: Sequence[int | None], rank: int, scaled: bool
-) -> tuple[Block | None, ...]:
-    """Of Q, K and V in the fused B; rank: the fused one. None: a part that is not there."""
-    blocks: list[Block | None] = []
-    first_row = first_rank = 0
-    for n_rows, own in zip(rows, ranks, strict=True):
-        if own is None:
-            blocks.append(None)
-        else:
-            factor = (rank, own) if scaled else (1, 1)
-            blocks.append(Block(first_row, n_rows, first_rank, own, *factor))
-            first_rank += own
-        first_row += n_rows
-    return tuple(blocks)
+    rows: Sequence[int], ranks: Sequence[int], rank: int, scaled: bool
+) -> tuple[Block, ...]:
+    """Of Q, K and V in the fused B. ranks: 0 for a part that is not there. rank: the fused one."""
+    ends = zip(rows, accumulate(rows), ranks, accumulate(ranks), strict=True)
+    return tuple(
+        Block(end - n_rows, n_rows, rank_end - own, own, *((rank, own) if scaled else (1, 1)))
+        for n_rows, end, own, rank_end in ends
+    )
 
 
 def known_rows(pairs: Mapping[str, Pair]) -> dict[str, int]:

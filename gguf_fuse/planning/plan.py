@@ -20,7 +20,6 @@ Read = Callable[[TensorInfo], bytes]  # the data of a tensor: planning opens no 
 Rows = dict[str, tuple[int, ...]]  # of Q, K and V in the layers that a base has fused, by name
 
 KEPT_SEPARATE = "the base has no attn_qkv there"  # a reason of layers of adapters and matrices
-KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 
 
 class Refused(GGUFError):
@@ -135,6 +134,13 @@ def summary(layers: Sequence[Layer]) -> str:
         f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {reason}"
         for reason, names in counts.items()
     )
+
+
+def refuse_any(header: Header, layers: Sequence[Layer], status: Status, hint: str = "") -> None:
+    """Raises Refused, with their reasons and then the hint, if layers have this status."""
+    found = [layer for layer in layers if layer.status is status]
+    if found:
+        raise Refused(f"{header.path}: {summary(found)}{hint}")
 
 
 def listed(numbers: Iterable[int]) -> str:

@@ -11,22 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from gguf_fuse.format.header import MAX_PAIRS, Header
-from gguf_fuse.format.source import GGUFError, Segment
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import ValueType, encode_pair
+from gguf_fuse.planning import plan
 from gguf_fuse.planning.fusions import GATE_UP, fusion_of
-from gguf_fuse.planning.plan import (
-    KEY_PREFIX,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Refused,
-    untouched,
-)
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
 RECORD_VERSIONS = (1, 2)
 
+KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 VERSION_KEY = KEY_PREFIX + "version"
 TENSORS_KEY = KEY_PREFIX + "tensors"
 ROWS_KEY = KEY_PREFIX + "rows"
@@ -50,13 +43,11 @@ def exists(header: Header) -> bool:
     return any(key.startswith(KEY_PREFIX) for key in header.metadata)
 
 
-def start(header: Header, fused: Sequence[str]) -> list[bytes]:
-    """The pairs that every record begins with. fused: names of tensors."""
-    order = header.byte_order
-    return [
-        encode_pair(VERSION_KEY, ValueType.UINT32, version_of(fused), order),
-        encode_pair(TENSORS_KEY, ValueType.STRING, list(fused), order),
-    ]
+def refuse_twice(header: Header, hint: str = "", layers: tuple[plan.Layer, ...] = ()) -> None:
+    """Raises NothingToDo for a file that gguf-fuse has fused."""
+    if exists(header):
+        problem = f"nothing to fuse: gguf-fuse has fused this file already{hint}"
+        raise plan.NothingToDo(header, problem, layers)
 
 
 def version_of(fused: Iterable[str]) -> int:
@@ -89,14 +80,20 @@ def require_distinct(header: Header, fused: Sequence[str]) -> None:
         damaged(header, f"{TENSORS_KEY} names no tensor, or one twice")
 
 
-def array(header: Header, key: str, element: type, length: int | None = None) -> list[Any]:
+def array(header: Header, key: str, element: type) -> list[Any]:
     """An array of the record. Raises GGUFError if it is not there or does not fit."""
     values = header.metadata.get(key)
     if not isinstance(values, list) or not all(type(value) is element for value in values):
         damaged(header, f"{key} is missing or of the wrong type")
-    if length is not None and len(values) != length:
-        damaged(header, f"{key} has {len(values)} numbers, not {length}")
     return values
+
+
+def groups(header: Header, key: str, n: int, each: int) -> list[tuple[int, ...]]:
+    """Of an array of numbers, those of each of the n fused tensors. Raises as `array` does."""
+    values = array(header, key, int)
+    if len(values) != n * each:
+        damaged(header, f"{key} has {len(values)} numbers, not {n * each}")
+    return [tuple(values[at : at + each]) for at in range(0, len(values), each)]
 
 
 def damaged(header: Header, problem: str) -> NoReturn:
@@ -104,19 +101,19 @@ def damaged(header: Header, problem: str) -> NoReturn:
 
 
 # A restored tensor and its position in the restored file; None: where the fused one stands.
-Placed = tuple[int | None, PlannedTensor]
+Placed = tuple[int | None, plan.PlannedTensor]
 Restored = Mapping[str, Sequence[Placed]]  # by the name of the fused tensor
 
 
-def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
+def _put_back(header: Header, restored: Restored) -> tuple[plan.PlannedTensor, ...]:
     """Restored tensors at their places, the others in their order between them.
 
     Raises GGUFError if the places are none of the restored file, or a place or name comes twice.
     """
-    placed: dict[int, PlannedTensor] = {}
-    others: list[PlannedTensor] = []
+    placed: dict[int, plan.PlannedTensor] = {}
+    others: list[plan.PlannedTensor] = []
     for tensor in header.tensors:
-        for at, part in restored.get(tensor.name, [(None, untouched(tensor))]):
+        for at, part in restored.get(tensor.name, [(None, plan.untouched(tensor))]):
             if at is None:
                 others.append(part)
             elif at in placed:
@@ -134,50 +131,50 @@ def _put_back(header: Header, restored: Restored) -> tuple[PlannedTensor, ...]:
     return tensors
 
 
+Pair = tuple[str, ValueType, bytes | Sequence[int]]  # an array of the record; see `encode_pair`
+
+
 def fused_plan(
     header: Header,
-    pairs: Sequence[bytes],
-    tensors: Iterable[PlannedTensor],
-    layers: Sequence[Layer],
-    changed: Sequence[Layer],
-) -> Plan:
-    """The plan of the fused file. pairs: the record. changed: those of `layers` it fuses.
+    layers: Sequence[plan.Layer],
+    tensors: Iterable[plan.PlannedTensor],
+    fused: Sequence[str],
+    *pairs: Pair,
+) -> plan.Plan:
+    """The plan of the fused file: the fusable ones of the layers are fused.
+
+    fused: names of the new tensors. pairs: what the record has beside them.
 
     Raises Refused where the file would have more pairs than can be read again.
     """
     if len(header.metadata) > MAX_PAIRS - ROOM:
-        raise Refused(
+        raise plan.Refused(
             f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
             f"{MAX_PAIRS - ROOM} would"
         )
-    own: list[Segment | bytes] = [header.metadata.segment(key) for key in header.metadata]
-    taken = {layer.label for layer in changed}
-    skipped = [layer for layer in layers if layer.label not in taken]
-    return _plan(header, [*own, *pairs], tensors, changed, skipped, may_add_keys=True)
+    version, order = version_of(fused), header.byte_order
+    own = (header.metadata.segment(key) for key in header.metadata)
+    new = [
+        encode_pair(VERSION_KEY, ValueType.UINT32, version, order),
+        encode_pair(TENSORS_KEY, ValueType.STRING, fused, order),
+        *(encode_pair(*pair, order) for pair in pairs),
+    ]
+    changed = tuple(layer for layer in layers if layer.status is plan.Status.FUSABLE)
+    skipped = tuple(layer for layer in layers if layer.status is not plan.Status.FUSABLE)
+    layout = header.version, order, header.alignment
+    return plan.Plan(*layout, (*own, *new), tuple(tensors), changed, skipped, may_add_keys=True)
 
 
-def unfused_plan(header: Header, restored: Restored, changed: Sequence[Layer]) -> Plan:
-    """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does."""
-    kept = [key for key in header.metadata if not key.startswith(KEY_PREFIX)]
-    metadata = [header.metadata.segment(key) for key in kept]
-    return _plan(header, metadata, _put_back(header, restored), changed, (), may_add_keys=False)
+def unfused_plan(
+    header: Header, restored: Restored, changed: Sequence[plan.Layer], nothing: str
+) -> plan.Plan:
+    """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does.
 
-
-def _plan(
-    header: Header,
-    metadata: Sequence[Segment | bytes],
-    tensors: Iterable[PlannedTensor],
-    changed: Sequence[Layer],
-    skipped: Sequence[Layer],
-    *,
-    may_add_keys: bool,
-) -> Plan:
-    layout = header.version, header.byte_order, header.alignment
-    layers = tuple(changed), tuple(skipped)
-    return Plan(*layout, tuple(metadata), tuple(tensors), *layers, may_add_keys)
-
-
-def refuse_twice(header: Header) -> None:
-    """Raises NothingToDo for a file that gguf-fuse has fused."""
-    if exists(header):
-        raise NothingToDo(header, "nothing to fuse: gguf-fuse has fused this file already")
+    Raises NothingToDo where nothing is to be restored; nothing: why.
+    """
+    if not restored:
+        raise plan.NothingToDo(header, f"nothing to unfuse: {nothing}")
+    kept = (key for key in header.metadata if not key.startswith(KEY_PREFIX))
+    metadata = tuple(header.metadata.segment(key) for key in kept)
+    layout, tensors = (header.version, header.byte_order), _put_back(header, restored)
+    return plan.Plan(*layout, header.alignment, metadata, tensors, tuple(changed), (), False)

@@ -7,48 +7,33 @@ head counts, or it is refused; gate and up are halves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import blocked, is_known, type_name
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
 from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
-from gguf_fuse.planning.fusions import (
-    FUSIONS,
-    GATE_UP,
-    JOINED,
-    MAX_SLICES,
-    QKV,
-    SHARED,
-    Fusion,
-    fusion_of,
-)
-from gguf_fuse.planning.loaders import Architecture, Loader
-from gguf_fuse.planning.plan import (
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Rows,
-    Status,
-    listed,
-)
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, QKV, SUFFIXES, Fusion, fusion_of
+from gguf_fuse.planning.loaders import Loader
+from gguf_fuse.planning.plan import Layer, Plan, PlannedTensor, Read, Refused, Rows, Status, listed
 from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
-    """A fused tensor of the file and what it is to become; positions: in the restored file."""
+class Split:
+    """A fused tensor of the file and what it is to become.
+
+    rows: of the parts; of an importance matrix () where no model tells. positions: in the restored
+    file; (): where the fused one stands.
+    """
 
     tensor: TensorInfo
     fusion: Fusion
-    rows: tuple[int, ...]
-    positions: tuple[int, ...] | None
+    rows: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
 
     @property
     def suffix(self) -> str:
@@ -56,7 +41,24 @@ class _Split:
 
     @property
     def shared(self) -> bool:
-        return self.suffix in SHARED
+        """Whether each part is what the fused tensor is."""
+        return self.suffix not in JOINED
+
+    def placed(self) -> list[record.Placed]:
+        """The parts, and where each stands in the restored file."""
+        tensor, fusion = self.tensor, self.fusion
+        names = [tensor.name.replace(f".{fusion.fused}.", f".{part}.") for part in fusion.parts]
+        if self.shared:
+            parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]
+        else:
+            slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
+            row = slice_bytes // fusion.rows(tensor.ne)  # bytes
+            starts, parts = range(0, tensor.n_bytes, slice_bytes), []
+            for name, n_rows, end in zip(names, self.rows, accumulate(self.rows), strict=True):
+                data = [tensor.data.part(at + (end - n_rows) * row, n_rows * row) for at in starts]
+                ne = fusion.with_rows(tensor.ne, n_rows)
+                parts.append(PlannedTensor(name, ne, tensor.type, tuple(data)))
+        return list(zip(self.positions or [None] * len(parts), parts, strict=True))
 
 
 def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
@@ -66,41 +68,45 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     without a record cannot be split for certain, NothingToDo where nothing is fused.
     """
     require_model(header)
-    if _has_record(header):
-        splits = _recorded_splits(header)
-    else:
+    splits = _recorded_splits(header)
+    if splits is None:
         splits = _derived_splits(header, any_architecture)
-    if not splits:
-        raise NothingToDo(
-            header,
-            f"nothing to unfuse: no attention layer has {QKV.fused}.weight, no layer "
-            f"{GATE_UP.fused}.weight",
-        )
-    changed = tuple(
+    nothing = f"no attention layer has {QKV.fused}.weight, no layer {GATE_UP.fused}.weight"
+    return split_plan(header, splits, nothing)
+
+
+def split_plan(
+    header: Header, splits: Sequence[Split], nothing: str, weight: str = "weight"
+) -> Plan:
+    """The plan of the file with these splits made. Raises as `record.unfused_plan` does.
+
+    weight: the suffix that stands for its layer.
+    """
+    changed = [
         Layer(
-            split.tensor.name.removesuffix(f".{split.fusion.fused}.weight"),
+            split.tensor.name.removesuffix(f".{split.fusion.fused}.{weight}"),
             Status.FUSED,
-            (type_name(split.tensor.type),) * len(split.rows),
+            (type_name(split.tensor.type),) * len(split.fusion.parts),
             split.rows,
             fusion=split.fusion,
         )
         for split in splits
-        if split.suffix == "weight"
-    )
-    restored = {split.tensor.name: _parts(split) for split in splits}
-    return record.unfused_plan(header, restored, changed)
+        if split.suffix == weight
+    ]
+    restored = {split.tensor.name: split.placed() for split in splits}
+    return record.unfused_plan(header, restored, changed, nothing)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
     """Rows of Q, K and V in a layer's fused weight; raises as `unfuse` does."""
     name = f"{layer}.{QKV.fused}.weight"
-    splits = _recorded_splits(header) if _has_record(header) else []
+    splits = _recorded_splits(header) or []
     recorded = [split.rows for split in splits if split.tensor.name == name]
     if recorded:
         return recorded[0]
     if any(split.fusion is QKV for split in splits):
         record.damaged(header, f"{TENSORS_KEY} does not name {name!r}")
-    return _rows_by_heads(header, layer, header.by_name[name], loader_of(header, layer))
+    return _rows_by_heads(header, layer, header.by_name[name])
 
 
 def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> Rows:
@@ -120,33 +126,10 @@ def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> 
     return {layer.name: layer.rows for layer in layers if layer.fusion is QKV}
 
 
-def _has_record(header: Header) -> bool:
-    return any(key in header.metadata for key in record.RECORD_KEYS)
-
-
-def _parts(split: _Split) -> list[record.Placed]:
-    """What takes the place of a fused tensor, and where each stands in the restored file."""
-    tensor, fusion = split.tensor, split.fusion
-    slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
-    row = slice_bytes // fusion.rows(tensor.ne)  # bytes
-    parts: list[PlannedTensor] = []
-    first = 0
-    for name, n_rows in zip(fusion.parts, split.rows, strict=True):
-        restored = tensor.name.replace(f".{fusion.fused}.", f".{name}.")
-        ne: tuple[int, ...] = tensor.ne
-        segments: tuple[Segment, ...] = (tensor.data,)
-        if not split.shared:
-            ne = fusion.with_rows(tensor.ne, n_rows)
-            segments = tuple(
-                tensor.data.part(at + first * row, n_rows * row)
-                for at in range(0, tensor.n_bytes, slice_bytes)
-            )
-        parts.append(PlannedTensor(restored, ne, tensor.type, segments))
-        first += n_rows
-    return list(zip(split.positions or [None] * len(parts), parts, strict=True))
-
-
-def _recorded_splits(header: Header) -> list[_Split]:
+def _recorded_splits(header: Header) -> list[Split] | None:
+    """None for a file without a record."""
+    if not any(key in header.metadata for key in record.RECORD_KEYS):
+        return None
     version = record.version(header, record.RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
     if version != record.version_of(names):
@@ -170,38 +153,33 @@ def _recorded_splits(header: Header) -> list[_Split]:
         if name not in header.by_name or not name.endswith(fusion.fused_names):
             record.damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
         own = slice(first, first + len(fusion.parts))
-        splits.append(_Split(header.by_name[name], fusion, tuple(rows[own]), tuple(positions[own])))
+        splits.append(Split(header.by_name[name], fusion, tuple(rows[own]), tuple(positions[own])))
         _check_split(header, splits[-1])
         first = own.stop
     return splits
 
 
-def _check_split(header: Header, split: _Split) -> None:
-    tensor, rows = split.tensor, split.rows
+def _check_split(header: Header, split: Split) -> None:
+    tensor, fusion, rows = split.tensor, split.fusion, split.rows
     if split.shared:
         return
+    place, of_type = f"{header.path}: tensor {tensor.name!r}", type_name(tensor.type)
     if not is_known(tensor.type):
         raise Refused(
-            f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows "
-            "this gguf-py does not know; a newer one may"
+            f"{place} is of {of_type}, whose rows this gguf-py does not know; a newer one may"
         )
     in_blocks = split.suffix == "bias" and blocked(tensor.type)
-    if len(tensor.ne) != split.fusion.dims_of(split.suffix) or in_blocks:
-        raise Refused(
-            f"{header.path}: tensor {tensor.name!r} of {type_name(tensor.type)} with dimensions "
-            f"{list(tensor.ne)} has no rows to split"
-        )
-    n_rows = split.fusion.rows(tensor.ne)
+    if len(tensor.ne) != fusion.dims_of(split.suffix) or in_blocks:
+        dimensions = list(tensor.ne)
+        raise Refused(f"{place} of {of_type} with dimensions {dimensions} has no rows to split")
+    n_rows = fusion.rows(tensor.ne)
     if sum(rows) != n_rows or min(rows) < 1:
         record.damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
-    if split.fusion.n_slices(tensor.ne) > MAX_SLICES:
-        raise Refused(
-            f"{header.path}: tensor {tensor.name!r} has {split.fusion.n_slices(tensor.ne)} "
-            f"experts; at most {MAX_SLICES} are supported"
-        )
+    if too_many := fusion.too_many(tensor.ne):
+        raise Refused(f"{place} has {too_many}")
 
 
-def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
+def _derived_splits(header: Header, any_architecture: bool) -> list[Split]:
     """A file fused by someone else: rows from the head counts or halves, or a refusal."""
     splits = []
     for fusion in FUSIONS:
@@ -212,20 +190,17 @@ def _derived_splits(header: Header, any_architecture: bool) -> list[_Split]:
             row = loader_of(header, layer)
             if row.reads(fusion).loader is not Loader.READS_FUSED and not any_architecture:
                 refuse_loader(header, row, fusion)
-            rows = (
-                _rows_by_heads(header, layer, weight, row)
-                if fusion is QKV
-                else _halves(header, weight)
-            )
-            for suffix in (*JOINED, *SHARED):
+            by_heads = fusion is QKV
+            rows = _rows_by_heads(header, layer, weight) if by_heads else _halves(header, weight)
+            for suffix in SUFFIXES:
                 tensor = header.by_name.get(f"{layer}.{fusion.fused}.{suffix}")
                 if tensor is not None:
-                    splits.append(_Split(tensor, fusion, rows, None))
+                    splits.append(Split(tensor, fusion, rows))
                     _check_split(header, splits[-1])
     return splits
 
 
-def _halves(header: Header, weight: TensorInfo) -> tuple[int, int]:
+def _halves(header: Header, weight: TensorInfo) -> tuple[int, ...]:
     n_rows = GATE_UP.rows(weight.ne)
     if n_rows % 2:
         raise Refused(
@@ -235,14 +210,14 @@ def _halves(header: Header, weight: TensorInfo) -> tuple[int, int]:
     return n_rows // 2, n_rows // 2
 
 
-def _rows_by_heads(
-    header: Header, layer: str, weight: TensorInfo, row: Architecture
-) -> tuple[int, int, int]:
+def _rows_by_heads(header: Header, layer: str, weight: TensorInfo) -> tuple[int, ...]:
+    row = loader_of(header, layer)
     n_rows = weight.ne[-1] if weight.ne else 1
     if row.equal_rows and n_rows % 3 == 0:
         return (n_rows // 3,) * 3
     index = int(layer.rsplit(".", 1)[1])
-    fitting = {rows for rows in _head_geometries(header, index, row) if sum(rows) == n_rows}
+    geometries = _head_geometries(header, index, queries=2 if row.gated_q else 1)
+    fitting = {rows for rows in geometries if sum(rows) == n_rows}
     if len(fitting) != 1:
         raise Refused(
             f"{header.path}: tensor {weight.name!r} has {n_rows} rows, which the head counts in "
@@ -251,17 +226,17 @@ def _rows_by_heads(
     return fitting.pop()
 
 
-def _head_geometries(
-    header: Header, layer: int, row: Architecture
-) -> Iterable[tuple[int, int, int]]:
-    """Rows of Q, K and V as the metadata has them: for full attention and for a window's."""
+def _head_geometries(header: Header, layer: int, queries: int) -> Iterable[tuple[int, ...]]:
+    """Rows of Q, K and V as the metadata has them: for full attention and for a window's.
+
+    queries: rows of Q for each element of a head.
+    """
     prefix = f"{header.architecture}."
     n_embd = integer(header, prefix + "embedding_length", layer)
     n_head = integer(header, prefix + "attention.head_count", layer)
     if not n_embd or not n_head:
         return
     n_head_kv = integer(header, prefix + "attention.head_count_kv", layer) or n_head
-    queries = 2 if row.gated_q else 1
     for suffix in ("", "_swa"):
         k = integer(header, f"{prefix}attention.key_length{suffix}", layer) or n_embd // n_head
         v = integer(header, f"{prefix}attention.value_length{suffix}", layer) or n_embd // n_head

@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gguf_fuse.format.header import Header
+from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import TYPES, is_known, row_bytes
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import FLOATS, encode_floats
-from gguf_fuse.planning import record
+from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fuse_adapter import examine
 from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, is_scaled, place_blocks, read_pairs
-from gguf_fuse.planning.plan import (
-    Computed,
-    Layer,
-    NothingToDo,
-    Plan,
-    PlannedTensor,
-    Read,
-    Refused,
-    Status,
-    listed,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +31,32 @@ class _Recorded:
     stored: tuple[int, ...]
 
 
-def unfuse(header: Header, read: Read) -> Plan:
+def unfuse(header: Header, read: plan.Read) -> plan.Plan:
     """The plan of the adapter for the separate base: the original one.
 
     Raises Refused for an adapter that gguf-fuse did not fuse (its rows of Q, K and V are known to
     its base alone), GGUFError where the record does not fit, NothingToDo where nothing is fused.
     """
-    if not record.exists(header):
-        if any(layer.status is Status.FUSED for layer in examine(header, any_architecture=True)):
-            raise Refused(
-                f"{header.path}: gguf-fuse did not fuse this adapter, so it has no record of the "
-                "rows of Q, K and V: it cannot be split for certain"
-            )
-        raise NothingToDo(header, f"nothing to unfuse: the adapter changes no {QKV.fused}")
-    pairs, recorded = read_pairs(header), _recorded(header)
+    recorded = []
+    if record.exists(header):
+        pairs, recorded = read_pairs(header), _recorded(header)
+    elif any(layer.status is plan.Status.FUSED for layer in examine(header, any_architecture=True)):
+        raise plan.Refused(
+            f"{header.path}: gguf-fuse did not fuse this adapter, so it has no record of the rows "
+            "of Q, K and V: it cannot be split for certain"
+        )
     for fused in recorded:
         if fused.name not in pairs:
             record.damaged(header, f"{fused.name!r} is recorded, which the adapter does not have")
     restored: dict[str, list[record.Placed]] = {}
+    changed = []
     for fused in recorded:
-        restored[fused.name + A] = list(_restored(header, pairs[fused.name], fused, read))
-        restored[fused.name + B] = []
-    changed = [
-        Layer(
-            fused.name.removesuffix(f".{QKV.fused}.weight"),
-            Status.FUSED,
-            (pairs[fused.name].types,),
-            fused.rows,
-        )
-        for fused in recorded
-    ]
-    return record.unfused_plan(header, restored, changed)
+        pair, layer = pairs[fused.name], fused.name.removesuffix(f".{QKV.fused}.weight")
+        restored[pair.a.name] = list(_restored(header, pair, fused, read))
+        restored[pair.b.name] = []
+        changed.append(plan.Layer(layer, plan.Status.FUSED, (pair.types,), fused.rows))
+    nothing = f"the adapter changes no {QKV.fused}"
+    return record.unfused_plan(header, restored, changed, nothing)
 
 
 def _recorded(header: Header) -> list[_Recorded]:
@@ -80,90 +64,100 @@ def _recorded(header: Header) -> list[_Recorded]:
     for name in names:
         if not name.endswith(f".{QKV.fused}.weight"):
             record.damaged(header, f"{name!r} is recorded, which is no {QKV.fused}")
-
-    def numbers(key: str, each: int) -> Iterator[tuple[int, ...]]:
-        values = record.array(header, key, int, each * len(names))
-        return (tuple(values[at : at + each]) for at in range(0, len(values), each))
-
-    columns = (
-        (record.ROWS_KEY, 3),
-        (record.RANKS_KEY, 3),
-        (record.TYPES_KEY, 6),
-        (record.POSITIONS_KEY, 6),
-        (record.STORED_KEY, 6),
-    )
-    found = [numbers(key, each) for key, each in columns]
-    return [_Recorded(*row) for row in zip(names, *found, strict=True)]
+    columns = [
+        *(record.groups(header, key, len(names), 3) for key in (record.ROWS_KEY, record.RANKS_KEY)),
+        *(record.groups(header, key, len(names), 6) for key in record.TENSOR_KEYS),
+    ]
+    return [_Recorded(*row) for row in zip(names, *columns, strict=True)]
 
 
-def _restored(header: Header, pair: Pair, fused: _Recorded, read: Read) -> Iterator[record.Placed]:
-    _check_recorded(header, pair, fused)
-    ranks = [rank or None for rank in fused.ranks]
-    blocks = place_blocks(fused.rows, ranks, pair.rank, is_scaled(header))
-    for index, name in enumerate(QKV.parts):
-        block = blocks[index]
-        if block is None:
-            continue
-        weight = fused.name.replace(f".{QKV.fused}.", f".{name}.")
-        shapes = ((A, (pair.a.ne[0], block.rank)), (B, (block.rank, block.n_rows)))
-        for column, (end, ne) in zip((index, index + len(QKV.parts)), shapes, strict=True):
-            type_id = fused.types[column]
-            n_bytes = ne[1] * row_bytes(type_id, ne[0])
-            if fused.stored[column] != record.NOT_THERE:
-                piece: Segment | Computed = _stored(header, fused.stored[column], n_bytes)
-            else:
-                piece = _derived(header, pair, end, block, type_id, n_bytes, read)
-            yield fused.positions[column], PlannedTensor(weight + end, ne, type_id, (piece,))
-
-
-def _check_recorded(header: Header, pair: Pair, fused: _Recorded) -> None:
+def _restored(
+    header: Header, pair: Pair, fused: _Recorded, read: plan.Read
+) -> Iterator[record.Placed]:
     if sum(fused.rows) != pair.rows or min(fused.rows) < 1:
-        record.damaged(header, f"{pair.b.name!r} has {pair.rows} rows, not {listed(fused.rows)}")
-    if min(fused.ranks) < 0 or not 0 < sum(fused.ranks) <= pair.rank:
-        record.damaged(header, f"{pair.a.name!r} has {pair.rank}, not {listed(fused.ranks)} ranks")
-    for index, rank in enumerate(fused.ranks):
-        for column, tensor in ((index, pair.a), (index + len(QKV.parts), pair.b)):
-            type_id = fused.types[column]
-            derivable = type_id in FLOATS and tensor.type in FLOATS
-            copied = column == index and type_id == tensor.type
-            possible = derivable or copied or fused.stored[column] != record.NOT_THERE
-            if rank and not (is_known(type_id) and possible):
-                record.damaged(
-                    header, f"{record.TYPES_KEY} has {type_id} for a part of {tensor.name!r}"
-                )
-            width = pair.a.ne[0] if column == index else rank
-            if rank and width % TYPES[type_id].block:
-                record.damaged(header, f"{record.TYPES_KEY} has {type_id} for rows of {width}")
-
-
-def _stored(header: Header, offset: int, n_bytes: int) -> Segment:
-    """A range of the metadata: an array of bytes ends its pair."""
-    head = (
-        header.metadata.array_head(record.ORIGINALS_KEY)
-        if record.ORIGINALS_KEY in header.metadata
-        else None
-    )
-    if head is None or head[0] != ValueType.UINT8 or not 0 <= offset <= head[1] - n_bytes:
         record.damaged(
-            header, f"{record.ORIGINALS_KEY} does not hold bytes {offset} to {offset + n_bytes}"
+            header, f"{pair.b.name!r} has {pair.rows} rows, not {plan.listed(fused.rows)}"
         )
-    pair = header.metadata.segment(record.ORIGINALS_KEY)
-    return pair.part(pair.n_bytes - head[1] + offset, n_bytes)
+    if min(fused.ranks) < 0 or not 0 < sum(fused.ranks) <= pair.rank:
+        record.damaged(
+            header, f"{pair.a.name!r} has {pair.rank}, not {plan.listed(fused.ranks)} ranks"
+        )
+    originals = list(_originals(pair, fused, is_scaled(header)))
+    for original in originals:
+        _check(header, original)
+    for original in originals:
+        data = _data(header, original, read)
+        tensor = plan.PlannedTensor(original.name, original.ne, original.type, (data,))
+        yield original.position, tensor
 
 
-def _derived(
-    header: Header, pair: Pair, end: str, block: Block, type_id: int, n_bytes: int, read: Read
-) -> Segment | Computed:
-    if end == A and type_id == pair.a.type:
-        above = block.first_rank * row_bytes(type_id, pair.a.ne[0])  # rows of the parts before
-        return pair.a.data.part(above, n_bytes)
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """The A or B of a part, as the record has it; fused: the one that it is in."""
+
+    fused: TensorInfo
+    block: Block
+    name: str
+    ne: tuple[int, int]
+    type: int
+    position: int
+    stored: int
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are in the fused tensor: rows of A are."""
+        return self.fused.name.endswith(A) and self.type == self.fused.type
+
+    @property
+    def n_bytes(self) -> int:
+        return self.ne[1] * row_bytes(self.type, self.ne[0])
+
+
+def _originals(pair: Pair, fused: _Recorded, scaled: bool) -> Iterator[_Original]:
+    """A and B of each part that was there."""
+    blocks = place_blocks(fused.rows, fused.ranks, pair.rank, scaled)
+    facts = list(zip(fused.types, fused.positions, fused.stored, strict=True))
+    for name, block, of_a, of_b in zip(QKV.parts, blocks, facts[:3], facts[3:], strict=True):
+        weight = fused.name.replace(f".{QKV.fused}.", f".{name}.")
+        if block.rank:
+            yield _Original(pair.a, block, weight + A, (pair.a.ne[0], block.rank), *of_a)
+            yield _Original(pair.b, block, weight + B, (block.rank, block.n_rows), *of_b)
+
+
+def _check(header: Header, original: _Original) -> None:
+    fused, of_type = original.fused, f"{record.TYPES_KEY} has {original.type}"
+    derivable = original.copied or (original.type in FLOATS and fused.type in FLOATS)
+    possible = derivable or original.stored != record.NOT_THERE
+    if not (is_known(original.type) and possible):
+        record.damaged(header, f"{of_type} for a part of {fused.name!r}")
+    if original.ne[0] % TYPES[original.type].block:
+        record.damaged(header, f"{of_type} for rows of {original.ne[0]}")
+
+
+def _stored(header: Header, original: _Original) -> Segment:
+    """A range of the metadata: an array of bytes ends its pair."""
+    key, start, end = record.ORIGINALS_KEY, original.stored, original.stored + original.n_bytes
+    span = header.metadata.spans.get(key)
+    if span is None or span.element != ValueType.UINT8 or not 0 <= start <= end <= span.length:
+        record.damaged(header, f"{key} does not hold bytes {start} to {end}")
+    pair = header.metadata.segment(key)
+    return pair.part(pair.n_bytes - span.length + start, original.n_bytes)
+
+
+def _data(header: Header, original: _Original, read: plan.Read) -> Segment | plan.Computed:
+    fused, block = original.fused, original.block
+    if original.stored != record.NOT_THERE:
+        return _stored(header, original)
+    if original.copied:
+        above = block.first_rank * row_bytes(fused.type, fused.ne[0])  # rows of the parts before
+        return fused.data.part(above, original.n_bytes)
 
     def make() -> bytes:
-        if end == A:
-            values = decoded(header, pair.a, read(pair.a))
+        values = decoded(header, fused, read(fused))
+        if fused.name.endswith(A):
             values = values[block.first_rank : block.first_rank + block.rank]
         else:
-            values = block.unscaled(block.of(decoded(header, pair.b, read(pair.b))))
-        return encode_floats(values, type_id, header.byte_order)
+            values = block.unscaled(block.of(values))
+        return encode_floats(values, original.type, header.byte_order)
 
-    return Computed(n_bytes, make)
+    return plan.Computed(original.n_bytes, make)

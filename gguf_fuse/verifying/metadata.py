@@ -10,7 +10,6 @@ from gguf_fuse.format.header import Header, Metadata
 from gguf_fuse.format.shards import SPLIT_KEYS
 from gguf_fuse.format.source import Segment
 from gguf_fuse.planning import record
-from gguf_fuse.planning.plan import KEY_PREFIX
 from gguf_fuse.verifying.fused import FORMS, FusedTensor
 
 MAX_HELD = 4096  # bytes of a metadata pair that is looked at as a whole
@@ -52,7 +51,7 @@ def _compare_pair(before: Metadata, after: Metadata, key: str) -> list[str]:
         return []
     a, b = repr(before[key]), repr(after[key])
     if a == b:
-        a, b = f"of type {before.value_type(key).name}", f"of type {after.value_type(key).name}"
+        a, b = (f"of type {metadata.spans[key].type.name}" for metadata in (before, after))
     if len(a) > LONG_VALUE or len(b) > LONG_VALUE:
         return [f"metadata {key}: the value differs in the fused file"]
     return [f"metadata {key}: {a}, but {b} in the fused file"]
@@ -93,7 +92,7 @@ def _record_problems(original: Header, pairs: Metadata, made: Sequence[FusedTens
         known = " and ".join(map(str, record.RECORD_VERSIONS))
         return [f"metadata {record.VERSION_KEY}: {version}, this release knows {known}"]
     if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
-        return [f"metadata {KEY_PREFIX}*: the record has values of a wrong type"]
+        return [f"metadata {record.KEY_PREFIX}*: the record has values of a wrong type"]
     # How many numbers it has for each tensor.
     counts = [
         next((len(parts) for form, parts, _ in FORMS if f".{form}." in name), 3) for name in names
@@ -101,7 +100,7 @@ def _record_problems(original: Header, pairs: Metadata, made: Sequence[FusedTens
     if version != (1 if set(counts) <= {3} else 2):
         return [f"metadata {record.VERSION_KEY}: {version}, its tensors are of another version"]
     if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
-        return [f"metadata {KEY_PREFIX}*: the lengths of the record's arrays do not fit"]
+        return [f"metadata {record.KEY_PREFIX}*: the lengths of the record's arrays do not fit"]
     place = {tensor.name: at for at, tensor in enumerate(original.tensors)}
     truth = {t.name: (t.rows, tuple(place[part.name] for part in t.parts)) for t in made}
     unnamed = [name for name in truth if name not in names]

@@ -22,8 +22,8 @@ from gguf_fuse.format.shards import (
 )
 from gguf_fuse.format.source import GGUFError, Segment
 from gguf_fuse.format.values import ValueType, encode_pair
-from gguf_fuse.planning.plan import KEY_PREFIX, Plan, PlannedTensor
-from gguf_fuse.planning.record import SHARDS_KEY
+from gguf_fuse.planning.plan import Plan, PlannedTensor
+from gguf_fuse.planning.record import KEY_PREFIX, SHARDS_KEY
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
