@@ -1,17 +1,24 @@
-"""Who sees whom, as booleans, and what attention adds to the scores.
+"""Who sees whom, as what attention adds to the scores.
 
-Visibility composes with `&`; `additive_mask` or `alibi_mask` turns it into what attention takes.
 Positions are token indices in the own sequence, -1 for a cell without a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .shapes import Bools, Doubles, Ints, expect_shape
+from .shapes import Doubles, Ints
+
+
+class Window(NamedTuple):
+    """Which cells a query sees: the last n_swa of them; chunked: those of its chunk of n_swa."""
+
+    n_swa: int
+    chunked: bool = False
 
 
 def padded_positions(lengths: Sequence[int], n_cells: int) -> NDArray[np.int64]:
@@ -23,56 +30,35 @@ def padded_positions(lengths: Sequence[int], n_cells: int) -> NDArray[np.int64]:
     return np.where(cell < length, cell, -1)  # [n_seqs, n_cells]
 
 
-def see_filled(q_positions: Ints, k_positions: Ints) -> Bools:
-    """A query sees every cell that holds a token: non-causal -> [n_seqs, n_tokens, n_kv]."""
-    q, k = _position_grid(q_positions, k_positions)
-    return (k >= 0) & (q >= 0)  # [n_seqs, n_tokens, n_kv]
+def additive_mask(
+    q_positions: Ints,
+    k_positions: Ints,
+    *,
+    causal: bool = True,
+    window: Window | None = None,
+    alibi: bool = False,
+) -> NDArray[np.float32]:
+    """0 where a query sees a cell, -inf elsewhere -> [n_seqs, n_tokens, n_kv].
 
-
-def see_past(q_positions: Ints, k_positions: Ints) -> Bools:
-    """Causal: cells with a token, not after the query -> [n_seqs, n_tokens, n_kv]."""
-    q, k = _position_grid(q_positions, k_positions)
-    return (k >= 0) & (k <= q)  # [n_seqs, n_tokens, n_kv]
-
-
-def see_window(q_positions: Ints, k_positions: Ints, n_swa: int) -> Bools:
-    """Sliding window: hides p_q - p_k >= n_swa (llama-hparams.h) -> [n_seqs, n_tokens, n_kv]."""
-    q, k = _position_grid(q_positions, k_positions)
-    near: Bools = q - k < n_swa  # [n_seqs, n_tokens, n_kv]
-    return near
-
-
-def see_chunk(q_positions: Ints, k_positions: Ints, n_swa: int) -> Bools:
-    """Chunked window: hides p_k < ⌊p_q / n_swa⌋ · n_swa -> [n_seqs, n_tokens, n_kv]."""
-    q, k = _position_grid(q_positions, k_positions)
-    same: Bools = k >= q // n_swa * n_swa  # [n_seqs, n_tokens, n_kv]
-    return same
-
-
-def additive_mask(visible: Bools) -> NDArray[np.float32]:
-    """0 where visible, -inf elsewhere; the shape stays [n_seqs, n_tokens, n_kv]."""
-    return np.where(visible, np.float32(0), np.float32(-np.inf))  # [n_seqs, n_tokens, n_kv]
-
-
-def alibi_mask(visible: Bools, q_positions: Ints, k_positions: Ints) -> NDArray[np.float32]:
-    """-|p_q - p_k| where visible, -inf elsewhere (llama-kv-cache.cpp) -> [n_seqs, n_tokens, n_kv].
-
-    Attention multiplies it by each head's slope, see `alibi_slopes`.
+    q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]. causal: no cell after the query.
+    A window hides p_q - p_k >= n_swa; a chunked one p_k < ⌊p_q / n_swa⌋ · n_swa
+    (llama_hparams::is_masked_swa). alibi: -|p_q - p_k| instead of 0 (llama-kv-cache.cpp), which
+    attention multiplies by each head's slope, see `alibi_slopes`. Raises ValueError if the shapes
+    do not fit.
     """
-    q, k = _position_grid(q_positions, k_positions)
-    distance = -np.abs(q - k).astype(np.float32)  # [n_seqs, n_tokens, n_kv]
-    expect_shape("visible", visible, distance.shape)
-    return np.where(visible, distance, np.float32(-np.inf))  # [n_seqs, n_tokens, n_kv]
-
-
-def _position_grid(q_positions: Ints, k_positions: Ints) -> tuple[Ints, Ints]:
-    """-> [n_seqs, n_tokens, 1] and [n_seqs, 1, n_kv], which broadcast to every pair."""
     if q_positions.ndim != 2 or k_positions.ndim != 2 or len(q_positions) != len(k_positions):
         raise ValueError(
             "positions: expected (n_seqs, n_tokens) and (n_seqs, n_kv), "
             f"got {q_positions.shape} and {k_positions.shape}"
         )
-    return q_positions[:, :, None], k_positions[:, None, :]
+    q, k = q_positions[:, :, None], k_positions[:, None, :]  # [n_seqs, n_tokens, 1], [.., 1, n_kv]
+    visible = (k >= 0) & (q >= 0)  # [n_seqs, n_tokens, n_kv]
+    if causal:
+        visible &= k <= q  # [n_seqs, n_tokens, n_kv]
+    if window is not None:
+        visible &= k >= q // window.n_swa * window.n_swa if window.chunked else q - k < window.n_swa
+    added = -np.abs(q - k).astype(np.float32) if alibi else np.float32(0)
+    return np.where(visible, added, np.float32(-np.inf))  # [n_seqs, n_tokens, n_kv]
 
 
 def alibi_slopes(n_head: int, max_bias: float) -> Doubles:

@@ -24,11 +24,7 @@ def layer_norm(x: Floats, weight: Floats | None, bias: Floats | None, eps: float
 
     Shapes of x, weight and bias as in `rms_norm`. Raises ValueError if one does not fit.
     """
-    centred = x - np.mean(x, axis=-1, keepdims=True)  # shape of x
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)  # [..., 1]
-    y: Floats = centred / np.sqrt(variance + x.dtype.type(eps))  # shape of x
-    if weight is not None:
-        y = y * _norm_weight("weight", weight, x)
+    y = rms_norm(x - np.mean(x, axis=-1, keepdims=True), weight, eps)  # shape of x
     return y if bias is None else y + _norm_weight("bias", bias, x)
 
 

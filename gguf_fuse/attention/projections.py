@@ -1,12 +1,15 @@
-"""From a hidden state to rows of Q, K and V, from rows to heads, and back."""
+"""From a hidden state to rows of Q, K and V, and from rows to heads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from .shapes import Floats, expect_shape
+
+Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +42,26 @@ class Linear:
         return y
 
 
-def project_separate(
-    x: Floats, q: Linear, k: Linear, v: Linear, clamp: float = 0.0
-) -> tuple[Floats, Floats, Floats]:
-    """x [..., n_embd] through three weights -> [..., q rows], [..., k rows], [..., v rows]."""
-    return q.project(x, clamp), k.project(x, clamp), v.project(x, clamp)
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Q, K and V: three weights, or one fused [q + k + v rows, n_embd]. rows: where it is split."""
+
+    rows: Rows
+    linears: tuple[Linear, ...]
+
+    @property
+    def fused(self) -> bool:
+        return len(self.linears) == 1
+
+    def project(self, x: Floats, clamp: float = 0.0) -> tuple[Floats, Floats, Floats]:
+        """x [..., n_embd] -> [..., rows] of Q, K and V; clamp and errors as in `Linear.project`."""
+        if self.fused:
+            return split_rows(self.linears[0].project(x, clamp), self.rows)
+        q, k, v = self.linears
+        return q.project(x, clamp), k.project(x, clamp), v.project(x, clamp)
 
 
-def project_fused(
-    x: Floats, qkv: Linear, rows: tuple[int, int, int], clamp: float = 0.0
-) -> tuple[Floats, Floats, Floats]:
-    """x [..., n_embd] through one weight [q + k + v rows, n_embd], split at row offsets."""
-    return split_rows(qkv.project(x, clamp), rows)
-
-
-def split_rows(y: Floats, rows: tuple[int, int, int]) -> tuple[Floats, Floats, Floats]:
+def split_rows(y: Floats, rows: Rows) -> tuple[Floats, Floats, Floats]:
     """Views of y [..., q + k + v] at row offsets -> [..., q], [..., k], [..., v].
 
     The three need not be equal (grouped-query, unequal K and V, Q with a gate), so thirds would
@@ -72,15 +80,6 @@ def split_heads(y: Floats, n_head: int) -> Floats:
     n_seqs, n_tokens, n_rows = y.shape
     heads = y.reshape(n_seqs, n_tokens, n_head, n_rows // n_head)
     return heads.transpose(0, 2, 1, 3)  # [n_seqs, n_head, n_tokens, head_dim]
-
-
-def join_heads(x: Floats) -> Floats:
-    """x [n_seqs, n_head, n_tokens, head_dim] -> [n_seqs, n_tokens, n_head * head_dim]."""
-    if x.ndim != 4:
-        raise ValueError(f"x: expected (n_seqs, n_head, n_tokens, head_dim), got {x.shape}")
-    n_seqs, n_head, n_tokens, head_dim = x.shape
-    tokens: Floats = x.transpose(0, 2, 1, 3)  # [n_seqs, n_tokens, n_head, head_dim]
-    return tokens.reshape(n_seqs, n_tokens, n_head * head_dim)
 
 
 def split_gate(q: Floats) -> tuple[Floats, Floats]:

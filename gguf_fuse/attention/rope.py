@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from .shapes import Bools, Doubles, Floats, Ints, expect_shape
+from .shapes import Doubles, Floats, Ints, expect_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Rope:
     beta_slow: float = 1.0
     n_ctx_orig: int = 0  # trained context in tokens, for YaRN
     freq_factors: Floats | None = None  # [n_pairs], from rope_freqs or rope_factors_*
-    sections: tuple[int, int, int, int] = (0, 0, 0, 0)  # pairs per position, mrope and imrope
+    sections: tuple[int, ...] = (0, 0, 0, 0)  # pairs per position, mrope and imrope
 
     def __post_init__(self) -> None:
         if self.n_rot < 0 or self.n_rot % 2:
@@ -77,7 +77,12 @@ def rope_angles(rope: Rope, positions: Ints) -> Doubles:
         frequency = frequency / rope.freq_factors  # [n_pairs]
     mix = _yarn_mix(rope, pair)  # [n_pairs]: 1 keeps the trained frequency, 0 scales it
     frequency = frequency * (rope.freq_scale * (1 - mix) + mix)  # [n_pairs]
-    frequency = np.where(_turning_pairs(rope), frequency, 0.0)  # [n_pairs]
+    if rope.layout in ("mrope", "imrope"):
+        sector = np.arange(len(pair)) % sum(rope.sections)  # [n_pairs]
+        in_turn = 3 * np.asarray(rope.sections)[sector % 3]  # [n_pairs]: t, h, w, t, ...
+        end = in_turn if rope.layout == "imrope" else sum(rope.sections[:3])
+        # The fourth position, which is 0 in text, turns nothing (ggml_mrope_cache_init).
+        frequency = np.where(sector < end, frequency, 0.0)  # [n_pairs]
     return np.asarray(positions, np.float64)[..., None] * frequency  # [n_seqs, n_tokens, n_pairs]
 
 
@@ -96,20 +101,6 @@ def _yarn_mix(rope: Rope, pair: Doubles) -> Doubles:
     return rope.ext_factor * (1 - ramp)  # [n_pairs]
 
 
-def _turning_pairs(rope: Rope) -> Bools:
-    """False for pairs of mrope's fourth position, which is 0 in text (ggml_mrope_cache_init)."""
-    n_pairs = rope.n_rot // 2
-    if rope.layout not in ("mrope", "imrope"):
-        return np.ones(n_pairs, np.bool_)  # [n_pairs]
-    sector = np.arange(n_pairs) % sum(rope.sections)  # [n_pairs]
-    if rope.layout == "mrope":
-        turning: Bools = sector < sum(rope.sections[:3])  # [n_pairs]
-        return turning
-    limit = 3 * np.asarray(rope.sections[:3])[sector % 3]  # [n_pairs]: t, h, w in turn
-    interleaved: Bools = sector < limit  # [n_pairs]
-    return interleaved
-
-
 def apply_rope(x: Floats, positions: Ints, rope: Rope) -> Floats:
     """Rotate x [n_seqs, n_head, n_tokens, head_dim] by positions [n_seqs, n_tokens].
 
@@ -126,15 +117,12 @@ def apply_rope(x: Floats, positions: Ints, rope: Rope) -> Floats:
         magnitude *= 1.0 + 0.1 * math.log(1.0 / rope.freq_scale)
     cos = (magnitude * np.cos(angles)).astype(x.dtype)  # [n_seqs, 1, n_tokens, n_pairs]
     sin = (magnitude * np.sin(angles)).astype(x.dtype)  # [n_seqs, 1, n_tokens, n_pairs]
-    first, second = _pair_slices(rope)
+    half, n_rot = rope.n_rot // 2, rope.n_rot
+    first, second = slice(0, half), slice(half, n_rot)
+    if rope.layout == "norm":
+        first, second = slice(0, n_rot, 2), slice(1, n_rot, 2)
     a, b = x[..., first], x[..., second]  # [n_seqs, n_head, n_tokens, n_pairs] each
     y = x.copy()  # [n_seqs, n_head, n_tokens, head_dim]
     y[..., first] = a * cos - b * sin  # [n_seqs, n_head, n_tokens, n_pairs]
     y[..., second] = a * sin + b * cos  # [n_seqs, n_head, n_tokens, n_pairs]
     return y
-
-
-def _pair_slices(rope: Rope) -> tuple[slice, slice]:
-    if rope.layout == "norm":
-        return slice(0, rope.n_rot, 2), slice(1, rope.n_rot, 2)
-    return slice(0, rope.n_rot // 2), slice(rope.n_rot // 2, rope.n_rot)

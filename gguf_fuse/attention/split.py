@@ -89,10 +89,8 @@ def split_partials(
     summed = np.empty((*each, sizes.head_dim_v), q.dtype)  # [..., group, head_dim_v]
     partials = Partials(np.empty(each, q.dtype), np.empty(each, q.dtype), summed)
     scaled = q * q.dtype.type(params.scale)  # [n_seqs, n_head, 1, head_dim]
-    # [n_seqs, n_head_kv, group, head_dim]
-    grouped = scaled.reshape(sizes.n_seqs, *heads, sizes.head_dim)
-    slopes = alibi_slopes(sizes.n_head, params.max_alibi_bias).astype(q.dtype)  # [n_head]
-    slopes_kv = slopes.reshape(heads)  # [n_head_kv, group]
+    grouped = scaled.reshape(sizes.n_seqs, *heads, sizes.head_dim)  # [..., group, head_dim]
+    slopes = alibi_slopes(sizes.n_head, params.max_alibi_bias).astype(q.dtype).reshape(heads)
     longest = max((end - start for start, end in chunks), default=0)
     n_tiles = max(1, longest // tile)
     todo = iter(list(itertools.product(range(sizes.n_seqs), range(len(chunks)))))
@@ -106,7 +104,7 @@ def split_partials(
             seen = None if mask is None else mask[seq, 0, cells]  # [cells]
             own_k, own_v = k[seq, :, cells], v[seq, :, cells]  # [n_head_kv, cells, head_dim(_v)]
             into = Partials(*(part[seq, i] for part in partials))  # [n_head_kv, group, ...]
-            _attend_chunk(grouped[seq], own_k, own_v, seen, slopes_kv, params, (scores, sums), into)
+            _attend_chunk(grouped[seq], own_k, own_v, seen, slopes, params, (scores, sums), into)
 
     run_on_threads(work, min(workers, max(1, sizes.n_seqs * len(chunks))))
     return partials
@@ -206,25 +204,16 @@ def _attend_chunk(
     scores = flat.reshape(n_head_kv, n_tiles, group, tile)  # [n_head_kv, n_tiles, group, tile]
     np.matmul(q[:, None], k_tiles.swapaxes(2, 3), out=scores)  # [n_head_kv, n_tiles, group, tile]
     soft_cap(scores, params.softcap)
-    if mask is not None:
-        _add_tile_mask(scores, mask.reshape(n_tiles, 1, tile), slopes, params.max_alibi_bias)
+    if mask is not None and params.max_alibi_bias <= 0:
+        scores += mask.reshape(n_tiles, 1, tile)  # [n_head_kv, n_tiles, group, tile]
+    elif mask is not None:
+        for head_kv, slope in enumerate(slopes):  # slope [group]; one by one: a small product
+            scores[head_kv] += slope[:, None] * mask.reshape(n_tiles, 1, tile)
     np.max(scores, axis=(1, 3), out=into.m)  # [n_head_kv, group]
     scores -= into.m[:, None, :, None]  # [n_head_kv, n_tiles, group, tile]
     np.exp(scores, out=scores)  # [n_head_kv, n_tiles, group, tile]
     np.sum(scores, axis=(1, 3), out=into.total)  # [n_head_kv, group]
     _weigh(scores, v, scratch[1], into.summed)
-
-
-def _add_tile_mask(scores: Floats, mask: Floats, slopes: Floats, max_bias: float) -> None:
-    """scores [n_head_kv, n_tiles, group, tile] += slope · mask [n_tiles, 1, tile], in place.
-
-    Under ALiBi one KV head at a time, which keeps the product small.
-    """
-    if max_bias <= 0:
-        scores += mask  # [n_head_kv, n_tiles, group, tile]
-        return
-    for head_kv, slope in enumerate(slopes):  # slope [group]
-        scores[head_kv] += slope[:, None] * mask  # [n_tiles, group, tile]
 
 
 def _weigh(weights: Floats, v: Floats, scratch: Floats, summed: Floats) -> None:
@@ -240,7 +229,5 @@ def _weigh(weights: Floats, v: Floats, scratch: Floats, summed: Floats) -> None:
     v_tiles = v.reshape(n_head_kv, n_tiles, 1, tile, head_dim_v)  # a view
     flat = scratch[: n_head_kv * n_tiles * group * head_dim_v]
     sums = flat.reshape(n_head_kv, n_tiles, over, rows, head_dim_v)
-    # [n_head_kv, n_tiles, over, rows, head_dim_v]
     np.matmul(weights.reshape(n_head_kv, n_tiles, over, rows, tile), v_tiles, out=sums)
-    by_tile = sums.reshape(n_head_kv, n_tiles, group, head_dim_v)
-    np.sum(by_tile, axis=1, out=summed)  # [n_head_kv, group, head_dim_v]
+    np.sum(flat.reshape(n_head_kv, n_tiles, group, head_dim_v), axis=1, out=summed)

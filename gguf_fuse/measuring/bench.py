@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_fuse.attention import attend, projections, split
-from gguf_fuse.attention.projections import Linear
+from gguf_fuse.attention import attend, split
+from gguf_fuse.attention.projections import Linear, Projections, Rows, split_rows
 from gguf_fuse.attention.shapes import Floats
 from gguf_fuse.attention.softmax import AttentionParams
 from gguf_fuse.attention.threads import blas_threads, run_on_threads
@@ -41,7 +41,7 @@ class Shape:
     n_head_kv: int = 8
     head_dim: int = 128
     head_dim_v: int = 128
-    rows: tuple[int, int, int] = (4096, 1024, 1024)
+    rows: Rows = (4096, 1024, 1024)
 
 
 DEFAULT_SHAPE = Shape()
@@ -131,12 +131,11 @@ def _bench_projection(
 ) -> ProjectionRow:
     """Both ways read the same bytes; as three weights they are views of the one."""
     x = _random(random, 1, n_tokens, shape.n_embd)  # [1, n_tokens, n_embd]
-    at_k, at_v = shape.rows[0], shape.rows[0] + shape.rows[1]
-    q, k, v = (Linear(part) for part in (weight[:at_k], weight[at_k:at_v], weight[at_v:]))
+    separate = tuple(Linear(part.T) for part in split_rows(weight.T, shape.rows))
     ms = interleaved(
         {
-            "separate": functools.partial(projections.project_separate, x, q, k, v),
-            "fused": functools.partial(projections.project_fused, x, Linear(weight), shape.rows),
+            "separate": functools.partial(Projections(shape.rows, separate).project, x),
+            "fused": functools.partial(Projections(shape.rows, (Linear(weight),)).project, x),
         }
     )
     return ProjectionRow(n_tokens, ms["separate"], ms["fused"])

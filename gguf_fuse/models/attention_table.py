@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models.keys import Keys
-
-Sinks: TypeAlias = Literal["none", "optional", "required"]
 
 
 class NotModelled(GGUFError):
@@ -50,8 +48,8 @@ class WindowRule:
     """Which layers have a window, and how RoPE turns in them.
 
     pattern n: every nth layer sees all (the last of each n, or the first: dense_first), None: the
-    file must say; 0: no layer does. n_swa: the window where the file says nothing (None: it must
-    say, 0: no windows at all); forced: the window whatever the file says.
+    file must say; 0: no layer does, whatever it says. n_swa: the window where the file says nothing
+    (None: it must say, 0: no windows at all); forced: the window whatever the file says.
     rope, in layers with a window: shared: as in all layers; copied: own base, else the full one,
     own scaling 1/factor; fresh: own base, else 10000, no scaling; plain: the full base, neither
     scaling nor YaRN.
@@ -61,7 +59,6 @@ class WindowRule:
     n_swa: int | None
     rope: Literal["shared", "copied", "fresh", "plain"] = "shared"
     dense_first: bool = False
-    pattern_key: bool = True
     forced: int | None = None
     chunked: bool = False
 
@@ -73,7 +70,7 @@ class WindowRule:
         if not self.size(keys):
             return False
         key = "attention.sliding_window_pattern"
-        value = keys.raw(key) if self.pattern_key else None
+        value = None if self.pattern == 0 else keys.raw(key)
         if isinstance(value, list):
             return keys.index < len(value) and bool(value[keys.index])
         pattern = self.pattern if value is None else int(value)
@@ -101,22 +98,20 @@ class Rules:
     softcap: float = 0.0
     max_alibi_bias: float = 0.0
     # Keys that this architecture reads.
-    alibi_key: bool = False
     clamp_key: bool = False
     yarn_keys: bool = False
     alpha_key: bool = False  # rope.scaling.alpha: RoPE's base for a longer context
     # False: an encoder, whose key llama.cpp does not heed (llama_context::encode).
     causal: bool = True
-    sinks: Sinks = "none"
-    v_norm: bool = False
-    v_is_k: bool = False
-    gated_q: bool = False
+    sinks: Literal["none", "optional", "required"] = "none"
+    v_norm: bool = False  # V is normed too, without a weight
+    v_is_k: bool = False  # K's projection, before its norm, serves where the file has no V
+    gated_q: bool = False  # each head of Q has head_dim query rows, then as many gate rows
     # Whether each layer has its own head counts; without, all have those of layer 0.
     by_layer: bool = False
     # Whether heads in layers with a window have lengths of their own.
     windowed_lengths: bool = False
     temperature: Callable[[Keys], Temperature | None] = lambda keys: None
-    output_bias: bool = True
     # What depends on the number of layers or on a key.
     adapt: Callable[[Rules, Keys], Rules] = lambda rules, keys: rules
 
@@ -160,6 +155,10 @@ def _baichuan(rules: Rules, keys: Keys) -> Rules:
     if keys.n_layer == 32:
         return rules
     return replace(rules, layout="none", max_alibi_bias=8.0 if keys.n_layer == 40 else 0.0)
+
+
+def _mpt(rules: Rules, keys: Keys) -> Rules:
+    return replace(rules, max_alibi_bias=keys.number("attention.max_alibi_bias", 0.0))
 
 
 def _exaone4(rules: Rules, keys: Keys) -> Rules:
@@ -215,20 +214,19 @@ _NEOX = Rules("neox")
 _NEOX_NORMED = Rules("neox", _HEAD_RMS)
 
 TABLE: dict[str, Rules] = {
-    "llama": _NORM_FACTORS,
+    **dict.fromkeys(("llama", "arcee", "minicpm"), _NORM_FACTORS),
     "mistral3": replace(_NORM_FACTORS, yarn_keys=True, temperature=_mistral3_temperature),
     **dict.fromkeys(("qwen2", "qwen2moe", "seed_oss", "orion", "starcoder2", "phi2"), _NEOX),
     **dict.fromkeys(("gemma", "gptneox", "falcon", "nemotron"), _NEOX),
     **dict.fromkeys(("internlm2", "deepseek", "xverse", "chatglm"), _NORM),
-    **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), Rules("norm", output_bias=False)),
+    **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), _NORM),
     "exaone": Rules("neox", factors=True),
     "qwen2vl": Rules("mrope"),
     **dict.fromkeys(("qwen3vl", "qwen3vlmoe"), Rules("imrope", _HEAD_RMS)),
-    "arcee": _NORM_FACTORS,
     "deci": replace(_NORM_FACTORS, by_layer=True),
     **dict.fromkeys(("qwen3", "qwen3moe", "dots1"), _NEOX_NORMED),
     "apertus": replace(_NEOX_NORMED, factors=True),
-    "lfm2": replace(_NEOX_NORMED, by_layer=True, window=WindowRule(0, 0, pattern_key=False)),
+    "lfm2": replace(_NEOX_NORMED, by_layer=True, window=WindowRule(0, 0)),
     "lfm2moe": replace(_NEOX_NORMED, by_layer=True),
     "exaone4": replace(_NEOX_NORMED, factors=True, adapt=_exaone4),
     "glm4": replace(_NORM, adapt=_mrope_if_sections),
@@ -271,11 +269,9 @@ TABLE: dict[str, Rules] = {
     "smollm3": Rules("norm", rotates=_not_every_fourth),
     "granite": replace(_NORM_FACTORS, scale=_own_scale, adapt=_granite),
     "granitemoe": replace(_NORM_FACTORS, scale=_own_scale),
-    "minicpm": _NORM_FACTORS,
     "baichuan": replace(_NORM, adapt=_baichuan),
-    "bloom": Rules("none", max_alibi_bias=8.0),
-    "refact": Rules("none", max_alibi_bias=8.0, output_bias=False),
-    "mpt": Rules("none", _ROW_LAYER, alibi_key=True, clamp_key=True),
+    **dict.fromkeys(("bloom", "refact"), Rules("none", max_alibi_bias=8.0)),
+    "mpt": Rules("none", _ROW_LAYER, clamp_key=True, adapt=_mpt),
     "hunyuan-dense": Rules("neox", _ROTATED_RMS, factors=True, alpha_key=True),
     "llama4": Rules(
         "norm",

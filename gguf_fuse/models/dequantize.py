@@ -15,31 +15,21 @@ from numpy.typing import NDArray
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.format.types import type_name
+from gguf_fuse.format.types import BF16, F16, F32, type_name
 from gguf_fuse.format.values import ByteOrder
 
-F32, F16, BF16 = map(
-    int, (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-)
 _WORDS = {F32: "f4", F16: "f2", BF16: "u2"}
 FLOATS = tuple(_WORDS)
-_GGUF_PY_TYPES = frozenset(map(int, GGMLQuantizationType))
 
 # Where a block holds 16-bit floats; all else in it is bytes. Types whose blocks hold other words
 # are not read from big-endian files. The maker of random models has a table of its own, so that
 # its files test this one.
 _HALVES: dict[str, tuple[int, ...]] = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
     "Q6_K": (208,),
-    "IQ4_NL": (0,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
     "MXFP4": (),
@@ -67,29 +57,20 @@ def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.f
     if tensor.type in FLOATS:
         return decode_floats(data, tensor.type, header.byte_order).reshape(shape)
     place = f"{header.path}: tensor {tensor.name!r}"
-    if tensor.type in _GGUF_PY_TYPES:
+    if tensor.type in GGML_QUANT_SIZES:
         known = GGMLQuantizationType(tensor.type)
         blocks = np.frombuffer(data, np.uint8)
         if header.byte_order == "big":
-            blocks = _swapped(known, blocks, place)
+            if known.name not in _HALVES:
+                raise GGUFError(f"{place}: {known.name} is not read from big-endian files")
+            blocks = blocks.reshape(-1, GGML_QUANT_SIZES[known][1]).copy()  # [n_blocks, bytes]
+            for at in _HALVES[known.name]:
+                blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
         with contextlib.suppress(NotImplementedError):
             # By rows: gguf-py then takes a few at a time, and needs less memory on the way.
             values: NDArray[np.float32] = quants.dequantize(blocks.reshape(*shape[:-1], -1), known)
             return values
     raise GGUFError(f"{place}: gguf-py cannot dequantize {type_name(tensor.type)}")
-
-
-def _swapped(
-    block_type: GGMLQuantizationType, data: NDArray[np.uint8], place: str
-) -> NDArray[np.uint8]:
-    """Big-endian blocks as little-endian ones, flat."""
-    if block_type.name not in _HALVES:
-        raise GGUFError(f"{place}: {block_type.name} is not read from big-endian files")
-    _, block_bytes = GGML_QUANT_SIZES[block_type]
-    blocks = data.reshape(-1, block_bytes).copy()  # [n_blocks, block_bytes]
-    for at in _HALVES[block_type.name]:
-        blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
-    return blocks.reshape(-1)
 
 
 def decode_floats(data: bytes, float_type: int, order: ByteOrder) -> NDArray[np.float32]:

@@ -96,7 +96,6 @@ class Keys:
         return self.integer("rope.scaling.original_context_length", trained)
 
     @property
-    def rope_sections(self) -> tuple[int, int, int, int]:
+    def rope_sections(self) -> tuple[int, ...]:
         value = self.raw("rope.dimension_sections")
-        sections = [*value, 0, 0, 0, 0][:4] if isinstance(value, list) else [0, 0, 0, 0]
-        return sections[0], sections[1], sections[2], sections[3]
+        return (*value, 0, 0, 0, 0)[:4] if isinstance(value, list) else (0, 0, 0, 0)

@@ -8,7 +8,7 @@ Shapes are numpy order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
@@ -16,15 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_fuse.attention import masks, norms
-from gguf_fuse.attention.projections import (
-    Linear,
-    apply_gate,
-    join_heads,
-    project_fused,
-    project_separate,
-    split_gate,
-    split_heads,
-)
+from gguf_fuse.attention.projections import Linear, Projections, split_gate, split_heads
 from gguf_fuse.attention.rope import apply_rope
 from gguf_fuse.attention.shapes import Floats, Ints
 from gguf_fuse.attention.softmax import AttentionParams
@@ -33,22 +25,10 @@ from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models.attention_table import NotModelled, Temperature
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.names import ATTENTION_PARTS, FUSED_ATTENTION
-from gguf_fuse.models.spec import AttentionSpec, Rows, read_spec
+from gguf_fuse.models.spec import AttentionSpec, read_spec
 
 # Tells where a layer's fused weight is split: its rows of Q, K and V. Raises GGUFError.
 FusedRows: TypeAlias = Callable[[Header, str], Sequence[int]]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Projections:
-    """Q, K and V of one layer, as the file has them: three weights, or one and where to split."""
-
-    rows: Rows
-    linears: tuple[Linear, ...]  # [rows of each, n_embd], or one [q + k + v rows, n_embd]
-
-    @property
-    def fused(self) -> bool:
-        return len(self.linears) == 1
 
 
 class Norm(NamedTuple):
@@ -80,22 +60,8 @@ class Heads(NamedTuple):
 # --- what a layer computes ---------------------------------------------------------------------
 
 
-def project(
-    projections: Projections, x: Floats, clamp: float = 0.0
-) -> tuple[Floats, Floats, Floats]:
-    """x [n_seqs, n_tokens, n_embd] -> [n_seqs, n_tokens, rows] of Q, K and V.
-
-    Through one matrix or three, as the file has them; clamp is `AttentionSpec.clamp`
-    (llama-graph.cpp, build_qkv). Raises ValueError if x does not fit.
-    """
-    if projections.fused:
-        return project_fused(x, projections.linears[0], projections.rows, clamp)
-    q, k, v = projections.linears
-    return project_separate(x, q, k, v, clamp)
-
-
 def positioned(layer: AttentionLayer, q: Floats, k: Floats, v: Floats, positions: Ints) -> Heads:
-    """What `project` gives, [n_seqs, n_tokens, rows] -> heads, normed and rotated.
+    """What `Projections.project` gives, [n_seqs, n_tokens, rows] -> heads, normed and rotated.
 
     positions [n_seqs, n_tokens]; -1 for padding. Raises ValueError if shapes do not fit.
     """
@@ -105,14 +71,14 @@ def positioned(layer: AttentionLayer, q: Floats, k: Floats, v: Floats, positions
     k = split_heads(k, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim]
     v = split_heads(v, spec.n_head_kv)  # [n_seqs, n_head_kv, n_tokens, head_dim_v]
     gate = None
-    if spec.gated_q:
+    if spec.rules.gated_q:
         q, gate = split_gate(q)  # [n_seqs, n_head, n_tokens, head_dim] each
     q, k = _normed(layer, "head", q, k)
     if spec.rope is not None:
         q = apply_rope(q, positions, spec.rope)
         k = apply_rope(k, positions, spec.rope)
     q, k = _normed(layer, "rotated head", q, k)
-    if spec.v_norm:
+    if spec.rules.v_norm:
         v = norms.rms_norm(v, None, spec.norm_eps)
     if spec.temperature is not None:
         q = q * _temperatures(spec.temperature, positions).astype(q.dtype)
@@ -120,37 +86,16 @@ def positioned(layer: AttentionLayer, q: Floats, k: Floats, v: Floats, positions
 
 
 def mask(spec: AttentionSpec, q_positions: Ints, k_positions: Ints) -> NDArray[np.float32]:
-    """Additive mask [n_seqs, n_tokens, n_kv] of this layer; -|distance| in it under ALiBi.
-
-    q_positions [n_seqs, n_tokens], k_positions [n_seqs, n_kv]: -1 for padding. Rules:
-    llama_hparams::is_masked_swa; llama-kv-cache.cpp for ALiBi. Raises ValueError if shapes do not
-    fit.
-    """
-    see = masks.see_past if spec.causal else masks.see_filled
-    visible = see(q_positions, k_positions)  # [n_seqs, n_tokens, n_kv]
-    if spec.window is not None:
-        see_near = masks.see_chunk if spec.window.chunked else masks.see_window
-        visible &= see_near(q_positions, k_positions, spec.window.n_swa)
-    if spec.max_alibi_bias > 0:
-        return masks.alibi_mask(visible, q_positions, k_positions)
-    return masks.additive_mask(visible)
-
-
-def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Floats:
-    """Attention's result [n_seqs, n_head, n_tokens, head_dim_v] -> [n_seqs, n_tokens, n_embd].
-
-    Times sigmoid(gate) where there is one, joined, through what `read_output` gives, with its
-    scale and bias (llama-graph.cpp, build_attn). Raises ValueError if shapes do not fit.
-    """
-    if gate is not None:
-        attended = apply_gate(attended, gate)
-    joined = join_heads(attended)  # [n_seqs, n_tokens, n_head * head_dim_v]
-    return weights.project(joined)
+    """That of this layer; shapes and errors as in `masks.additive_mask`."""
+    alibi = spec.rules.max_alibi_bias > 0
+    return masks.additive_mask(
+        q_positions, k_positions, causal=spec.causal, window=spec.window, alibi=alibi
+    )
 
 
 def _normed(layer: AttentionLayer, at: str, q: Floats, k: Floats) -> tuple[Floats, Floats]:
     """Q and K normed, if this is where it is done; their shapes stay."""
-    rule, eps = layer.spec.norm, layer.spec.norm_eps
+    rule, eps = layer.spec.rules.norm, layer.spec.norm_eps
     if rule is None or layer.norms is None or rule.at != at:
         return q, k
     of_q, of_k = layer.norms
@@ -182,7 +127,11 @@ def read_projections(
     fused = _linear(header, f"{name}.{FUSED_ATTENTION}")
     if fused is not None:
         q_rows, k_rows, v_rows = fused_rows(header, name)
-        fused = _with_separate_biases(header, fused, name)
+        biases = [read_values(header, f"{name}.{part}.bias") for part in ATTENTION_PARTS]
+        present = [bias for bias in biases if bias is not None]
+        # Beside a fused weight all three or none (llama-graph.cpp, build_qkv).
+        if fused.bias is None and len(present) == len(biases):
+            fused = replace(fused, bias=np.concatenate(present))
         return Projections((q_rows, k_rows, v_rows), (fused,))
     found = [_linear(header, f"{name}.{part}") for part in ATTENTION_PARTS]
     if v_is_k and found[2] is None:
@@ -194,94 +143,64 @@ def read_projections(
     return Projections((len(q.weight), len(k.weight), len(v.weight)), (q, k, v))
 
 
-def read_layer(
-    header: Header, name: str, fused_rows: FusedRows, n_ctx: int | None = None
-) -> AttentionLayer:
+def read_layer(header: Header, name: str, fused_rows: FusedRows) -> AttentionLayer:
     """Layer `name` of the file, without attn_output, dequantized to float32.
 
-    Reads no other layer's bytes. n_ctx as in `read_spec`. Raises as `read_spec` and
-    `read_projections`, GGUFError if the weights do not have the rows that the metadata asks for.
+    Reads no other layer's bytes. Raises as `read_spec` and `read_projections`, GGUFError if the
+    weights do not have the shapes that the metadata asks for.
     """
-    spec = read_spec(header, name, n_ctx)
+    spec = read_spec(header, name)
     _require_known(header, spec)
-    projections = read_projections(header, name, fused_rows, v_is_k=spec.v_is_k)
+    projections = read_projections(header, name, fused_rows, v_is_k=spec.rules.v_is_k)
     if projections.rows != spec.rows:
         raise GGUFError(
             f"{header.path}: {name}: Q, K and V have {projections.rows} rows, the metadata asks "
             f"for {spec.rows}"
         )
     sinks = read_values(header, f"{name}.attn_sinks.weight")
-    if sinks is None and spec.sinks == "required":
+    if sinks is None and spec.rules.sinks == "required":
         raise GGUFError(f"{header.path}: {name} has no attn_sinks.weight")
-    params = AttentionParams(spec.scale, spec.softcap, spec.max_alibi_bias, sinks)
+    params = AttentionParams(spec.scale, spec.softcap, spec.rules.max_alibi_bias, sinks)
     layer = AttentionLayer(spec, projections, _norms(header, spec), params)
-    _require_shapes(header, name, _shapes(layer))
+    _require_shapes(header, layer)
     return layer
 
 
-def read_output(header: Header, spec: AttentionSpec) -> Linear:
-    """attn_output of a layer, dequantized to float32: [n_embd, n_head * head_dim_v].
-
-    Apart from `read_layer`, because it is large and nothing before it needs it. Raises NotModelled
-    where there is none, GGUFError where it cannot be read or is not of the metadata's shape.
-    """
-    weights = _linear(header, f"{spec.name}.attn_output")
-    if weights is None:
-        raise NotModelled(f"{header.path}: {spec.name} has no attn_output.weight")
-    if not spec.output_bias:
-        weights = replace(weights, bias=None)
-    width = spec.n_head * spec.head_dim_v
-    _require_shapes(header, spec.name, _linear_shapes("attn_output", weights, spec.n_embd, width))
-    return weights
-
-
-# What an array is called, the array, and the shapes that it may have.
-_Shapes: TypeAlias = Iterator[tuple[str, Floats | None, Sequence[tuple[int, ...]]]]
-
-
-def _require_shapes(header: Header, name: str, found: _Shapes) -> None:
-    for place, array, shapes in found:
+def _require_shapes(header: Header, layer: AttentionLayer) -> None:
+    def expect(place: str, array: Floats | None, *shapes: tuple[int, ...]) -> None:
         if array is not None and array.shape not in shapes:
             raise GGUFError(
-                f"{header.path}: {name}.{place} has shape {array.shape}, the metadata asks for "
-                f"{shapes[0]}"
+                f"{header.path}: {spec.name}.{place} has shape {array.shape}, the metadata asks "
+                f"for {shapes[0]}"
             )
 
-
-def _linear_shapes(place: str, linear: Linear, rows: int, width: int) -> _Shapes:
-    yield f"{place}.weight", linear.weight, [(rows, width)]
-    yield f"{place}.bias", linear.bias, [(rows,)]
-
-
-def _shapes(layer: AttentionLayer) -> _Shapes:
     spec, projections = layer.spec, layer.projections
-    fused = projections.fused
-    parts = (FUSED_ATTENTION,) if fused else ATTENTION_PARTS
-    all_rows = (sum(spec.rows),) if fused else spec.rows
+    parts = (FUSED_ATTENTION,) if projections.fused else ATTENTION_PARTS
+    all_rows = (sum(spec.rows),) if projections.fused else spec.rows
     for part, linear, rows in zip(parts, projections.linears, all_rows, strict=True):
-        yield from _linear_shapes(part, linear, rows, spec.n_embd)
-    yield "attn_sinks.weight", layer.params.sinks, [(spec.n_head,)]
+        expect(f"{part}.weight", linear.weight, (rows, spec.n_embd))
+        expect(f"{part}.bias", linear.bias, (rows,))
+    expect("attn_sinks.weight", layer.params.sinks, (spec.n_head,))
     n_heads = (spec.n_head, spec.n_head_kv)
     for part, norm, n_head in zip("qk", layer.norms or (), n_heads, strict=False):
         shapes = [(spec.head_dim,), (n_head, spec.head_dim)]
-        if spec.norm is not None and spec.norm.at == "row":
+        if spec.rules.norm is not None and spec.rules.norm.at == "row":
             shapes = [(n_head * spec.head_dim,)]
-        yield f"attn_{part}_norm.weight", norm.weight, shapes
-        yield f"attn_{part}_norm.bias", norm.bias, shapes
+        expect(f"attn_{part}_norm.weight", norm.weight, *shapes)
+        expect(f"attn_{part}_norm.bias", norm.bias, *shapes)
 
 
-# What may stand behind "blk.N.attn_" and is either read here or no part of attention proper: the
-# norms around it. Anything else could change what attention computes.
-_READ = ("q", "k", "v", "qkv", "output")
-_AROUND = ("norm", "norm_2", "post_norm", "output_norm")
+# What may stand behind "blk.N.attn_" whatever the rules: projections, and the norms around
+# attention. Anything else could change what attention computes.
+_PARTS = ("q", "k", "v", "qkv", "output", "norm", "norm_2", "post_norm", "output_norm")
 _SUFFIXES = ("weight", "bias", "scale", "input_scale")
 
 
 def _require_known(header: Header, spec: AttentionSpec) -> None:
-    known = {f"{part}.{suffix}" for part in (*_READ, *_AROUND) for suffix in _SUFFIXES}
-    if spec.norm is not None and spec.norm.weighted:
+    known = {f"{part}.{suffix}" for part in _PARTS for suffix in _SUFFIXES}
+    if spec.rules.norm is not None and spec.rules.norm.weighted:
         known |= {f"{part}_norm.{suffix}" for part in "qk" for suffix in ("weight", "bias")}
-    if spec.sinks != "none":
+    if spec.rules.sinks != "none":
         known.add("sinks.weight")
     for tensor in header.tensors:
         layer, _, rest = tensor.name.partition(".attn_")
@@ -304,27 +223,16 @@ def _linear(header: Header, name: str) -> Linear | None:
     return Linear(weight, one, read_values(header, f"{name}.bias"))
 
 
-def _with_separate_biases(header: Header, fused: Linear, name: str) -> Linear:
-    """All three biases or none beside a fused weight (llama-graph.cpp, build_qkv)."""
-    biases = [read_values(header, f"{name}.{part}.bias") for part in ATTENTION_PARTS]
-    present = [bias for bias in biases if bias is not None]
-    if fused.bias is not None or len(present) < len(biases):
-        return fused
-    return replace(fused, bias=np.concatenate(present))
-
-
 def _norms(header: Header, spec: AttentionSpec) -> tuple[Norm, Norm] | None:
-    rule = spec.norm
+    rule = spec.rules.norm
     if rule is None or not rule.weighted:
         return None if rule is None else (Norm(), Norm())
-    names = [f"{spec.name}.attn_{part}_norm" for part in "qk"]
-    q, k = (read_values(header, f"{name}.weight") for name in names)
-    if q is None and k is None and rule.optional:
+    suffixes = ("weight",) if rule.formula == "rms" else ("weight", "bias")
+    places = [f"{spec.name}.attn_{part}_norm" for part in "qk"]
+    q, k = (Norm(*(read_values(header, f"{at}.{end}") for end in suffixes)) for at in places)
+    if q.weight is None and k.weight is None and rule.optional:
         return None
-    if q is None or k is None:
-        absent = names[0 if q is None else 1]
+    if q.weight is None or k.weight is None:
+        absent = places[0 if q.weight is None else 1]
         raise GGUFError(f"{header.path}: {absent}.weight is missing")
-    if rule.formula == "rms":
-        return Norm(q), Norm(k)
-    q_bias, k_bias = (read_values(header, f"{name}.bias") for name in names)
-    return Norm(q, q_bias), Norm(k, k_bias)
+    return q, k

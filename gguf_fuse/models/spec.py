@@ -8,87 +8,60 @@ does not model raises NotModelled: never a silent guess. RoPE scaling is that of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
+from gguf_fuse.attention.masks import Window
+from gguf_fuse.attention.projections import Rows
 from gguf_fuse.attention.rope import Rope, context_attn_factor
 from gguf_fuse.attention.shapes import Floats
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.models.attention_table import (
-    TABLE,
-    NormRule,
-    NotModelled,
-    Rules,
-    Sinks,
-    Temperature,
-    WindowRule,
-)
+from gguf_fuse.models.attention_table import TABLE, NotModelled, Rules, Temperature, WindowRule
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.keys import Keys
-
-Rows: TypeAlias = tuple[int, int, int]  # of Q, K and V
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Which cells a query sees: the last n_swa of them; chunked: those of its chunk of n_swa."""
-
-    n_swa: int
-    chunked: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AttentionSpec:
     """The attention of one layer, as the metadata (and RoPE's factors) say.
 
-    scale: of the scores, before softcap. window None: sees all of the past. rope None: none in
-    this layer. softcap, max_alibi_bias, clamp: 0 is off. gated_q: each head of Q has head_dim
-    query rows, then as many gate rows. v_norm: V is normed too, without a weight. v_is_k: where the
-    file has no V, K's projection serves (before its norm). norm_eps is that of all norms.
+    rules: of its architecture, for this layer. scale: of the scores, before softcap. window None:
+    sees all of the past. rope None: none in this layer. softcap, clamp: 0 is off. norm_eps is that
+    of all norms.
     """
 
     name: str
+    rules: Rules
     n_embd: int
     n_head: int
     n_head_kv: int
     head_dim: int
     head_dim_v: int
     scale: float
-    rope: Rope | None = None
-    window: Window | None = None
-    causal: bool = True
-    softcap: float = 0.0
-    max_alibi_bias: float = 0.0
-    clamp: float = 0.0
-    norm: NormRule | None = None
-    norm_eps: float = 0.0
-    v_norm: bool = False
-    v_is_k: bool = False
-    temperature: Temperature | None = None
-    gated_q: bool = False
-    sinks: Sinks = "none"
-    output_bias: bool = True
+    rope: Rope | None
+    window: Window | None
+    causal: bool
+    softcap: float
+    clamp: float
+    norm_eps: float
+    temperature: Temperature | None
 
     @property
     def rows(self) -> Rows:
         """Rows of the weights of Q, K and V."""
-        queries = 2 if self.gated_q else 1
+        queries = 2 if self.rules.gated_q else 1
         k, v = self.n_head_kv * self.head_dim, self.n_head_kv * self.head_dim_v
         return queries * self.n_head * self.head_dim, k, v
 
 
-def read_spec(header: Header, name: str, n_ctx: int | None = None) -> AttentionSpec:
-    """The attention of layer `name` ("blk.3") as llama.cpp sets it up.
-
-    n_ctx: the context that is run, in tokens (None: what the model was trained for); it decides
-    between long and short RoPE factors and nothing else.
+def read_spec(header: Header, name: str) -> AttentionSpec:
+    """The attention of layer `name` ("blk.3") as llama.cpp sets it up for the trained context.
 
     Raises NotModelled where the table has no such attention, GGUFError where a key is missing or
     of the wrong type.
     """
     rules, keys = _rules_of(header, name)
     try:
-        return _spec(rules, keys, name, n_ctx)
+        return _spec(rules, keys, name)
     except (ValueError, TypeError, ArithmeticError) as error:
         # Numbers that no model has: no heads, an odd rotation, a negative length.
         raise GGUFError(f"{header.path}: {name}: the metadata of attention: {error}") from error
@@ -110,37 +83,29 @@ def _rules_of(header: Header, name: str) -> tuple[Rules, Keys]:
         raise NotModelled(f"{header.path}: {error}: its attention is not modelled") from error
 
 
-def _spec(rules: Rules, keys: Keys, name: str, n_ctx: int | None) -> AttentionSpec:
+def _spec(rules: Rules, keys: Keys, name: str) -> AttentionSpec:
     window = rules.window if rules.window is not None and rules.window.covers(keys) else None
     _require_uniform(rules, keys)
     own_length = window is not None and rules.windowed_lengths
     rotates = rules.layout != "none" and rules.rotates(keys.index, window is not None)
+    layer_norm = rules.norm is not None and rules.norm.formula == "layer"
+    eps_key = f"attention.layer_norm_{'' if layer_norm else 'rms_'}epsilon"
     spec = AttentionSpec(
         name=name,
+        rules=rules,
         n_embd=keys.n_embd,
         n_head=keys.n_head,
         n_head_kv=keys.integer("attention.head_count_kv", keys.n_head),
         head_dim=keys.length("key", windowed=own_length),
         head_dim_v=keys.length("value", windowed=own_length),
         scale=rules.scale(keys),
-        rope=_rope(rules, keys, window, n_ctx) if rotates else None,
+        rope=_rope(rules, keys, window) if rotates else None,
         window=Window(window.size(keys), window.chunked) if window is not None else None,
         causal=rules.causal and keys.flag("attention.causal", True),
         softcap=keys.number("attn_logit_softcapping", rules.softcap) if rules.softcap else 0.0,
-        max_alibi_bias=(
-            keys.number("attention.max_alibi_bias", 0.0)
-            if rules.alibi_key
-            else rules.max_alibi_bias
-        ),
         clamp=keys.number("attention.clamp_kqv", 0.0) if rules.clamp_key else 0.0,
-        norm=rules.norm,
-        norm_eps=_norm_eps(rules, keys),
-        v_norm=rules.v_norm,
-        v_is_k=rules.v_is_k,
+        norm_eps=keys.number(eps_key) if rules.norm is not None or rules.v_norm else 0.0,
         temperature=rules.temperature(keys),
-        gated_q=rules.gated_q,
-        sinks=rules.sinks,
-        output_bias=rules.output_bias,
     )
     if spec.n_head < 1 or spec.n_head_kv < 1:
         raise NotModelled(f"{keys.header.path}: {name} has no attention heads")
@@ -173,14 +138,7 @@ def _require_uniform(rules: Rules, keys: Keys) -> None:
         )
 
 
-def _norm_eps(rules: Rules, keys: Keys) -> float:
-    if rules.norm is None and not rules.v_norm:
-        return 0.0
-    layer_norm = rules.norm is not None and rules.norm.formula == "layer"
-    return keys.number(f"attention.layer_norm_{'' if layer_norm else 'rms_'}epsilon")
-
-
-def _rope(rules: Rules, keys: Keys, window: WindowRule | None, n_ctx: int | None) -> Rope:
+def _rope(rules: Rules, keys: Keys, window: WindowRule | None) -> Rope:
     """window: of this layer. llama_model_base::load_hparams, then llama_context's constructor."""
     assert rules.layout != "none"
     scaling = str(keys.raw("rope.scaling.type") or "linear")
@@ -194,22 +152,19 @@ def _rope(rules: Rules, keys: Keys, window: WindowRule | None, n_ctx: int | None
     def yarn(key: str, default: float) -> float:
         return keys.number(f"rope.scaling.yarn_{key}", default) if rules.yarn_keys else default
 
+    attn_factor = keys.number("rope.scaling.attn_factor", 1.0)
+    log_multiplier = yarn("log_multiplier", 0.0)
     rope = Rope(
         layout=rules.layout,
         n_rot=keys.n_rot(windowed=window is not None and rules.windowed_lengths),
         freq_base=_freq_base(rules, keys),
         freq_scale=freq_scale,
         ext_factor=ext_factor,
-        attn_factor=context_attn_factor(
-            freq_scale,
-            ext_factor,
-            keys.number("rope.scaling.attn_factor", 1.0),
-            yarn("log_multiplier", 0.0),
-        ),
+        attn_factor=context_attn_factor(freq_scale, ext_factor, attn_factor, log_multiplier),
         beta_fast=yarn("beta_fast", 32.0),
         beta_slow=yarn("beta_slow", 1.0),
         n_ctx_orig=keys.n_ctx_orig,
-        freq_factors=_freq_factors(keys, n_ctx) if rules.factors else None,
+        freq_factors=_freq_factors(keys) if rules.factors else None,
         sections=keys.rope_sections,
     )
     if window is None or window.rope == "shared":
@@ -230,12 +185,10 @@ def _freq_base(rules: Rules, keys: Keys) -> float:
     return float(base * alpha ** (keys.head_dim / (keys.head_dim - 2)))
 
 
-def _freq_factors(keys: Keys, n_ctx: int | None) -> Floats | None:
+def _freq_factors(keys: Keys) -> Floats | None:
     """llama_model::get_rope_factors -> [n_rot / 2]."""
-    if n_ctx is None:
-        n_ctx = keys.integer("context_length", 0)
-    length = "long" if n_ctx > keys.n_ctx_orig else "short"
     factors = read_values(keys.header, "rope_freqs.weight")
     if factors is None:
+        length = "long" if keys.integer("context_length", 0) > keys.n_ctx_orig else "short"
         factors = read_values(keys.header, f"rope_factors_{length}.weight")
     return factors

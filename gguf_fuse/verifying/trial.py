@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from gguf_fuse.attention import attend, masks, split
-from gguf_fuse.attention.projections import Linear, apply_gate, split_rows
+from gguf_fuse.attention.projections import Linear, Projections, apply_gate, split_rows
 from gguf_fuse.attention.shapes import Floats, Ints, group_heads
 from gguf_fuse.attention.softmax import AttentionParams
 from gguf_fuse.measuring.timing import interleaved
 from gguf_fuse.models import layer
-from gguf_fuse.models.layer import AttentionLayer, Heads, Projections
+from gguf_fuse.models.layer import AttentionLayer, Heads
 from gguf_fuse.verifying.report import Check, Timing, VerifyOptions
 
 FACTOR = 2.0
@@ -59,7 +59,7 @@ class _Path:
         projections, read = self.weights
         clamp = 0.0 if read is None else read.spec.clamp
         if not self.exact:
-            return layer.project(projections, x, clamp)
+            return projections.project(x, clamp)
         doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
         return _by_row_blocks(projections, lambda w: w.project(doubles, clamp))
 

@@ -16,13 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gguf_fuse.attention.attend import reference_attention
-from gguf_fuse.attention.masks import (
-    additive_mask,
-    alibi_mask,
-    padded_positions,
-    see_past,
-    see_window,
-)
+from gguf_fuse.attention.masks import Window, additive_mask, padded_positions
 from gguf_fuse.attention.shapes import Floats, group_heads
 from gguf_fuse.attention.softmax import AttentionParams
 
@@ -36,6 +30,11 @@ def rng_of(seed: int) -> np.random.Generator:
 
 def normal(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
     return rng.standard_normal(shape, dtype=np.float32)
+
+
+def join_heads(x: Floats) -> Floats:
+    """x [n_seqs, n_head, n_tokens, head_dim] -> [n_seqs, n_tokens, n_head * head_dim]."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
 def error(got: Floats, reference: Floats) -> float:
@@ -112,12 +111,12 @@ def make_case(
     if lengths is not None:
         k_positions = padded_positions(lengths, n_kv)
         q_positions = np.array([[n - n_tokens + i for i in range(n_tokens)] for n in lengths])
-        visible = see_past(q_positions, k_positions)
-        if window is not None:
-            visible &= see_window(q_positions, k_positions, window)
-        mask = additive_mask(visible)
-        if max_alibi_bias:
-            mask = alibi_mask(visible, q_positions, k_positions)
+        mask = additive_mask(
+            q_positions,
+            k_positions,
+            window=None if window is None else Window(window),
+            alibi=max_alibi_bias > 0,
+        )
     raw_sinks = normal(rng, n_head) * 3 if sinks else None
     return Case(q, k, v, mask, AttentionParams(scale, softcap, max_alibi_bias, raw_sinks))
 

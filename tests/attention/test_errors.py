@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gguf_fuse.attention.attend import attention
-from gguf_fuse.attention.masks import padded_positions, see_past
+from gguf_fuse.attention.masks import additive_mask, padded_positions
 from gguf_fuse.attention.norms import rms_norm
-from gguf_fuse.attention.projections import Linear, join_heads, split_gate, split_heads, split_rows
+from gguf_fuse.attention.projections import Linear, split_gate, split_heads, split_rows
 from gguf_fuse.attention.rope import Rope, apply_rope
 from gguf_fuse.attention.shapes import group_heads
 from gguf_fuse.attention.softmax import AttentionParams
@@ -73,7 +73,6 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "expected a sum of 9, got 12",
     ),
     "heads": (lambda: split_heads(np.zeros((1, 1, 9), F32), 2), r"2 \* head_dim"),
-    "join": (lambda: join_heads(np.zeros((1, 9), F32)), "x: expected"),
     "group": (lambda: group_heads(np.zeros((1, 3, 1, 2), F32), 2), "multiple of 2, got 3"),
     "gate": (lambda: split_gate(np.zeros((1, 3), F32)), "even last axis"),
     "norm": (
@@ -96,7 +95,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         r"positions: expected shape \(1, 2\)",
     ),
     "lengths": (lambda: padded_positions([3, 9], 8), "at most 8, got 9"),
-    "grid": (lambda: see_past(np.zeros(3, int), np.zeros((1, 3), int)), "positions: expected"),
+    "grid": (
+        lambda: additive_mask(np.zeros(3, int), np.zeros((1, 3), int)),
+        "positions: expected",
+    ),
 }
 
 

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gguf_fuse.attention.masks import (
-    additive_mask,
-    alibi_mask,
-    alibi_slopes,
-    padded_positions,
-    see_chunk,
-    see_filled,
-    see_past,
-    see_window,
-)
+from gguf_fuse.attention.masks import Window, additive_mask, alibi_slopes, padded_positions
 
 
 def test_masks_say_who_sees_whom() -> None:
@@ -22,27 +12,22 @@ def test_masks_say_who_sees_whom() -> None:
     k_positions = padded_positions([6, 3], 7)
     assert k_positions.tolist() == [[0, 1, 2, 3, 4, 5, -1], [0, 1, 2, -1, -1, -1, -1]]
 
-    def seen(visible: NDArray[np.bool_]) -> list[list[list[int]]]:
-        return [[np.flatnonzero(row).tolist() for row in rows] for rows in visible]
+    def seen(causal: bool = True, window: Window | None = None) -> list[list[list[int]]]:
+        mask = additive_mask(q_positions, k_positions, causal=causal, window=window)
+        return [[np.flatnonzero(row == 0).tolist() for row in rows] for rows in mask]
 
-    past = see_past(q_positions, k_positions)
-    assert seen(past) == [[[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]], [[0, 1], [0, 1, 2]]]
-    window = past & see_window(q_positions, k_positions, 2)
-    assert seen(window) == [[[3, 4], [4, 5]], [[0, 1], [1, 2]]]
-    chunk = past & see_chunk(q_positions, k_positions, 4)
-    assert seen(chunk) == [[[4], [4, 5]], [[0, 1], [0, 1, 2]]]
-    everything = see_filled(q_positions, k_positions)
-    assert seen(everything) == [[[0, 1, 2, 3, 4, 5]] * 2, [[0, 1, 2]] * 2]
+    assert seen() == [[[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]], [[0, 1], [0, 1, 2]]]
+    assert seen(window=Window(2)) == [[[3, 4], [4, 5]], [[0, 1], [1, 2]]]
+    assert seen(window=Window(4, chunked=True)) == [[[4], [4, 5]], [[0, 1], [0, 1, 2]]]
+    assert seen(causal=False) == [[[0, 1, 2, 3, 4, 5]] * 2, [[0, 1, 2]] * 2]
 
 
 def test_masks_as_numbers() -> None:
-    q_positions, k_positions = np.array([[2]]), np.array([[0, 1, 2, 3, -1]])
-    visible = see_past(q_positions, k_positions)
+    positions = np.array([[2]]), np.array([[0, 1, 2, 3, -1]])
     inf = np.inf
-    assert additive_mask(visible).tolist() == [[[0, 0, 0, -inf, -inf]]]
-    assert alibi_mask(visible, q_positions, k_positions).tolist() == [[[-2, -1, 0, -inf, -inf]]]
-    visible = see_filled(q_positions, k_positions)
-    assert alibi_mask(visible, q_positions, k_positions)[0, 0, 3] == -1  # both directions
+    assert additive_mask(*positions).tolist() == [[[0, 0, 0, -inf, -inf]]]
+    assert additive_mask(*positions, alibi=True).tolist() == [[[-2, -1, 0, -inf, -inf]]]
+    assert additive_mask(*positions, causal=False, alibi=True)[0, 0, 3] == -1  # both directions
 
 
 def test_alibi_slopes() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gguf_fuse.attention.norms import layer_norm, rms_norm
-from gguf_fuse.attention.projections import join_heads, split_heads
-from tests.attention.cases import EPS, normal, rng_of
+from gguf_fuse.attention.projections import split_heads
+from tests.attention.cases import EPS, join_heads, normal, rng_of
 
 
 @pytest.mark.parametrize("per_head", ["shared", "own", "none"])

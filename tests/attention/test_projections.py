@@ -8,15 +8,13 @@ from hypothesis import strategies as st
 
 from gguf_fuse.attention.projections import (
     Linear,
+    Projections,
     apply_gate,
-    join_heads,
-    project_fused,
-    project_separate,
     split_gate,
     split_heads,
     split_rows,
 )
-from tests.attention.cases import EPS, assert_as_good, normal, rng_of
+from tests.attention.cases import EPS, assert_as_good, join_heads, normal, rng_of
 
 
 @settings(max_examples=50, deadline=None)
@@ -42,9 +40,9 @@ def test_fused_projection_equals_separate(
     biases = [normal(rng, n) if with_bias else None for n in rows]
     separate = [Linear(w, scale, b) for w, b in zip(weights, biases, strict=True)]
     bias = np.concatenate([b for b in biases if b is not None]) if with_bias else None
-    fused = Linear(np.concatenate(weights), scale, bias)
-    plain = project_separate(x, separate[0], separate[1], separate[2], clamp)
-    for got, one, w in zip(project_fused(x, fused, rows, clamp), plain, separate, strict=True):
+    plain = Projections(rows, tuple(separate)).project(x, clamp)
+    fused = Projections(rows, (Linear(np.concatenate(weights), scale, bias),))
+    for got, one, w in zip(fused.project(x, clamp), plain, separate, strict=True):
         reference = x.astype(np.float64) @ w.weight.astype(np.float64).T
         reference = reference * (1 if scale is None else scale)
         reference = reference + (0 if w.bias is None else w.bias)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
-from gguf_fuse.attention import attend, projections, split
+from gguf_fuse.attention import attend, split
+from gguf_fuse.attention.projections import Projections
 from gguf_fuse.cli.bench import projection_verdict
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.measuring import bench as benchmark
@@ -49,8 +50,8 @@ def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> N
 
 
 WAYS = {  # by what is timed: who is called, and a time to tell them apart
-    "separate": (projections, "project_separate", 1.0),
-    "fused": (projections, "project_fused", 2.0),
+    "separate": (Projections, "project", 1.0),
+    "fused": (Projections, "project", 2.0),
     "expand": (attend, "expanded_attention", 3.0),
     "broadcast": (attend, "broadcast_attention", 4.0),
     "split": (split, "split_attention", 5.0),
@@ -76,7 +77,9 @@ def test_every_column_is_what_it_says(
         assert set(blas_threads()) == {threads}
         for name, way in ways.items():
             way()
-            assert calls[-1][0] == WAYS[name][1]
+            called, arguments, _ = calls[-1]
+            assert called == WAYS[name][1]
+            assert called != "project" or arguments[0].fused == (name == "fused")
         return {name: WAYS[name][2] for name in ways}
 
     monkeypatch.setattr(benchmark, "interleaved", time_nothing)

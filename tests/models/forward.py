@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_fuse.attention import attend, norms
-from gguf_fuse.attention.projections import Linear
+from gguf_fuse.attention.projections import Linear, apply_gate
 from gguf_fuse.attention.shapes import Floats
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.parser import read_header
@@ -28,6 +28,7 @@ from gguf_fuse.models import layer
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
 from gguf_fuse.planning.unfuse import attention_rows
+from tests.attention.cases import join_heads
 
 PROMPT_BLOCK = 2048  # tokens
 
@@ -128,6 +129,31 @@ _BLOCKS: dict[str, Block] = {
 }
 
 
+# --- attention's output ------------------------------------------------------------------------
+
+# llama.cpp's graphs of these do not read its bias.
+WITHOUT_OUTPUT_BIAS: tuple[str, ...] = ("ernie4_5", "ernie4_5-moe", "refact")
+
+
+def read_output(header: Header, name: str) -> Linear:
+    """attn_output of layer `name`: weight [n_embd, n_head * head_dim_v]."""
+    weight, scale, bias = (
+        read_values(header, f"{name}.attn_output.{suffix}")
+        for suffix in ("weight", "scale", "bias")
+    )
+    assert weight is not None
+    bias = None if header.architecture in WITHOUT_OUTPUT_BIAS else bias
+    return Linear(weight, None if scale is None else float(scale.item()), bias)
+
+
+def output(weights: Linear, attended: Floats, gate: Floats | None = None) -> Floats:
+    """Attention's result [n_seqs, n_head, n_tokens, head_dim_v] -> [n_seqs, n_tokens, n_embd].
+
+    Times sigmoid(gate) where there is one (llama-graph.cpp, build_attn).
+    """
+    return weights.project(join_heads(attended if gate is None else apply_gate(attended, gate)))
+
+
 # --- the pass ----------------------------------------------------------------------------------
 
 
@@ -161,7 +187,6 @@ class Forward:
     """One model and its cache. change: alters each layer as it is read, for seeded faults."""
 
     path: Path
-    n_ctx: int = 512
     dtype: type[np.floating[Any]] = np.float32
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one
     n_past: int = field(default=0, init=False)
@@ -178,12 +203,12 @@ class Forward:
         }
         names = [f"blk.{i}" for i in range(int(self.numbers("block_count")))]
         self.layers = [
-            self.change(layer.read_layer(self.header, name, attention_rows, self.n_ctx))
+            self.change(layer.read_layer(self.header, name, attention_rows))
             if self._has_attention(name)
             else None
             for name in names
         ]
-        self.outputs = [one and layer.read_output(self.header, one.spec) for one in self.layers]
+        self.outputs = [one and read_output(self.header, one.spec.name) for one in self.layers]
         self.caches = [Cache() for _ in names]
         self.convolved: dict[int, Floats] = {}  # lfm2: [1, n_past, n_embd] by layer
 
@@ -238,7 +263,7 @@ class Forward:
     def _attention(
         self, index: int, one: AttentionLayer, h: Floats, positions: NDArray[np.int64]
     ) -> Floats:
-        q, k, v = layer.project(one.projections, h, one.spec.clamp)
+        q, k, v = one.projections.project(h, one.spec.clamp)
         heads = layer.positioned(one, q, k, v, positions)
         k, v = self.caches[index].append(heads.k, heads.v)
         k_positions = np.arange(k.shape[2])[None]  # [1, n_kv]
@@ -246,7 +271,7 @@ class Forward:
         attended = attend.attention(heads.q, k, v, mask, one.params)
         weights = self.outputs[index]
         assert weights is not None
-        return layer.output(weights, attended, heads.gate)
+        return output(weights, attended, heads.gate)
 
     def _short_convolution(self, index: int, h: Floats) -> Floats:
         """lfm2.cpp: a causal convolution over b · x per channel, times c."""
@@ -373,7 +398,6 @@ def log_probabilities(
     tokens: Sequence[int],
     continuation: Sequence[int] = (),
     *,
-    n_ctx: int = 512,
     dtype: type[np.floating[Any]] = np.float32,
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
 ) -> NDArray[np.float32]:
@@ -381,7 +405,7 @@ def log_probabilities(
 
     A long prompt goes in blocks, so that early tokens are not masked against all later ones.
     """
-    model = Forward(path, n_ctx, dtype, change)
+    model = Forward(path, dtype, change)
     for start in range(0, len(tokens), PROMPT_BLOCK):
         row = model.log_probabilities(tokens[start : start + PROMPT_BLOCK])
     return np.stack([row, *(model.log_probabilities([token]) for token in continuation)])
@@ -391,8 +415,7 @@ def embeddings(
     path: Path,
     tokens: Sequence[int],
     *,
-    n_ctx: int = 512,
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
 ) -> NDArray[np.float32]:
     """Of an encoder, a row for each token: [n_tokens, n_embd]."""
-    return Encoder(path, n_ctx, change=change).embeddings(tokens)
+    return Encoder(path, change=change).embeddings(tokens)

@@ -24,11 +24,11 @@ import pytest
 from numpy.typing import NDArray
 
 from gguf_fuse import api as rewrite
+from gguf_fuse.attention.masks import Window
 from gguf_fuse.attention.rope import Rope
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models.attention_table import TABLE
 from gguf_fuse.models.layer import AttentionLayer
-from gguf_fuse.models.spec import Window
 from gguf_fuse.planning.plan import NothingToDo
 from tests import llama_judge
 from tests.conftest import fused_copy
@@ -120,14 +120,12 @@ def _error(
     change: Callable[[AttentionLayer], AttentionLayer] = lambda one: one,
 ) -> float:
     """Largest difference of any log-probability, or of any embedding relative to its size."""
-    n_ctx, theirs = judged.case.n_ctx, judged.rows[path]
+    theirs = judged.rows[path]
     if judged.case.encodes:
-        ours = forward.embeddings(path, judged.tokens, n_ctx=n_ctx, change=change)
+        ours = forward.embeddings(path, judged.tokens, change=change)
         size = np.sqrt(np.mean(np.square(theirs), axis=1, keepdims=True))  # [n_tokens, 1]
     else:
-        ours = forward.log_probabilities(
-            path, judged.tokens, judged.continuation, n_ctx=n_ctx, change=change
-        )
+        ours = forward.log_probabilities(path, judged.tokens, judged.continuation, change=change)
         size = np.ones((1, 1), np.float32)
     assert ours.shape == theirs.shape
     return float((np.abs(ours - theirs) / size).max())
@@ -180,6 +178,12 @@ def _spec(**changes: Any) -> Callable[[AttentionLayer], AttentionLayer]:
     return lambda one: replace(one, spec=replace(one.spec, **changes))
 
 
+def _rules(**changes: Any) -> Callable[[AttentionLayer], AttentionLayer]:
+    return lambda one: replace(
+        one, spec=replace(one.spec, rules=replace(one.spec.rules, **changes))
+    )
+
+
 def _rope(**changes: Any) -> Callable[[AttentionLayer], AttentionLayer]:
     def change(one: AttentionLayer) -> AttentionLayer:
         if one.spec.rope is None:
@@ -209,8 +213,8 @@ def _other_layers_windowed(one: AttentionLayer) -> AttentionLayer:
 
 def _norm(**changes: Any) -> Callable[[AttentionLayer], AttentionLayer]:
     def change(one: AttentionLayer) -> AttentionLayer:
-        assert one.spec.norm is not None
-        return replace(one, spec=replace(one.spec, norm=replace(one.spec.norm, **changes)))
+        assert one.spec.rules.norm is not None
+        return _rules(norm=replace(one.spec.rules.norm, **changes))(one)
 
     return change
 
@@ -259,7 +263,7 @@ FAULTS: dict[str, tuple[str, Callable[[AttentionLayer], AttentionLayer]]] = {
     "sinks ignored": ("gpt-oss", _params(sinks=None)),
     "sinks ignored, split": ("split, sinks", _params(sinks=None)),
     "another scale": ("granite", _params(scale=0.25)),
-    "no ALiBi": ("refact", _spec(max_alibi_bias=0.0)),
+    "no ALiBi": ("refact", _rules(max_alibi_bias=0.0)),
     "ALiBi of another number of heads": ("six heads, ALiBi", _params(max_alibi_bias=4.0)),
     "no clamp": ("olmo", _spec(clamp=0.0)),
     "Q and K not normed": ("qwen3", _without_norms),
@@ -267,12 +271,11 @@ FAULTS: dict[str, tuple[str, Callable[[AttentionLayer], AttentionLayer]]] = {
     "normed before RoPE": ("hunyuan-dense", _norm(at="head")),
     "normed after RoPE": ("qwen3", _norm(at="rotated head")),
     "no bias": ("qwen2", _without_biases),
-    "no output bias": ("gpt-oss", _spec(output_bias=False)),
     "K and V swapped": ("llama", _swapped),
     "future tokens seen": ("llama", _spec(causal=False)),
     "future tokens hidden": ("bert", _spec(causal=True)),
     "no RoPE in an encoder": ("nomic-bert", _spec(rope=None)),
-    "no ALiBi in an encoder": ("jina-bert-v2", _spec(max_alibi_bias=0.0)),
+    "no ALiBi in an encoder": ("jina-bert-v2", _rules(max_alibi_bias=0.0)),
 }
 
 
@@ -282,3 +285,12 @@ def test_a_fault_shows(fault: str, judged: Callable[[str], Judged]) -> None:
     name, change = FAULTS[fault]
     files = judged(name)
     assert _error(files, files.original, change) > SEEN
+
+
+@needs_llama_cpp
+def test_an_output_without_its_bias_shows(
+    judged: Callable[[str], Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = judged("gpt-oss")
+    monkeypatch.setattr(forward, "WITHOUT_OUTPUT_BIAS", ("gpt-oss",))
+    assert _error(files, files.original) > SEEN

@@ -13,15 +13,16 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from gguf_fuse.attention import attend, masks
-from gguf_fuse.attention.projections import Linear, join_heads
+from gguf_fuse.attention.masks import Window
+from gguf_fuse.attention.projections import Linear
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models import layer
 from gguf_fuse.models.attention_table import NotModelled
 from gguf_fuse.models.dequantize import read_values
 from gguf_fuse.models.layer import AttentionLayer
-from gguf_fuse.models.spec import Window, read_spec
 from gguf_fuse.planning.unfuse import attention_rows
+from tests.attention.cases import join_heads
 from tests.conftest import fused_copy
 from tests.edit import edited, zeros
 from tests.models import random_model
@@ -33,6 +34,7 @@ from tests.models.cases import (
     a_case,
     write_case,
 )
+from tests.models.forward import output, read_output
 from tests.models.random_model import ModelSpec
 
 
@@ -139,17 +141,6 @@ def test_a_tensor_that_must_be_there(write: Callable[..., Path]) -> None:
         _one(write("qwen3", qk_norm=False))
 
 
-def test_an_output_that_is_not_as_it_must_be(write: Callable[..., Path]) -> None:
-    header = read_header(write("llama"))
-    spec = read_spec(header, "blk.1")
-    assert layer.read_output(header, spec).weight.shape == (64, 64)
-    with pytest.raises(GGUFError, match=r"attn_output\.weight has shape \(64, 64\), the metadata"):
-        layer.read_output(header, replace(spec, n_embd=32))
-    tensors = tuple(tensor for tensor in header.tensors if "attn_output" not in tensor.name)
-    with pytest.raises(NotModelled, match=r"blk\.1 has no attn_output\.weight"):
-        layer.read_output(replace(header, tensors=tensors), spec)
-
-
 def test_a_weight_that_must_be_there(write: Callable[..., Path]) -> None:
     path = write("llama")
     with pytest.raises(NotModelled, match=r"\.gguf: blk\.1 has no attn_v\.weight of its own"):
@@ -163,7 +154,7 @@ def test_whole_rows_are_normed_with_a_bias(write: Callable[..., Path]) -> None:
     path = write("mpt", layout=NORM_BIASES)
     one, header = _one(path), read_header(path)
     x = np.random.default_rng(1).standard_normal((1, 3, 64), dtype=np.float32)
-    q, k, v = layer.project(one.projections, x, one.spec.clamp)  # [1, 3, 64] each
+    q, k, v = one.projections.project(x, one.spec.clamp)  # [1, 3, 64] each
     heads = layer.positioned(one, q, k, v, np.arange(3)[None])
     for part, row, normed in (("q", q, heads.q), ("k", k, heads.k)):
         weight, bias = (
@@ -180,13 +171,13 @@ def test_encoders_see_what_is_to_come(architecture: str, write: Callable[..., Pa
     """And bert's attention knows no positions: tokens in another order give the same."""
     path = write(architecture, layout=LAYOUTS["llama"])
     one, positions = _one(path), np.arange(5)[None]
-    output = layer.read_output(read_header(path), one.spec)
+    weights = read_output(read_header(path), one.spec.name)
     x = np.random.default_rng(1).standard_normal((1, 5, 64), dtype=np.float32)
-    plain = _attend(one, output, x, positions)
-    turned = _attend(one, output, x[:, ::-1], positions)[:, ::-1]
+    plain = _attend(one, weights, x, positions)
+    turned = _attend(one, weights, x[:, ::-1], positions)[:, ::-1]
     assert np.allclose(plain, turned, atol=1e-5) == (architecture == "bert")
     x[:, -1] *= -1
-    assert np.abs(_attend(one, output, x, positions) - plain)[:, 0].max() > SEEN
+    assert np.abs(_attend(one, weights, x, positions) - plain)[:, 0].max() > SEEN
 
 
 def test_the_window_of_exaone4_32b(write: Callable[..., Path]) -> None:
@@ -201,7 +192,7 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     header = read_header(tmp_path / "m.gguf")
     with pytest.raises(NotModelled, match="attn_gate"):
         layer.read_layer(header, "blk.0", attention_rows)
-    assert layer.read_layer(header, "blk.1", attention_rows).spec.gated_q
+    assert layer.read_layer(header, "blk.1", attention_rows).spec.rules.gated_q
 
 
 @pytest.mark.parametrize(
@@ -259,22 +250,22 @@ def test_sequences_of_different_length_do_not_meet(architecture: str, tmp_path: 
     """A batch with padding gives each sequence what it gets alone."""
     path = write_case(CASES[architecture], tmp_path / "m.gguf")
     one = _one(path)
-    output = layer.read_output(read_header(path), one.spec)
+    weights = read_output(read_header(path), one.spec.name)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, 20, one.spec.n_embd), dtype=np.float32)
     lengths = (20, 1, 13)
-    together = _attend(one, output, x, masks.padded_positions(lengths, 20))
+    together = _attend(one, weights, x, masks.padded_positions(lengths, 20))
     assert np.isfinite(together).all()  # padding too
     for seq, length in enumerate(lengths):
-        alone = _attend(one, output, x[seq : seq + 1, :length], np.arange(length)[None])
+        alone = _attend(one, weights, x[seq : seq + 1, :length], np.arange(length)[None])
         np.testing.assert_allclose(together[seq, :length], alone[0], rtol=0, atol=2e-6)
 
 
 def _attend(
-    one: AttentionLayer, output: Linear, x: NDArray[Any], positions: NDArray[np.int64]
+    one: AttentionLayer, weights: Linear, x: NDArray[Any], positions: NDArray[np.int64]
 ) -> NDArray[Any]:
-    q, k, v = layer.project(one.projections, x, one.spec.clamp)
+    q, k, v = one.projections.project(x, one.spec.clamp)
     heads = layer.positioned(one, q, k, v, positions)
     mask = layer.mask(one.spec, positions, positions)
     attended = attend.attention(heads.q, heads.k, heads.v, mask, one.params)
-    return layer.output(output, attended, heads.gate)
+    return output(weights, attended, heads.gate)

@@ -11,9 +11,9 @@ import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.attention import attend, split
+from gguf_fuse.attention.projections import Projections
 from gguf_fuse.attention.shapes import Floats
 from gguf_fuse.attention.softmax import AttentionParams
-from gguf_fuse.models.layer import Projections, project
 from gguf_fuse.verifying import trial
 from tests.conftest import blas_threads, fused_copy
 from tests.verifying.faults import QUICK, check
@@ -125,12 +125,13 @@ def test_each_way_is_timed_under_its_own_name(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
+    project = Projections.project
 
     def spy_project(projections: Projections, *arguments: Any) -> Any:
         calls.append("fused" if projections.fused else "separate")
         return project(projections, *arguments)
 
-    monkeypatch.setattr("gguf_fuse.models.layer.project", spy_project)
+    monkeypatch.setattr(Projections, "project", spy_project)
     for word, module in (("expanded", attend), ("broadcast", attend), ("split", split)):
         way = getattr(module, f"{word}_attention")
 
