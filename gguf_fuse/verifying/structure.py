@@ -21,7 +21,7 @@ from gguf_fuse.format.source import OpenSource, Segment, Source, opened
 from gguf_fuse.format.types import type_name
 from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.record import VERSION_KEY
-from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
+from gguf_fuse.progress import OnProgress, OnStart, ignore
 from gguf_fuse.verifying.fused import FORMS, FusedTensor, find_fused
 from gguf_fuse.verifying.metadata import (
     compare_metadata,
@@ -72,8 +72,8 @@ def compare_structure(
     fused: Header,
     *,
     threads: int = COPY_THREADS,
-    on_start: OnStart = ignore_start,
-    on_progress: OnProgress = ignore_progress,
+    on_start: OnStart = ignore,
+    on_progress: OnProgress = ignore,
 ) -> Structure:
     """Every tensor and every metadata value of both files, byte for byte.
 
