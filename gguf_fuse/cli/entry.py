@@ -83,9 +83,8 @@ def main() -> None:
     app(arguments, prog_name="gguf-fuse")
 
 
-_STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+# Windows has no SIGHUP.
+_STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 def _stop(caught: int, frame: object) -> NoReturn:

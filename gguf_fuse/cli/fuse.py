@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,17 +54,16 @@ def fuse(
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
-    result = how.carry_out(
+    rewrite = functools.partial(
         gguf_fuse.fuse,
         source,
         output,
-        dry_run=dry_run,
-        as_json=as_json,
         fusions=[fusion for fusion, chosen in wanted if chosen],
         on_mismatch=on_mismatch,
         any_architecture=any_architecture,
         base=base,
     )
+    result = how.carry_out(rewrite, output, dry_run, as_json)
     if result:
         print_result(result, layer_table(_rows(result.plan)), "fused", dry_run, _notes(result))
 
@@ -72,8 +72,7 @@ def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
     for layer in plan.changed:
         yield layer, text(f"fused into {layer.fusion.fused}", "green")
     for layer in plan.skipped:
-        reason = layer.reason or "already fused"
-        yield layer, text(f"left: {fused_tensor(layer)}{reason}", "yellow")
+        yield layer, text(f"left: {fused_tensor(layer)}{layer.reason or 'already fused'}", "yellow")
 
 
 def _notes(result: gguf_fuse.Result) -> Iterator[Text]:

@@ -121,7 +121,9 @@ def result_json(
         "input": source.path,
         "output": result and result.output,
         "architecture": source.architecture,
-        "layers": [layer_json(*entry) for entry in sorted(found, key=_layer_order)],
+        "layers": [
+            layer_json(*entry) for entry in sorted(found, key=lambda entry: _order(entry[0]))
+        ],
         "fused": len(changed),
         "skipped": len(skipped),
         "tensors_in": len(source.tensors),
@@ -133,7 +135,6 @@ def result_json(
     }
 
 
-def _layer_order(entry: tuple[Layer, str]) -> tuple[str, int, int]:
-    layer, _ = entry
+def _order(layer: Layer) -> tuple[str, int, int]:
     prefix, _, number = layer.name.rpartition(".")
     return prefix, int(number), FUSIONS.index(layer.fusion)

@@ -75,16 +75,9 @@ class Writing:
     ] = None
 
     def carry_out(
-        self,
-        rewrite: Callable[..., gguf_fuse.Result],
-        source: Path,
-        output: str,
-        *,
-        dry_run: bool,
-        as_json: bool,
-        **wanted: Any,
+        self, rewrite: Callable[..., gguf_fuse.Result], output: str, dry_run: bool, as_json: bool
     ) -> gguf_fuse.Result | None:
-        """Fuse or unfuse, with a progress bar. The result, where people are to be told of it.
+        """Call `rewrite`, with a progress bar. The result, where people are to be told of it.
 
         Where nothing is to be done, `--json` gets its object all the same. Raises what `rewrite`
         raises, and typer.BadParameter.
@@ -104,7 +97,7 @@ class Writing:
                 split_max_tensors=self.split_max_tensors,
             )
             try:
-                result = rewrite(source, output, options=options, **wanted)
+                result = rewrite(options=options)
             except NothingToDo as nothing:
                 if as_json:
                     print_json(result_json(nothing.header, nothing.layers, None))

@@ -1,5 +1,7 @@
 """The command unfuse."""
 
+import functools
+
 import gguf_fuse
 from gguf_fuse.cli.console import failing, text
 from gguf_fuse.cli.layers import layer_table, print_result
@@ -18,14 +20,8 @@ def unfuse(
     how: Writing,
 ) -> None:
     """Write IN to OUT with all that was fused separate again: the very bytes as before."""
-    result = how.carry_out(
-        gguf_fuse.unfuse,
-        source,
-        output,
-        dry_run=dry_run,
-        as_json=as_json,
-        any_architecture=any_architecture,
-    )
+    rewrite = functools.partial(gguf_fuse.unfuse, source, output, any_architecture=any_architecture)
+    result = how.carry_out(rewrite, output, dry_run, as_json)
     if result:
         table = layer_table(
             (layer, text(f"split into {', '.join(layer.fusion.parts)}", "green"))

@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 
 _MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
 _MOST_PROBLEMS = 20  # more are alike, and JSON has them all
-_CHECK_TITLES = {
-    "projection": "project",
-    "decode_expand": "decode\nexpand",
-    "decode_broadcast": "decode\nbroadcast",
-    "decode_split": "decode\nsplit",
-}
 
 
 def _count(words: str) -> Any:
@@ -126,7 +120,6 @@ def _parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
     yield from _structure_lines(report.structure)
     if report.layers:
         yield from _number_parts(report)
-        yield from _notes(report)
         if report.timing is not None:
             yield from _timing_lines(report.timing)
 
@@ -164,6 +157,11 @@ def _number_parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
         yield _checks_table(computed)
         yield text()
     yield from (text(line, "red") for line in _number_problems(report))
+    notes: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.note:  # each note once, with the layers that it is about
+            notes.setdefault(layer.note, []).append(layer.layer)
+    yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
 
 
 def _numbers_line(computed: Sequence[LayerReport], n_left: int) -> str:
@@ -178,7 +176,8 @@ def _numbers_line(computed: Sequence[LayerReport], n_left: int) -> str:
 def _checks_table(layers: Sequence[LayerReport]) -> console.Fitting:
     """All checks of each layer; the narrow one has only the check that is nearest to its limit."""
     names = list(dict.fromkeys(name for layer in layers for name in layer.checks))
-    checks = [number(_CHECK_TITLES.get(name, name), min_width=7) for name in names]
+    short = [name.replace("projection", "project").replace("_", "\n") for name in names]
+    checks = [number(title, min_width=7) for title in short]
     columns = [Column("layer", no_wrap=True), *checks, number("of\nlimit", min_width=5)]
     wide, narrow = list[list[Any]](), list[list[Any]]()
     for layer in layers:
@@ -193,9 +192,7 @@ def _checks_table(layers: Sequence[LayerReport]) -> console.Fitting:
 
 
 def _error(check: Check | None) -> Text:
-    if check is None:
-        return text("-")
-    return text(f"{check.error:.1e}", "" if check.ok else "bold red")
+    return text(f"{check.error:.1e}", "" if check.ok else "bold red") if check else text("-")
 
 
 def _of_limit(check: Check) -> float:
@@ -209,15 +206,6 @@ def _number_problems(report: gguf_fuse.Report) -> Iterator[str]:
         for name, check in layer.checks.items():
             if not check.ok:
                 yield f"{layer.layer}: {name}: error {check.error:.2e}, limit {check.limit:.2e}"
-
-
-def _notes(report: gguf_fuse.Report) -> Iterator[Text]:
-    """Each note once, with the layers that it is about."""
-    notes: dict[str, list[str]] = {}
-    for layer in report.layers:
-        if layer.note:
-            notes.setdefault(layer.note, []).append(layer.layer)
-    yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
 
 
 def _timing_lines(timing: Timing) -> Iterator[Text]:
