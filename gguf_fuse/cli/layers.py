@@ -115,15 +115,13 @@ def result_json(
 ) -> dict[str, Any]:
     """Of a result; without one, of the layers that leave nothing to be done."""
     changed = result.plan.changed if result else ()
-    found = [(layer, "fused") for layer in changed]
-    found += [(layer, "skipped") for layer in skipped]
+    found = [(layer, "fused") for layer in changed] + [(layer, "skipped") for layer in skipped]
+    found.sort(key=lambda entry: _order(entry[0]))
     return {
         "input": source.path,
         "output": result and result.output,
         "architecture": source.architecture,
-        "layers": [
-            layer_json(*entry) for entry in sorted(found, key=lambda entry: _order(entry[0]))
-        ],
+        "layers": [layer_json(*entry) for entry in found],
         "fused": len(changed),
         "skipped": len(skipped),
         "tensors_in": len(source.tensors),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import BadParameter
 
 import gguf_fuse
 from gguf_fuse.choices import Reflink
@@ -80,7 +81,7 @@ class Writing:
         """Call `rewrite`, with a progress bar. The result, where people are to be told of it.
 
         Where nothing is to be done, `--json` gets its object all the same. Raises what `rewrite`
-        raises, and typer.BadParameter.
+        raises, and BadParameter.
         """
         max_size = self._max_size(output, dry_run, as_json)
         with progress_bar(self.quiet, of_bytes=True) as bar:
@@ -107,26 +108,24 @@ class Writing:
         return None if as_json or self.quiet else result
 
     def _max_size(self, output: str, dry_run: bool, as_json: bool) -> int | None:
-        """Bytes that a shard may have at most. Raises typer.BadParameter for what cannot be."""
+        """Bytes that a shard may have at most. Raises BadParameter for what cannot be."""
         from gguf_fuse.writing.cut import parse_size
 
         size, tensors = self.split_max_size, self.split_max_tensors
         if output == "-" and as_json:
-            raise typer.BadParameter("--json and OUT - both want standard output")
+            raise BadParameter("--json and OUT - both want standard output")
         if output == "-" and not dry_run and sys.__stdout__ is None:
-            raise typer.BadParameter("OUT is -, but standard output is closed")
+            raise BadParameter("OUT is -, but standard output is closed")
         if output == "-" and not dry_run and sys.stdout.isatty():
-            raise typer.BadParameter(
-                "OUT is -, but standard output is a terminal; pipe it somewhere"
-            )
+            raise BadParameter("OUT is -, but standard output is a terminal; pipe it somewhere")
         if size is not None and tensors is not None:
-            raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
+            raise BadParameter("give --split-max-size or --split-max-tensors, not both")
         if output == "-" and (size, tensors) != (None, None):
-            raise typer.BadParameter("OUT is -, which cannot be cut into shards")
+            raise BadParameter("OUT is -, which cannot be cut into shards")
         try:
             return None if size is None else parse_size(size)
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
+            raise BadParameter(str(error), param_hint="--split-max-size") from error
 
 
 def writing(command: Callable[..., None]) -> Callable[..., None]:
