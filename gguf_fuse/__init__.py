@@ -24,23 +24,16 @@ _PUBLIC = {  # by the module that has them
     "verifying.verify": "verify",
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = sorted(_MODULES)
+__all__ = ["GATE_UP", "QKV", "GGUFError", "Inspection", "NothingToDo", "Options", "Refused"]
+__all__ += ["Report", "Result", "VerifyOptions", "fuse", "inspect", "unfuse", "verify"]
 
 if TYPE_CHECKING:  # for type checkers, which do not read the table; a test compares the two
-    from gguf_fuse.api import Inspection as Inspection
-    from gguf_fuse.api import Options as Options
-    from gguf_fuse.api import Result as Result
-    from gguf_fuse.api import fuse as fuse
-    from gguf_fuse.api import inspect as inspect
-    from gguf_fuse.api import unfuse as unfuse
-    from gguf_fuse.format.source import GGUFError as GGUFError
-    from gguf_fuse.planning.fusions import GATE_UP as GATE_UP
-    from gguf_fuse.planning.fusions import QKV as QKV
-    from gguf_fuse.planning.plan import NothingToDo as NothingToDo
-    from gguf_fuse.planning.plan import Refused as Refused
-    from gguf_fuse.verifying.report import Report as Report
-    from gguf_fuse.verifying.report import VerifyOptions as VerifyOptions
-    from gguf_fuse.verifying.verify import verify as verify
+    from gguf_fuse.api import Inspection, Options, Result, fuse, inspect, unfuse
+    from gguf_fuse.format.source import GGUFError
+    from gguf_fuse.planning.fusions import GATE_UP, QKV
+    from gguf_fuse.planning.plan import NothingToDo, Refused
+    from gguf_fuse.verifying.report import Report, VerifyOptions
+    from gguf_fuse.verifying.verify import verify
 
 
 def __getattr__(name: str) -> Any:

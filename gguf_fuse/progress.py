@@ -6,9 +6,5 @@ OnStart = Callable[[str, int], None]  # what begins, and how many steps it has
 OnProgress = Callable[[int], None]  # steps that were just done
 
 
-def ignore_start(what: str, n_steps: int) -> None:
-    pass
-
-
-def ignore_progress(n_steps: int) -> None:
-    pass
+def ignore(*told: object) -> None:
+    """For who does not want to know."""

@@ -80,11 +80,12 @@ def test_every_public_name_is_there() -> None:
 def test_type_checkers_see_every_public_name_where_it_lives() -> None:
     tree = ast.parse(Path(gguf_fuse.__file__).read_text())
     seen = {
-        imported.asname: (node.module, imported.name)
+        imported.name: (node.module, imported.name)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module and "gguf_fuse" in node.module
         for imported in node.names
     }
+    assert set(gguf_fuse.__all__) == set(seen)
     assert seen == {
         name: (f"gguf_fuse.{module}", name) for name, module in gguf_fuse._MODULES.items()
     }

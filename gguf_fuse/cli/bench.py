@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
@@ -47,22 +47,11 @@ def bench(
             model, threads=threads, on_start=bar.start, on_progress=bar.advance
         )
     if as_json:
-        console.print_json(_json(result))
+        console.print_json(asdict(result))
     elif not quiet:
         console.print_parts(_parts(result))
     if plot is not None:
         drawing.plot(result, plot)  # last: if it fails, the numbers are not lost
-
-
-def _json(result: Bench) -> dict[str, Any]:
-    return {
-        "source": result.source,
-        "shape": asdict(result.shape),
-        "threads": result.threads,
-        "projection": [asdict(row) for row in result.projection],
-        "decode": [asdict(row) for row in result.decode],
-        "left_out": list(result.left_out),
-    }
 
 
 def _parts(result: Bench) -> Iterator[RenderableType]:
@@ -72,18 +61,8 @@ def _parts(result: Bench) -> Iterator[RenderableType]:
         f"heads, {shape.head_dim} wide; threads: {result.threads}; medians in ms",
     )
     yield text()
-    yield _projection_table(result.projection)
-    yield text(projection_verdict(result.projection))
-    yield text()
-    yield _decode_table(result.decode)
-    yield text("of reading: the speed of split, where 100% is K and V merely read once")
-    if result.left_out:
-        left_out = ", ".join(map(str, result.left_out))
-        yield text(f"left out, not enough free memory: n_kv {left_out}", "yellow")
-
-
-def _projection_table(rows: Sequence[ProjectionRow]) -> Table:
-    return _table(
+    rows = result.projection
+    yield _table(
         {
             "n_tokens": [str(row.n_tokens) for row in rows],
             "separate": [ms(row.separate_ms) for row in rows],
@@ -91,6 +70,13 @@ def _projection_table(rows: Sequence[ProjectionRow]) -> Table:
             "gain": [f"{_gain(row):+.0%}" for row in rows],
         }
     )
+    yield text(projection_verdict(rows))
+    yield text()
+    yield _decode_table(result.decode)
+    yield text("of reading: the speed of split, where 100% is K and V merely read once")
+    if result.left_out:
+        left_out = ", ".join(map(str, result.left_out))
+        yield text(f"left out, not enough free memory: n_kv {left_out}", "yellow")
 
 
 def _decode_table(rows: Sequence[DecodeRow]) -> console.Fitting:

@@ -1,7 +1,5 @@
 """What all commands print with: the console, tables, one progress bar, and how a failure ends."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -16,6 +14,9 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.planning.plan import NothingToDo
+
 EXIT_ERROR = 1
 EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
@@ -27,9 +28,6 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from gguf_fuse.format.source import GGUFError
-        from gguf_fuse.planning.plan import NothingToDo
-
         try:
             command(*args, **kwargs)
             sys.stdout.flush()
@@ -114,14 +112,11 @@ class Fitting:
 class Bar:
     """How far the command is. update: of rich's task."""
 
-    update: Callable[..., object]
+    update: Callable[..., None]
 
     def start(self, what: str, total: int) -> None:
         """A stage begins, of so many bytes or steps."""
         self.update(description=what, completed=0, total=total, visible=True)
-
-    def rename(self, what: str) -> None:
-        self.update(description=what)
 
     def advance(self, n: int) -> None:
         self.update(advance=n)
@@ -135,9 +130,9 @@ def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
         return
     from rich import progress as rich
 
-    done = [rich.DownloadColumn(), rich.TransferSpeedColumn()] if of_bytes else []
-    columns = done or [rich.TaskProgressColumn()]
-    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), *columns]
+    of_steps = [rich.TaskProgressColumn()]
+    done = [rich.DownloadColumn(), rich.TransferSpeedColumn()] if of_bytes else of_steps
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), *done]
     columns.append(rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=printer(stderr=True), transient=True) as progress:
         yield Bar(functools.partial(progress.update, progress.add_task("", visible=False)))

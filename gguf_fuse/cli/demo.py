@@ -1,7 +1,5 @@
 """The command demo."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +11,7 @@ from gguf_fuse.cli.console import EXIT_NOT_VERIFIED, fail, failing, printer
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.unfuse import unfuse
 from gguf_fuse.cli.verify import verify
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import QKV
 
 
@@ -25,8 +24,7 @@ def demo(
     """Make a small model with random weights, fuse it, verify it, and take it back."""
     with tempfile.TemporaryDirectory(prefix="gguf-fuse-demo-") as scratch:
         folder = keep or Path(scratch)
-        names = ("model.gguf", "model-fused.gguf", "model-back.gguf")
-        model, fused, back = (folder / name for name in names)
+        model, fused, back = (folder / f"model{which}.gguf" for which in ("", "-fused", "-back"))
         _say(f"a llama-like model with random weights: {model}")
         _make(model)
         _say(f"$ gguf-fuse {QKV.flag} {model.name} {fused.name}")
@@ -35,9 +33,8 @@ def demo(
         verify(model, fused)
         _say(f"$ gguf-fuse unfuse {fused.name} {back.name}")
         unfuse(fused, str(back))
-        same = model.read_bytes() == back.read_bytes()
         _say(f"$ cmp {model.name} {back.name}")
-        if not same:
+        if model.read_bytes() != back.read_bytes():
             fail(f"{back}: differs from {model}", EXIT_NOT_VERIFIED)
         printer().print("identical, byte for byte")
     if keep is None:
@@ -46,7 +43,6 @@ def demo(
 
 def _make(model: Path) -> None:
     from gguf_fuse.cli.demo_model import write_demo_model
-    from gguf_fuse.format.source import GGUFError
 
     try:
         model.parent.mkdir(parents=True, exist_ok=True)

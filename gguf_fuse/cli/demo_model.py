@@ -1,7 +1,6 @@
 """The demo's model: a small llama with random weights, which llama.cpp loads. Always the same."""
 
-from __future__ import annotations
-
+import contextlib
 from pathlib import Path
 
 import gguf
@@ -44,24 +43,19 @@ def write_demo_model(path: Path) -> None:
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in _LAYER.items()}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            norm = 1 + 0.2 * random.standard_normal(shape, np.float32)
-            writer.add_tensor(f"{name}.weight", norm)
+            writer.add_tensor(f"{name}.weight", 1 + 0.2 * random.standard_normal(shape, np.float32))
         else:
             ggml_type = T.Q6_K if name in MORE_BITS else T.Q4_K
-            blocks = _random_blocks(random, shape, ggml_type)
+            blocks = _blocks(random, shape, ggml_type)
             writer.add_tensor(f"{name}.weight", blocks, raw_dtype=ggml_type)
-    try:
+    with contextlib.closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
-def _random_blocks(
-    random: np.random.Generator, shape: tuple[int, ...], ggml_type: T
-) -> NDArray[np.uint8]:
-    """Shape [rows, bytes of a row]; gguf-py cannot quantize to these types.
+def _blocks(random: np.random.Generator, shape: tuple[int, ...], ggml_type: T) -> NDArray[np.uint8]:
+    """Random bits, shape [rows, bytes of a row]; gguf-py cannot quantize to these types.
 
     The weights keep the length of what they multiply.
     """

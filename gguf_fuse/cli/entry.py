@@ -1,7 +1,5 @@
 """The program: its commands, its signals, and the bare form that means fuse."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal
@@ -65,10 +63,7 @@ def _common(
 
 
 def main() -> None:
-    """The console command. The bare form `gguf-fuse --fuse-qkv-weights IN OUT` means `fuse`.
-
-    So does `gguf-fuse --fuse-gate-up-exps IN OUT`, and both flags together.
-    """
+    """The console command. Flags of fuse without a command's name before them mean `fuse`."""
     # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
@@ -88,9 +83,8 @@ def main() -> None:
     app(arguments, prog_name="gguf-fuse")
 
 
-_STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+# Windows has no SIGHUP.
+_STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 def _stop(caught: int, frame: object) -> NoReturn:

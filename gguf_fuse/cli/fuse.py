@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
+import gguf_fuse
 from gguf_fuse.choices import OnMismatch
-from gguf_fuse.cli.console import failing, print_json, text
+from gguf_fuse.cli.console import failing, text
+from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
 from gguf_fuse.planning.fusions import GATE_UP, QKV
-
-if TYPE_CHECKING:
-    from gguf_fuse.api import Result
-    from gguf_fuse.planning.plan import Layer, Plan
+from gguf_fuse.planning.plan import Layer, Plan
 
 
 @failing
@@ -53,38 +53,29 @@ def fuse(
 
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
-    from gguf_fuse import api
-    from gguf_fuse.cli import layers
-
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
-    with how.options(output, dry_run=dry_run, as_json=as_json) as options:
-        result = api.fuse(
-            source,
-            output,
-            fusions=[fusion for fusion, chosen in wanted if chosen],
-            on_mismatch=on_mismatch,
-            any_architecture=any_architecture,
-            base=base,
-            options=options,
-        )
-    if as_json:
-        print_json(layers.result_json(result))
-    elif not how.quiet:
-        table = layers.layer_table(_rows(result.plan))
-        layers.print_result(result, table, "fused", dry_run=dry_run, notes=_notes(result))
+    rewrite = functools.partial(
+        gguf_fuse.fuse,
+        source,
+        output,
+        fusions=[fusion for fusion, chosen in wanted if chosen],
+        on_mismatch=on_mismatch,
+        any_architecture=any_architecture,
+        base=base,
+    )
+    result = how.carry_out(rewrite, output, dry_run, as_json)
+    if result:
+        print_result(result, layer_table(_rows(result.plan)), "fused", dry_run, _notes(result))
 
 
 def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
-    from gguf_fuse.cli.layers import fused_tensor
-
     for layer in plan.changed:
         yield layer, text(f"fused into {layer.fusion.fused}", "green")
     for layer in plan.skipped:
-        reason = layer.reason or "already fused"
-        yield layer, text(f"left: {fused_tensor(layer)}{reason}", "yellow")
+        yield layer, text(f"left: {fused_tensor(layer)}{layer.reason or 'already fused'}", "yellow")
 
 
-def _notes(result: Result) -> Iterator[Text]:
+def _notes(result: gguf_fuse.Result) -> Iterator[Text]:
     """What to know of a fused file, and what to run next."""
     if not result.source.is_canonical:
         yield text(

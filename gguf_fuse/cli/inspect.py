@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.text import Text
 
+import gguf_fuse
 from gguf_fuse.cli.console import failing, one_line, print_json, printer, text
+from gguf_fuse.cli.layers import fused_tensor, layer_json, layer_table
 from gguf_fuse.cli.options import AsJson, In
 from gguf_fuse.planning.fusions import GATE_UP, QKV, Fusion
-
-if TYPE_CHECKING:
-    from gguf_fuse.api import Inspection
-    from gguf_fuse.planning.loaders import Architecture
-    from gguf_fuse.planning.plan import Layer
+from gguf_fuse.planning.plan import Layer, Status
 
 _STYLES = {"fusable": "green", "fused": "cyan"}
 _LOADERS = {  # by the name of a Loader; else "unknown"
@@ -36,31 +34,23 @@ _PROOFS = {
 @failing
 def inspect(source: In, as_json: AsJson = False) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
-    from gguf_fuse import api
-    from gguf_fuse.cli import layers
-
-    found = api.inspect(source)
+    found = gguf_fuse.inspect(source)
     if as_json:
         return print_json(_json(found))
     out = printer()
     for label, value in _file_lines(found):
         out.print(f"[bold]{label:<13}[/]{escape(one_line(value))}", highlight=False)
     out.print()
-    nothing = "no layers that could be fused"
-    out.print(layers.layer_table(_rows(found)) if found.layers else nothing)
+    out.print(layer_table(_rows(found)) if found.layers else "no layers that could be fused")
 
 
 def _status(layer: Layer) -> str:
     """As people and JSON are told: why a layer is not fusable is in its reason."""
-    from gguf_fuse.planning.plan import Status
-
     shown = Status.MISMATCH if layer.status is Status.INCOMPLETE else layer.status
     return str(shown.value)
 
 
-def _rows(found: Inspection) -> Iterator[tuple[Layer, Text]]:
-    from gguf_fuse.cli.layers import fused_tensor
-
+def _rows(found: gguf_fuse.Inspection) -> Iterator[tuple[Layer, Text]]:
     for layer in found.layers:
         status = _status(layer)
         reason = f": {layer.reason}" if layer.reason else ""
@@ -68,7 +58,7 @@ def _rows(found: Inspection) -> Iterator[tuple[Layer, Text]]:
         yield layer, text(f"{fused_tensor(layer)}{status}{reason}", style)
 
 
-def _file_lines(found: Inspection) -> Iterator[tuple[str, str]]:
+def _file_lines(found: gguf_fuse.Inspection) -> Iterator[tuple[str, str]]:
     """What is said of the file as a whole: labels and values."""
     from gguf_fuse.format.types import type_name
 
@@ -85,23 +75,21 @@ def _file_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "name", str(header.metadata.get("general.name", "-"))
     yield "metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"
     yield "tensors", f"{len(header.tensors)}: {types}"
-    yield "loader", _loader_line(found.loader, QKV)
+    yield "loader", _loader_line(found, QKV)
     if any(layer.fusion is GATE_UP for layer in found.layers):
-        yield "", _loader_line(found.loader, GATE_UP)
+        yield "", _loader_line(found, GATE_UP)
 
 
-def _loader_line(row: Architecture, fusion: Fusion) -> str:
+def _loader_line(found: gguf_fuse.Inspection, fusion: Fusion) -> str:
     from gguf_fuse.planning.loaders import FIRST_BUILD, Loader
 
-    reads = row.reads(fusion)
+    reads = found.loader.reads(fusion)
     since = reads.loader is Loader.READS_FUSED and fusion is QKV
     build = f" since build {FIRST_BUILD}" if since else ""
     return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.proof]})"
 
 
-def _json(found: Inspection) -> dict[str, Any]:
-    from gguf_fuse.cli.layers import layer_json
-
+def _json(found: gguf_fuse.Inspection) -> dict[str, Any]:
     header = found.header
     return {
         "file": header.path,

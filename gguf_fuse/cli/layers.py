@@ -1,12 +1,8 @@
-"""Layers as lines of a table and as JSON, for fuse, unfuse and inspect, and what both rewrites say.
-
-Loaded by the commands that run, not for --help.
-"""
+"""Layers as lines of a table and as JSON, and all else that fuse and unfuse both print."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.filesize import decimal
@@ -14,11 +10,11 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from gguf_fuse.api import Result
-from gguf_fuse.cli.console import number, print_json, printer, table
+import gguf_fuse
+from gguf_fuse.cli.console import number, printer, table
 from gguf_fuse.format.header import Header
 from gguf_fuse.planning.fusions import FUSIONS, QKV
-from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Status
+from gguf_fuse.planning.plan import Layer, Plan, Status
 
 
 def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
@@ -75,7 +71,7 @@ def layer_json(layer: Layer, status: str) -> dict[str, Any]:
 
 
 def print_result(
-    result: Result, shown: Table, verb: str, *, dry_run: bool, notes: Iterable[Text] = ()
+    result: gguf_fuse.Result, shown: Table, verb: str, dry_run: bool, notes: Iterable[Text] = ()
 ) -> None:
     """The table, what was done (verb: "fused" or "split"), and notes."""
     out = printer(stderr=result.output == "-")
@@ -86,7 +82,7 @@ def print_result(
         out.print(note, highlight=False, soft_wrap=True)
 
 
-def _result_line(result: Result, verb: str, dry_run: bool) -> str:
+def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
     plan, n_bytes = result.plan, result.n_bytes
     done = f"would be {verb}" if dry_run else verb
     line = f"{_counts(plan)} {done}, {len(result.source.tensors)} tensors -> {len(plan.tensors)}"
@@ -106,41 +102,26 @@ def _counts(plan: Plan) -> str:
     """ "6 of 8 attention layers", and of the layers with experts, where there are any."""
     counts = []
     for fusion in FUSIONS:
-        changed, skipped = (
-            sum(layer.fusion is fusion for layer in layers)
-            for layers in (plan.changed, plan.skipped)
-        )
-        if changed or skipped:
+        changed = sum(layer.fusion is fusion for layer in plan.changed)
+        found = sum(layer.fusion is fusion for layer in (*plan.changed, *plan.skipped))
+        if found:
             what = "attention layers" if fusion is QKV else "layers of experts"
-            counts.append(f"{changed} of {changed + skipped} {what}")
+            counts.append(f"{changed} of {found} {what}")
     return " and ".join(counts)
 
 
-def result_json(result: Result) -> dict[str, Any]:
-    return _json(result.source, result.plan.changed, result.plan.skipped, result)
-
-
-@contextmanager
-def nothing_as_json(wanted: bool) -> Iterator[None]:
-    """Where nothing is to be done, `--json` gets its object all the same."""
-    try:
-        yield
-    except NothingToDo as nothing:
-        if wanted:
-            print_json(_json(nothing.header, (), nothing.layers, None))
-        raise
-
-
-def _json(
-    source: Header, changed: Sequence[Layer], skipped: Sequence[Layer], result: Result | None
+def result_json(
+    source: Header, skipped: Sequence[Layer], result: gguf_fuse.Result | None
 ) -> dict[str, Any]:
-    found = [(layer, "fused") for layer in changed]
-    found += [(layer, "skipped") for layer in skipped]
+    """Of a result; without one, of the layers that leave nothing to be done."""
+    changed = result.plan.changed if result else ()
+    found = [(layer, "fused") for layer in changed] + [(layer, "skipped") for layer in skipped]
+    found.sort(key=lambda entry: _order(entry[0]))
     return {
         "input": source.path,
         "output": result and result.output,
         "architecture": source.architecture,
-        "layers": [layer_json(*entry) for entry in sorted(found, key=_layer_order)],
+        "layers": [layer_json(*entry) for entry in found],
         "fused": len(changed),
         "skipped": len(skipped),
         "tensors_in": len(source.tensors),
@@ -152,7 +133,6 @@ def _json(
     }
 
 
-def _layer_order(entry: tuple[Layer, str]) -> tuple[str, int, int]:
-    layer, _ = entry
+def _order(layer: Layer) -> tuple[str, int, int]:
     prefix, _, number = layer.name.rpartition(".")
     return prefix, int(number), FUSIONS.index(layer.fusion)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer import BadParameter
 
+import gguf_fuse
 from gguf_fuse.choices import Reflink
-from gguf_fuse.cli.console import progress_bar
+from gguf_fuse.cli.console import print_json, progress_bar
+from gguf_fuse.cli.layers import result_json
 from gguf_fuse.machine import COPY_THREADS
-
-if TYPE_CHECKING:
-    from gguf_fuse.api import Options
+from gguf_fuse.planning.plan import NothingToDo
 
 
 def existing_file(metavar: str, words: str) -> Any:
@@ -75,17 +75,17 @@ class Writing:
         int | None, typer.Option(min=1, metavar="N", help="Cut OUT into shards of N tensors.")
     ] = None
 
-    @contextmanager
-    def options(self, output: str, *, dry_run: bool, as_json: bool) -> Iterator[Options]:
-        """What api takes, with a progress bar. Raises typer.BadParameter."""
-        from gguf_fuse.api import Options
-        from gguf_fuse.cli.layers import nothing_as_json
+    def carry_out(
+        self, rewrite: Callable[..., gguf_fuse.Result], output: str, dry_run: bool, as_json: bool
+    ) -> gguf_fuse.Result | None:
+        """Call `rewrite`, with a progress bar. The result, where people are to be told of it.
 
-        if output == "-":
-            self._check_standard_output(dry_run, as_json)
-        max_size = self._max_size(output)
-        with progress_bar(self.quiet, of_bytes=True) as bar, nothing_as_json(as_json):
-            yield Options(
+        Where nothing is to be done, `--json` gets its object all the same. Raises what `rewrite`
+        raises, and BadParameter.
+        """
+        max_size = self._max_size(output, dry_run, as_json)
+        with progress_bar(self.quiet, of_bytes=True) as bar:
+            options = gguf_fuse.Options(
                 dry_run,
                 self.force,
                 self.sync,
@@ -93,34 +93,39 @@ class Writing:
                 self.reflink,
                 on_start=functools.partial(bar.start, "writing"),
                 on_progress=bar.advance,
-                on_flush=functools.partial(bar.rename, "waiting for the disk"),
+                on_flush=functools.partial(bar.update, description="waiting for the disk"),
                 split_max_size=max_size,
                 split_max_tensors=self.split_max_tensors,
             )
-
-    def _check_standard_output(self, dry_run: bool, as_json: bool) -> None:
+            try:
+                result = rewrite(options=options)
+            except NothingToDo as nothing:
+                if as_json:
+                    print_json(result_json(nothing.header, nothing.layers, None))
+                raise
         if as_json:
-            raise typer.BadParameter("--json and OUT - both want standard output")
-        if not dry_run and sys.__stdout__ is None:
-            raise typer.BadParameter("OUT is -, but standard output is closed")
-        if not dry_run and sys.stdout.isatty():
-            raise typer.BadParameter(
-                "OUT is -, but standard output is a terminal; pipe it somewhere"
-            )
+            print_json(result_json(result.source, result.plan.skipped, result))
+        return None if as_json or self.quiet else result
 
-    def _max_size(self, output: str) -> int | None:
-        """Bytes that a shard may have at most."""
+    def _max_size(self, output: str, dry_run: bool, as_json: bool) -> int | None:
+        """Bytes that a shard may have at most. Raises BadParameter for what cannot be."""
         from gguf_fuse.writing.cut import parse_size
 
         size, tensors = self.split_max_size, self.split_max_tensors
+        if output == "-" and as_json:
+            raise BadParameter("--json and OUT - both want standard output")
+        if output == "-" and not dry_run and sys.__stdout__ is None:
+            raise BadParameter("OUT is -, but standard output is closed")
+        if output == "-" and not dry_run and sys.stdout.isatty():
+            raise BadParameter("OUT is -, but standard output is a terminal; pipe it somewhere")
         if size is not None and tensors is not None:
-            raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
+            raise BadParameter("give --split-max-size or --split-max-tensors, not both")
         if output == "-" and (size, tensors) != (None, None):
-            raise typer.BadParameter("OUT is -, which cannot be cut into shards")
+            raise BadParameter("OUT is -, which cannot be cut into shards")
         try:
             return None if size is None else parse_size(size)
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
+            raise BadParameter(str(error), param_hint="--split-max-size") from error
 
 
 def writing(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,22 +13,18 @@ from rich.filesize import decimal
 from rich.table import Column
 from rich.text import Text
 
+import gguf_fuse
 from gguf_fuse.cli import console
 from gguf_fuse.cli.console import ms, number, text
+from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
 from gguf_fuse.machine import COMPUTE_THREADS
 
 if TYPE_CHECKING:
-    from gguf_fuse.verifying.report import Check, LayerReport, Report, Structure, Timing
+    from gguf_fuse.verifying.report import Check, LayerReport, Structure, Timing
 
 _MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
 _MOST_PROBLEMS = 20  # more are alike, and JSON has them all
-_CHECK_TITLES = {
-    "projection": "project",
-    "decode_expand": "decode\nexpand",
-    "decode_broadcast": "decode\nbroadcast",
-    "decode_split": "decode\nsplit",
-}
 
 
 def _count(words: str) -> Any:
@@ -60,15 +56,13 @@ def verify(
 ) -> None:
     """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
     from gguf_fuse.verifying.layers import parse_layers
-    from gguf_fuse.verifying.report import VerifyOptions
-    from gguf_fuse.verifying.verify import verify as run
 
     try:
         choice = parse_layers(layers)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from error
     with console.progress_bar(quiet) as bar:
-        options = VerifyOptions(
+        options = gguf_fuse.VerifyOptions(
             layers=choice,
             n_prompt=n_prompt,
             n_decode=n_decode,
@@ -80,7 +74,7 @@ def verify(
             on_start=bar.start,
             on_progress=bar.advance,
         )
-        report = run(original, fused, options)
+        report = gguf_fuse.verify(original, fused, options)
     if as_json:
         console.print_json(_json(report))
     elif not quiet:
@@ -91,7 +85,7 @@ def verify(
         console.fail(f"verification failed: {problems[0]}{more}", console.EXIT_NOT_VERIFIED)
 
 
-def _json(report: Report) -> dict[str, Any]:
+def _json(report: gguf_fuse.Report) -> dict[str, Any]:
     structure, timing = report.structure, report.timing
     times: dict[str, Any] = {}
     if timing is not None:
@@ -120,12 +114,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parts(report: Report) -> Iterator[RenderableType]:
+def _parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
     """For people: bytes, numbers, time, and what is wrong."""
     yield from _structure_lines(report.structure)
     if report.layers:
         yield from _number_parts(report)
-        yield from _notes(report)
         if report.timing is not None:
             yield from _timing_lines(report.timing)
 
@@ -152,7 +145,7 @@ def _mark(ok: bool) -> Text:
     return text("ok", "green") if ok else text("FAILED", "bold red")
 
 
-def _number_parts(report: Report) -> Iterator[RenderableType]:
+def _number_parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
     ok = all(layer.ok for layer in report.layers)
     partly = ok and any(layer.note for layer in report.layers)
     mark = text("PARTLY", "yellow") if partly else _mark(ok)
@@ -163,6 +156,11 @@ def _number_parts(report: Report) -> Iterator[RenderableType]:
         yield _checks_table(computed)
         yield text()
     yield from (text(line, "red") for line in _number_problems(report))
+    notes: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.note:  # each note once, with the layers that it is about
+            notes.setdefault(layer.note, []).append(layer.layer)
+    yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
 
 
 def _numbers_line(computed: Sequence[LayerReport], n_left: int) -> str:
@@ -177,12 +175,14 @@ def _numbers_line(computed: Sequence[LayerReport], n_left: int) -> str:
 def _checks_table(layers: Sequence[LayerReport]) -> console.Fitting:
     """All checks of each layer; the narrow one has only the check that is nearest to its limit."""
     names = list(dict.fromkeys(name for layer in layers for name in layer.checks))
-    checks = [number(_CHECK_TITLES.get(name, name), min_width=7) for name in names]
+    short = [name.replace("projection", "project").replace("_", "\n") for name in names]
+    checks = [number(title, min_width=7) for title in short]
     columns = [Column("layer", no_wrap=True), *checks, number("of\nlimit", min_width=5)]
     wide, narrow = list[list[Any]](), list[list[Any]]()
     for layer in layers:
         worst, check = max(layer.checks.items(), key=lambda item: _of_limit(item[1]))
-        share = _share(_of_limit(check))
+        used = _of_limit(check)
+        share = text(f"{used:.0%}") if used <= 1 else text("over", "bold red")
         wide.append([layer.layer, *(_error(layer.checks.get(name)) for name in names), share])
         narrow.append([layer.layer, worst, _error(check), share])
     titles = [Column(title, overflow="fold") for title in ("layer", "worst check")]
@@ -191,37 +191,20 @@ def _checks_table(layers: Sequence[LayerReport]) -> console.Fitting:
 
 
 def _error(check: Check | None) -> Text:
-    if check is None:
-        return text("-")
-    return text(f"{check.error:.1e}", "" if check.ok else "bold red")
+    return text(f"{check.error:.1e}", "" if check.ok else "bold red") if check else text("-")
 
 
 def _of_limit(check: Check) -> float:
     return check.error / check.limit if math.isfinite(check.error) else math.inf
 
 
-def _share(share: float) -> Text:
-    return text(f"{share:.0%}") if share <= 1 else text("over", "bold red")
-
-
-def _number_problems(report: Report) -> Iterator[str]:
+def _number_problems(report: gguf_fuse.Report) -> Iterator[str]:
     for layer in report.layers:
         if layer.problem:
             yield f"{layer.layer}: {layer.problem}"
         for name, check in layer.checks.items():
             if not check.ok:
                 yield f"{layer.layer}: {name}: error {check.error:.2e}, limit {check.limit:.2e}"
-
-
-def _notes(report: Report) -> Iterator[Text]:
-    """Each note once, with the layers that it is about."""
-    from gguf_fuse.cli.layers import ranges
-
-    notes: dict[str, list[str]] = {}
-    for layer in report.layers:
-        if layer.note:
-            notes.setdefault(layer.note, []).append(layer.layer)
-    yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
 
 
 def _timing_lines(timing: Timing) -> Iterator[Text]:

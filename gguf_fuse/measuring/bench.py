@@ -24,7 +24,7 @@ from gguf_fuse.machine import COMPUTE_THREADS, free_bytes
 from gguf_fuse.measuring.timing import interleaved
 from gguf_fuse.models.names import attention_layers
 from gguf_fuse.models.spec import read_spec
-from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
+from gguf_fuse.progress import OnProgress, OnStart, ignore
 
 N_TOKENS = (1, 8, 64, 512)
 N_KV = tuple(512 << doubling for doubling in range(8))  # 512 to 65536
@@ -81,8 +81,8 @@ def bench(
     model: Path | None = None,
     *,
     threads: int = COMPUTE_THREADS,
-    on_start: OnStart = ignore_start,
-    on_progress: OnProgress = ignore_progress,
+    on_start: OnStart = ignore,
+    on_progress: OnProgress = ignore,
 ) -> Bench:
     """Time one attention layer of the shape that `model` has, or of DEFAULT_SHAPE; data are random.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gguf_fuse.machine import COMPUTE_THREADS
-from gguf_fuse.progress import OnProgress, OnStart, ignore_progress, ignore_start
+from gguf_fuse.progress import OnProgress, OnStart, ignore
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class VerifyOptions:
     threads: int = COMPUTE_THREADS
     seed: int = 0
     structure_only: bool = False
-    on_start: OnStart = ignore_start
-    on_progress: OnProgress = ignore_progress
+    on_start: OnStart = ignore
+    on_progress: OnProgress = ignore
 
 
 @dataclass(frozen=True, slots=True)

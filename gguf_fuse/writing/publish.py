@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.plan import new_bytes
-from gguf_fuse.progress import OnProgress, ignore_progress
+from gguf_fuse.progress import OnProgress, ignore
 from gguf_fuse.writing.copy import (
     Opened,
     clone_ranges,
@@ -53,9 +53,9 @@ class Options:
     sync: bool = True
     threads: int = COPY_THREADS
     reflink: Reflink = "auto"
-    on_start: Callable[[int], None] = ignore_progress
-    on_progress: OnProgress = ignore_progress
-    on_flush: Callable[[], None] = field(default=lambda: None)
+    on_start: Callable[[int], None] = ignore
+    on_progress: OnProgress = ignore
+    on_flush: Callable[[], None] = ignore
     split_max_size: int | None = None
     split_max_tensors: int | None = None
 
