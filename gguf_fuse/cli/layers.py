@@ -58,13 +58,11 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def layer_json(layer: Layer, status: str) -> dict[str, Any]:
-    reason = layer.reason
-    if status == "skipped" and layer.status is Status.FUSED:
-        reason = "already fused"
+    was_fused = status == "skipped" and layer.status is Status.FUSED
     return {
         "layer": layer.label,
         "status": status,
-        "reason": reason,
+        "reason": "already fused" if was_fused else layer.reason,
         "types": list(layer.types),
         "rows": list(layer.rows),
     }
