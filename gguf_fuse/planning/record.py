@@ -14,7 +14,7 @@ from gguf_fuse.format.header import MAX_PAIRS, Header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import ValueType, encode_pair
 from gguf_fuse.planning import plan
-from gguf_fuse.planning.fusions import GATE_UP, fusion_of
+from gguf_fuse.planning.fusions import QKV, fusion_of
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
 RECORD_VERSIONS = (1, 2)
@@ -52,7 +52,7 @@ def refuse_twice(header: Header, hint: str = "", layers: tuple[plan.Layer, ...] 
 
 def version_of(fused: Iterable[str]) -> int:
     """Of a record of these fused tensors."""
-    return 2 if any(fusion_of(name) is GATE_UP for name in fused) else 1
+    return 2 if any(fusion_of(name) not in (QKV, None) for name in fused) else 1
 
 
 def version(header: Header, known: Sequence[int]) -> object:

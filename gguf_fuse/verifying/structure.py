@@ -66,10 +66,10 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     n_bytes = sum(part.n_bytes for part in ranges)
     options.on_start("comparing", n_bytes)
     problems += _compare_data(original, fused, ranges, options)
-    n_fused, n_experts = (
-        sum(tensor.name.endswith(f".{form}.weight") for tensor in made) for form, *_ in FORMS
-    )
-    return Structure(tuple(problems), n_fused, n_experts, n_bytes, time.perf_counter() - started)
+    weights = [tensor.name for tensor in made if tensor.name.endswith(".weight")]
+    n_fused = sum(name.endswith(f".{FORMS[0][0]}.weight") for name in weights)
+    n_others, seconds = len(weights) - n_fused, time.perf_counter() - started
+    return Structure(tuple(problems), n_fused, n_others, n_bytes, seconds)
 
 
 def _format_problems(original: Header, fused: Header) -> list[str]:
