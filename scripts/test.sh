@@ -2,7 +2,9 @@
 # From a fresh clone: make a virtual environment, install with what the tests need, run them.
 #
 #   scripts/test.sh            all tests
-#   scripts/test.sh --quick    without those marked slow: in a minute, after each change
+#   scripts/test.sh --quick    in a minute, after each change: what is decided, and whether verify
+#                              sees wrong bytes, without the tests marked slow; or of the folders
+#                              that are named, as in scripts/test.sh --quick tests/writing
 #
 # Other arguments go to pytest: scripts/test.sh tests/planning/test_fusion.py -k scales
 set -euo pipefail
@@ -10,6 +12,7 @@ cd "$(dirname "$0")/.."
 
 if [ "${1:-}" = --quick ]; then
     shift
+    [ $# -gt 0 ] || set -- tests/planning tests/verifying/test_structure.py
     set -- -m "not slow" "$@"
 fi
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
