@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
+from gguf_fuse.progress import ignore
+
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
 
@@ -166,11 +168,15 @@ def _allow_open(n_files: int) -> None:
 
 
 def in_turn(
-    blocks: Iterator[_Block], threads: int, work: Callable[[Iterator[_Block]], None]
+    blocks: Iterator[_Block],
+    threads: int,
+    work: Callable[[Iterator[_Block]], None],
+    on_failure: Callable[[], None] = ignore,
 ) -> None:
     """Several threads take blocks in turn; `work` is given those of one thread as they come.
 
-    Raises what `work` raises in any of them; the others end at their next block then.
+    Raises what `work` raises in any of them; the others end at their next block then, or as soon
+    as `on_failure` makes them.
     """
     lock, stop = threading.Lock(), threading.Event()
 
@@ -188,6 +194,7 @@ def in_turn(
                 future.result()
         except BaseException:
             stop.set()  # the pool waits for its threads: let them end at once
+            on_failure()
             raise
 
 

@@ -1,0 +1,74 @@
+"""What a user names -> the files of a batch, each with the name of its output. Reads folders only."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf_fuse.format.shards import ShardName
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.writing.publish import TEMPORARY_MARK
+
+ENDING = ".gguf"
+DEFAULT_NAME = "{name}-fused"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An input, and its output under the output folder."""
+
+    input: str
+    output: str
+
+
+def find(inputs: Iterable[str], folder: Path, pattern: str = DEFAULT_NAME) -> list[Found]:
+    """Files, folders (everything in them that is called .gguf) and globs; shards as one input.
+
+    A name that nothing is found by stays, so that its failure is told like any other.
+
+    Raises GGUFError where two inputs would become one output, or the pattern has no {name}.
+    """
+    if "{name}" not in pattern or "/" in pattern or os.sep in pattern:
+        raise GGUFError(f"--name {pattern}: a file name with {{name}} in it, as in {DEFAULT_NAME}")
+    found: dict[str, Found] = {}
+    for path, below in _paths(inputs, folder.resolve()):
+        one = Found(str(path), str(folder.resolve() / below / _output_name(path, pattern)))
+        other = found.setdefault(one.output, one)
+        if other.input != one.input:
+            raise GGUFError(
+                f"{one.input} and {other.input} would both become {one.output}; do them one by "
+                "one, or into folders of their own"
+            )
+    return list(found.values())
+
+
+def _paths(inputs: Iterable[str], output_folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Absolute paths, and the folder of each below the one that was named."""
+    for name in inputs:
+        for match in sorted(glob.glob(name)) if not os.path.lexists(name) else [name]:
+            path = Path(match).absolute()
+            if not path.is_dir():
+                yield _first_shard(path), Path()
+                continue
+            for inside in sorted(path.rglob(f"*{ENDING}")):
+                ours = output_folder != path and output_folder in inside.resolve().parents
+                if not ours and TEMPORARY_MARK not in inside.name:
+                    yield _first_shard(inside), inside.relative_to(path).parent
+        if not os.path.lexists(name) and not glob.glob(name):
+            yield Path(name).absolute(), Path()
+
+
+def _first_shard(path: Path) -> Path:
+    name = ShardName.parse(str(path))
+    return path if name is None else name.path(1)
+
+
+def _output_name(path: Path, pattern: str) -> str:
+    """Shards keep their numbers."""
+    shard = ShardName.parse(path.name)
+    if shard is None:
+        return pattern.format(name=path.name.removesuffix(ENDING)) + ENDING
+    return str(ShardName(pattern.format(name=shard.prefix), 1, shard.count).path(1))

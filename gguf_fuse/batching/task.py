@@ -1,0 +1,232 @@
+"""Task -> Entry: one file fused, verified and hashed, in whatever process that happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gguf_fuse import __version__, api
+from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.format.header import Header
+from gguf_fuse.format.shards import read_model
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.planning.fusions import FUSIONS, QKV
+from gguf_fuse.planning.plan import Layer, NothingToDo, Refused, summary
+from gguf_fuse.progress import OnProgress, ignore
+from gguf_fuse.verifying.report import VerifyOptions
+from gguf_fuse.verifying.verify import verify
+
+Verify = Literal["none", "structure", "numbers"]
+Result = Literal["fused", "nothing to fuse", "refused", "failed"]
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every file of a batch is fused: what the options of fuse say. fused: fused tensors."""
+
+    fused: tuple[str, ...] = (QKV.fused,)
+    on_mismatch: OnMismatch = "skip"
+    any_architecture: bool = False
+    verify: Verify = "structure"
+    split_max_size: int | None = None
+    split_max_tensors: int | None = None
+    reflink: Reflink = "auto"
+    sync: bool = True
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One input, a file or the first shard of a set, and where its fused form goes.
+
+    replace: whether what is there already may be replaced.
+    """
+
+    input: str
+    output: str
+    settings: Settings
+    replace: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Task:
+        settings = Settings(**{**told["settings"], "fused": tuple(told["settings"]["fused"])})
+        return cls(told["input"], told["output"], settings, told["replace"])
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was: enough to see that it is still the same. sha256: of what was written."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str | None = None
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str], sha256: str | None = None) -> File | None:
+        """None where there is none."""
+        try:
+            status = os.stat(path)  # noqa: PTH116 (the path stays as it was given)
+        except OSError:
+            return None
+        return cls(os.fspath(path), status.st_size, status.st_mtime_ns, sha256)
+
+    def is_there(self) -> bool:
+        return File.find(self.path, self.sha256) == self
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of a task. line: the reason, where nothing was written.
+
+    inputs: the file or the shards, empty where they could not be read. fused, layers: how many
+    were fused, of how many. skipped: the reasons of the others.
+    """
+
+    input: str
+    output: str
+    settings: Settings
+    result: Result
+    line: str | None = None
+    inputs: tuple[File, ...] = ()
+    outputs: tuple[File, ...] = ()
+    architecture: str | None = None
+    fused: int = 0
+    layers: int = 0
+    skipped: str = ""
+    seconds: float = 0.0
+    version: str = __version__
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Entry:
+        """Raises TypeError, KeyError or ValueError for what no entry is."""
+        files = {key: tuple(File(**file) for file in told[key]) for key in ("inputs", "outputs")}
+        task = Task.of({**told, "replace": False})
+        return cls(**{**told, **files, "settings": task.settings})
+
+
+def carry_out(
+    task: Task,
+    on_start: Callable[[int], None] = ignore,
+    on_progress: OnProgress = ignore,
+    *,
+    dry_run: bool = False,
+) -> Entry:
+    """Fuse one file, verify it and hash it. Every GGUFError is an entry; others are raised.
+
+    dry_run: only decide; `outputs` are without sha256 then, and mtime_ns is 0.
+    """
+    started = time.monotonic()
+    try:
+        entry = _carry_out(task, on_start, on_progress, dry_run)
+    except NothingToDo as nothing:
+        found = _facts(nothing.header, (), nothing.layers)
+        entry = Entry(task.input, task.output, task.settings, "nothing to fuse", str(nothing), **found)
+    except Refused as refused:
+        entry = _without(task, "refused", str(refused))
+    except GGUFError as error:
+        entry = _without(task, "failed", str(error))
+    except MemoryError:
+        entry = _without(task, "failed", f"{task.input}: not enough memory")
+    return dataclasses.replace(entry, seconds=round(time.monotonic() - started, 3))
+
+
+def _carry_out(
+    task: Task, on_start: Callable[[int], None], on_progress: OnProgress, dry_run: bool
+) -> Entry:
+    settings = task.settings
+    options = api.Options(
+        dry_run=dry_run,
+        force=task.replace,
+        sync=settings.sync,
+        threads=settings.threads,
+        reflink=settings.reflink,
+        on_start=on_start,
+        on_progress=on_progress,
+        split_max_size=settings.split_max_size,
+        split_max_tensors=settings.split_max_tensors,
+    )
+    result = api.fuse(
+        task.input,
+        task.output,
+        fusions=[fusion for fusion in FUSIONS if fusion.fused in settings.fused],
+        on_mismatch=settings.on_mismatch,
+        any_architecture=settings.any_architecture,
+        options=options,
+    )
+    found = _facts(result.source, result.plan.changed, result.plan.skipped)
+    if dry_run:
+        sizes = [(str(part.path), part.placement.n_bytes) for part in result.outputs]
+        outputs = tuple(File(path, n_bytes, 0) for path, n_bytes in sizes)
+    else:
+        _verify(task, result)
+        written = [File.find(path, _sha256(path)) for path in result.files]
+        outputs = tuple(file for file in written if file is not None)
+    return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
+
+
+def _verify(task: Task, result: api.Result) -> None:
+    """Raises GGUFError if what was written is not what it must be; it is removed then."""
+    if task.settings.verify == "none" or not result.source.is_model:
+        return
+    options = VerifyOptions(
+        structure_only=task.settings.verify == "structure", threads=task.settings.threads
+    )
+    report = verify(Path(task.input), result.files[0], options)
+    if report.ok:
+        return
+    for path in result.files:
+        path.unlink(missing_ok=True)
+    problems = report.structure.problems or ("its numbers differ",)
+    raise GGUFError(f"{task.output}: verify failed, and it was removed: {problems[0]}")
+
+
+def _facts(header: Header, changed: Sequence[Layer], skipped: Sequence[Layer]) -> dict[str, Any]:
+    """What an entry says of a file that could be read."""
+    return {
+        "inputs": _files(header),
+        "architecture": header.architecture,
+        "fused": len(changed),
+        "layers": len(changed) + len(skipped),
+        "skipped": summary(skipped),
+    }
+
+
+def _without(task: Task, result: Result, line: str) -> Entry:
+    """The entry of a file of which nothing was made."""
+    try:
+        inputs = _files(read_model(task.input))
+    except GGUFError:
+        inputs = tuple(file for file in [File.find(task.input)] if file is not None)
+    return Entry(task.input, task.output, task.settings, result, line, inputs)
+
+
+def _files(header: Header) -> tuple[File, ...]:
+    found = [File.find(source.path) for source in header.sources]
+    return tuple(file for file in found if file is not None)
+
+
+def _sha256(path: Path) -> str:
+    """Raises GGUFError for a file that cannot be read."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while n_bytes := file.readinto(buffer):
+                digest.update(buffer[:n_bytes])
+    except OSError as error:
+        raise GGUFError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
