@@ -1,8 +1,7 @@
-"""What a user names -> the files of a batch, each with the name of its output. Reads folders only."""
+"""What a user names -> the files of a batch, each with the name of its output."""
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,8 +47,7 @@ def find(inputs: Iterable[str], folder: Path, pattern: str = DEFAULT_NAME) -> li
 def _paths(inputs: Iterable[str], output_folder: Path) -> Iterator[tuple[Path, Path]]:
     """Absolute paths, and the folder of each below the one that was named."""
     for name in inputs:
-        for match in sorted(glob.glob(name)) if not os.path.lexists(name) else [name]:
-            path = Path(match).absolute()
+        for path in map(Path.absolute, _matches(Path(name))):
             if not path.is_dir():
                 yield _first_shard(path), Path()
                 continue
@@ -57,8 +55,14 @@ def _paths(inputs: Iterable[str], output_folder: Path) -> Iterator[tuple[Path, P
                 ours = output_folder != path and output_folder in inside.resolve().parents
                 if not ours and TEMPORARY_MARK not in inside.name:
                     yield _first_shard(inside), inside.relative_to(path).parent
-        if not os.path.lexists(name) and not glob.glob(name):
-            yield Path(name).absolute(), Path()
+
+
+def _matches(named: Path) -> list[Path]:
+    """What a glob finds; any other name as it is, whether it is there or not."""
+    if os.path.lexists(named):
+        return [named]
+    found = Path(named.anchor).glob(str(named.relative_to(named.anchor)))
+    return sorted(found) or [named]
 
 
 def _first_shard(path: Path) -> Path:

@@ -132,14 +132,20 @@ def carry_out(
     """
     started = time.monotonic()
     try:
+        if not dry_run:
+            Path(task.output).parent.mkdir(parents=True, exist_ok=True)
         entry = _carry_out(task, on_start, on_progress, dry_run)
     except NothingToDo as nothing:
         found = _facts(nothing.header, (), nothing.layers)
-        entry = Entry(task.input, task.output, task.settings, "nothing to fuse", str(nothing), **found)
+        entry = Entry(
+            task.input, task.output, task.settings, "nothing to fuse", str(nothing), **found
+        )
     except Refused as refused:
         entry = _without(task, "refused", str(refused))
     except GGUFError as error:
         entry = _without(task, "failed", str(error))
+    except OSError as error:
+        entry = _without(task, "failed", f"{error.filename}: {error.strerror}")
     except MemoryError:
         entry = _without(task, "failed", f"{task.input}: not enough memory")
     return dataclasses.replace(entry, seconds=round(time.monotonic() - started, 3))
@@ -162,7 +168,7 @@ def _carry_out(
     )
     result = api.fuse(
         task.input,
-        task.output,
+        _in_a_folder(task.output) if dry_run else task.output,
         fusions=[fusion for fusion in FUSIONS if fusion.fused in settings.fused],
         on_mismatch=settings.on_mismatch,
         any_architecture=settings.any_architecture,
@@ -170,13 +176,20 @@ def _carry_out(
     )
     found = _facts(result.source, result.plan.changed, result.plan.skipped)
     if dry_run:
-        sizes = [(str(part.path), part.placement.n_bytes) for part in result.outputs]
-        outputs = tuple(File(path, n_bytes, 0) for path, n_bytes in sizes)
+        folder = Path(task.output).parent
+        sizes = [(part.path.name, part.placement.n_bytes) for part in result.outputs]
+        outputs = tuple(File(str(folder / name), n_bytes, 0) for name, n_bytes in sizes)
     else:
         _verify(task, result)
         written = [File.find(path, _sha256(path)) for path in result.files]
         outputs = tuple(file for file in written if file is not None)
     return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
+
+
+def _in_a_folder(output: str) -> str:
+    """The same name in the nearest folder that is there already: on its disk it would be."""
+    path = Path(output)
+    return str(next(parent for parent in path.parents if parent.is_dir()) / path.name)
 
 
 def _verify(task: Task, result: api.Result) -> None:
@@ -216,8 +229,9 @@ def _without(task: Task, result: Result, line: str) -> Entry:
 
 
 def _files(header: Header) -> tuple[File, ...]:
-    found = [File.find(source.path) for source in header.sources]
-    return tuple(file for file in found if file is not None)
+    """As they were when the header was read."""
+    stamps = [(source.path, source.stamp) for source in header.sources]
+    return tuple(File(path, stamp.n_bytes, stamp.mtime) for path, stamp in stamps)
 
 
 def _sha256(path: Path) -> str:

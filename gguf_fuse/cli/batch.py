@@ -1,0 +1,267 @@
+"""The command batch: many files, on this machine or on a Dask cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.filesize import decimal
+
+from gguf_fuse.batching.task import Entry, Settings, Task, Verify
+from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.cli.console import failing, print_json, printer, text
+from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.planning.fusions import GATE_UP, QKV
+from gguf_fuse.planning.loaders import FIRST_BUILD
+
+
+@failing
+def batch(
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="IN...", help="Files, folders and globs.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The folder for all outputs.")
+    ] = ...,  # type: ignore[assignment]
+    listed: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FILE", help="One input a line; - is standard input."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="How outputs are called, less .gguf.")
+    ] = "{name}-fused",
+    fuse_qkv_weights: Annotated[
+        bool, typer.Option(QKV.flag, help="Q, K and V into attn_qkv; so does no flag.")
+    ] = False,
+    fuse_gate_up_exps: Annotated[
+        bool, typer.Option(GATE_UP.flag, help="Gate and up of experts into ffn_gate_up_exps.")
+    ] = False,
+    on_mismatch: Annotated[
+        OnMismatch,
+        typer.Option(help="A layer whose parts cannot be one tensor: leave it, or fail."),
+    ] = "skip",
+    any_architecture: AnyArchitecture = False,
+    verify: Annotated[Verify, typer.Option(help="What is verified of each file.")] = "structure",
+    split_max_size: Annotated[
+        str | None, typer.Option(metavar="N[K|M|G]", help="Cut outputs into shards.")
+    ] = None,
+    split_max_tensors: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Cut outputs into shards of N tensors.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("-f", "--force", help="Do all again, replacing what is there.")
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Files at once.", show_default="by cores and memory"),
+    ] = None,
+    reflink: Annotated[
+        Reflink, typer.Option(help="Share blocks with IN where the file system can.")
+    ] = "auto",
+    sync: Annotated[bool, typer.Option(help="Wait until each output is on the disk.")] = True,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Work on a Dask cluster: tcp://host:8786, or local."),
+    ] = None,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="End at the first failure.")
+    ] = False,
+    dry_run: DryRun = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of DIR's files for a model card.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fuse many files into DIR; run it again, and only what is new or failed is done.
+
+    What was done is in DIR/gguf-fuse-batch.jsonl. One bad file does not stop the others.
+    """
+    from gguf_fuse.batching import batch as batches
+    from gguf_fuse.batching import inputs as naming
+    from gguf_fuse.batching import local, manifest
+    from gguf_fuse.writing.cut import parse_size
+
+    try:
+        max_size = None if split_max_size is None else parse_size(split_max_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
+    if split_max_size is not None and split_max_tensors is not None:
+        raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
+    wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
+    settings = Settings(
+        fused=tuple(fusion.fused for fusion, chosen in wanted if chosen),
+        on_mismatch=on_mismatch,
+        any_architecture=any_architecture,
+        verify=verify,
+        split_max_size=max_size,
+        split_max_tensors=split_max_tensors,
+        reflink=reflink,
+        sync=sync,
+    )
+    found = naming.find([*(inputs or ()), *_listed(listed)], out, name)
+    if not found and not markdown:
+        raise typer.BadParameter("give files, folders or --from FILE: there is nothing to do")
+    shown = _Shown(quiet=quiet or as_json or markdown, fail_fast=fail_fast)
+    with manifest.opened(out, dry_run=dry_run or not found) as memory:
+        work = batches.survey(found, settings, memory, force=force)
+        if dry_run:
+            _foresee(work, out, as_json)
+            return
+        with shown.progress(len(work.tasks)) as on_bytes:
+            n_jobs = min(jobs or local.default_jobs(), max(1, len(work.tasks)))
+            execute: batches.Execute = functools.partial(local.execute, n_jobs, on_bytes)
+            if dask is not None:
+                from gguf_fuse.batching import cluster
+
+                execute = functools.partial(cluster.execute, dask, jobs or local.default_jobs())
+            with contextlib.suppress(_FirstFailure):
+                batches.run(work, memory, execute, shown.entry)
+        entries = [*work.unchanged, *shown.entries]
+        if markdown:
+            print("\n".join(_markdown(list(memory.entries.values()), out)))
+        elif as_json:
+            print_json(_json(out, work.unchanged, shown.entries))
+        elif not quiet:
+            print(_summary(work, shown.entries, out))
+    code = batches.exit_code(entries) if found else 0
+    if code:
+        raise typer.Exit(code)
+
+
+def _listed(source: str | None) -> list[str]:
+    """The inputs of --from. Raises GGUFError where it cannot be read."""
+    if source is None:
+        return []
+    try:
+        lines = sys.stdin if source == "-" else Path(source).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GGUFError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+class _FirstFailure(Exception):
+    """--fail-fast."""
+
+
+@dataclasses.dataclass
+class _Shown:
+    """What a person sees while it goes on; and every entry, in the order in which they end."""
+
+    quiet: bool
+    fail_fast: bool
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    on_end: Callable[[Entry], None] = lambda entry: None
+
+    def entry(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.on_end(entry)
+        if not self.quiet:
+            printer().print(_line(entry), soft_wrap=True, highlight=False)
+        if self.fail_fast and entry.result == "failed":
+            raise _FirstFailure
+
+    @contextlib.contextmanager
+    def progress(self, n_tasks: int) -> Iterator[Callable[[Task, int, int | None], None]]:
+        """A bar of all files and one of each that is at work, on stderr, if that is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda task, n_bytes, total: None
+            return
+        from rich import progress as rich
+
+        columns = [
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.TaskProgressColumn(),
+        ]
+        with rich.Progress(*columns, console=printer(stderr=True), transient=True) as bars:
+            whole = bars.add_task(f"{n_tasks} files", total=n_tasks)
+            by_output: dict[str, Any] = {}
+
+            def on_bytes(task: Task, n_bytes: int, total: int | None) -> None:
+                if task.output not in by_output:
+                    by_output[task.output] = bars.add_task(Path(task.output).name)
+                bars.update(by_output[task.output], completed=n_bytes, total=total)
+
+            def on_end(entry: Entry) -> None:
+                bars.advance(whole)
+                if entry.output in by_output:
+                    bars.remove_task(by_output.pop(entry.output))
+
+            self.on_end = on_end
+            yield on_bytes
+
+
+def _line(entry: Entry) -> Any:
+    if entry.result != "fused":
+        style = "red" if entry.result == "failed" else "yellow"
+        return text(f"{entry.result}: {entry.line}", style)
+    n_bytes = sum(file.bytes for file in entry.outputs)
+    verified = "" if entry.settings.verify == "none" else ", verified"
+    return text(
+        f"fused {entry.fused} of {entry.layers} layers{verified}: {Path(entry.output).name}, "
+        f"{decimal(n_bytes)} in {entry.seconds:.1f} s"
+    )
+
+
+def _summary(work: Any, entries: Sequence[Entry], out: Path) -> str:
+    counts = Counter(entry.result for entry in entries)
+    parts = [f"{n} {result}" for result, n in counts.most_common()]
+    if work.unchanged:
+        parts.append(f"{len(work.unchanged)} done before and unchanged")
+    if left := len(work.tasks) - len(entries):
+        parts.append(f"{left} not begun")
+    return f"{'; '.join(parts)}. {out / 'gguf-fuse-batch.jsonl'} has the details."
+
+
+def _json(out: Path, unchanged: Sequence[Entry], entries: Sequence[Entry]) -> dict[str, Any]:
+    return {
+        "output": str(out),
+        "counts": dict(Counter(entry.result for entry in (*unchanged, *entries))),
+        "unchanged": [entry.as_dict() for entry in unchanged],
+        "files": [entry.as_dict() for entry in entries],
+    }
+
+
+def _foresee(work: Any, out: Path, as_json: bool) -> None:
+    """--dry-run: what would be done, and whether the disk suffices for it."""
+    from gguf_fuse.batching import batch as batches
+
+    entries = batches.foresee(work.tasks)
+    missing = batches.missing_bytes(entries, out)
+    n_bytes = sum(file.bytes for entry in entries for file in entry.outputs)
+    if as_json:
+        print_json({**_json(out, work.unchanged, entries), "bytes": n_bytes, "missing": missing})
+        return
+    for entry in entries:
+        size = decimal(sum(file.bytes for file in entry.outputs))
+        line = f"would be fused, {entry.fused} of {entry.layers} layers: {entry.output}, {size}"
+        print(line if entry.result == "fused" else f"{entry.result}: {entry.line}")
+    print(f"{len(entries)} files, {decimal(n_bytes)}; {len(work.unchanged)} done and unchanged")
+    if missing:
+        raise GGUFError(f"{out}: the disk lacks {missing} bytes for all of them")
+
+
+def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:
+    """For a model card: the files, and who reads them."""
+    yield "| file | size | fused layers | SHA-256 |"
+    yield "| --- | --- | --- | --- |"
+    for entry in sorted(entries, key=lambda entry: entry.output):
+        for file in entry.outputs:
+            name = os.path.relpath(file.path, out.resolve())
+            counts = f"{entry.fused} of {entry.layers}"
+            yield f"| {name} | {decimal(file.bytes)} | {counts} | `{file.sha256}` |"
+    yield ""
+    yield (
+        "Q, K and V of these layers are one tensor, bit for bit as they were: read by llama.cpp "
+        f"since build {FIRST_BUILD}; `gguf-fuse unfuse` gives back the separate files."
+    )
