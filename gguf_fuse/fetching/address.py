@@ -10,11 +10,6 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _STORES = ("s3", "gs", "az")
 
 
-def is_address(name: str) -> bool:
-    """Whether a name is an address; all else is a path."""
-    return _SCHEME.match(name) is not None
-
-
 def find(address: str) -> Place:
     """Which version lies there. Raises FetchError where there is none, or nobody can be asked."""
     match = _SCHEME.match(address)

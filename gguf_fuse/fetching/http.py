@@ -104,7 +104,8 @@ class _Session:
 
     def ask(self, start: int, n_bytes: int, version: str | None) -> _Answer:
         """The answer to a request for a range, after the tries that are worth it."""
-        return self._tried(lambda: self._ask(start, n_bytes, version), lambda: 0)
+        answer: _Answer = self._tried(lambda: self._ask(start, n_bytes, version), lambda: 0)
+        return answer
 
     def read_into(self, view: memoryview, start: int, version: str, total: int) -> None:
         """What came of a try that broke off is kept: the next one asks for the rest."""

@@ -74,15 +74,10 @@ def _library() -> Any:
 
 def _words(error: Exception) -> str:
     """One line, without the addresses and keys that a server's answer may repeat."""
-    kinds = {
-        "NotFoundError": "no such object",
-        "PermissionDeniedError": "access denied: are the credentials those of its owner?",
-        "UnauthenticatedError": "access denied: no credentials that the store knows",
-    }
-    name = type(error).__name__
-    if name in kinds:
-        return kinds[name]
-    status = re.search(r"status:? (\d{3}[A-Za-z ]*)", str(error))
-    return (
-        f"the store says {status[1].strip()}" if status else f"the store does not answer ({name})"
-    )
+    name, status = type(error).__name__, re.search(r"status:? (\d{3})", str(error))
+    code = status[1] if status else ""
+    if name == "NotFoundError" or code == "404":
+        return "no such object"
+    if name in ("PermissionDeniedError", "UnauthenticatedError") or code in ("401", "403"):
+        return "access denied: are the credentials in the environment those of its owner?"
+    return f"the store says {code}" if code else f"the store does not answer ({name})"
