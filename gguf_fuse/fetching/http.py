@@ -14,14 +14,12 @@ import os
 import random
 import re
 import ssl
-import threading
 import time
 import urllib.request
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from gguf_fuse import __version__
@@ -65,49 +63,57 @@ def find(url: str, headers: Headers | None = None, sha256: str | None = None) ->
     """
     if urlsplit(url).username is not None:
         raise FetchError("a password does not belong into an address; ~/.netrc may have it")
-    session = _Session(url, headers or _credentials(url), Stop())
-    answer = session.ask(0, 1, None)
-    session.close()
     make = partial(_Session, url, headers or _credentials(url))
-    return Place(
-        shown(url),
-        answer.total,
-        answer.version,
-        sha256,
-        open=lambda: _Ranges(make, answer.version, answer.total),
-    )
+    idle = [make()]
+    answer = idle[0].ask(Stop())
+    place = partial(_Ranges, make, idle, answer.version, answer.total)
+    return Place(shown(url), answer.total, answer.version, sha256, open=place)
 
 
 class _Ranges:
-    def __init__(self, make: Any, version: str, total: int) -> None:
-        self._make, self._version, self._total = make, version, total
-        self._stop, self._local = Stop(), threading.local()
+    """idle: sessions whose connections are open still, of whoever reads from this place."""
+
+    def __init__(
+        self, make: Callable[[], _Session], idle: list[_Session], version: str, total: int
+    ) -> None:
+        self._make, self._idle, self._version, self._total = make, idle, version, total
+        self._stop = Stop()
 
     def read_into(self, view: memoryview, start: int) -> None:
         if not view:
             return
-        if not hasattr(self._local, "session"):
-            self._local.session = self._make(self._stop)
-        self._local.session.read_into(view, start, self._version, self._total)
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._make()
+        session.read_into(view, start, self._version, self._total, self._stop)
+        self._idle.append(session)
 
     def abort(self) -> None:
         self._stop.set()
 
 
 class _Session:
-    """One thread's connection to wherever the address led to."""
+    """A connection to wherever the address led to, for one thread at a time."""
 
-    def __init__(self, url: str, headers: Headers, stop: Stop) -> None:
-        self._first, self._headers, self._stop = url, headers, stop
+    def __init__(self, url: str, headers: Headers) -> None:
+        self._first, self._headers = url, headers
         self._url = url
         self._connection: http.client.HTTPConnection | None = None
 
-    def ask(self, start: int, n_bytes: int, version: str | None) -> _Answer:
-        """The answer to a request for a range, after the tries that are worth it."""
-        answer: _Answer = self._tried(lambda: self._ask(start, n_bytes, version), lambda: 0)
-        return answer
+    def ask(self, stop: Stop) -> _Answer:
+        """What lies there, after the tries that are worth it."""
+        found: list[_Answer] = []
 
-    def read_into(self, view: memoryview, start: int, version: str, total: int) -> None:
+        def act() -> None:
+            answer = self._ask(0, 1, None)
+            answer.response.read()
+            found.append(answer)
+
+        self._tried(act, lambda: 0, stop)
+        return found[0]
+
+    def read_into(self, view: memoryview, start: int, version: str, total: int, stop: Stop) -> None:
         """What came of a try that broke off is kept: the next one asks for the rest."""
         done = 0
 
@@ -117,18 +123,20 @@ class _Session:
             if answer.total != total:
                 raise Changed
             while done < len(view):
+                stop.wait(0)
                 n_bytes = answer.response.readinto(view[done:])
                 if n_bytes == 0:
                     raise _TryAgain(f"broke off at byte {start + done}")
                 done += n_bytes
             answer.response.read()  # its end, so that the connection can be used again
 
-        self._tried(fill, lambda: done)
+        self._tried(fill, lambda: done, stop)
 
-    def _tried(self, act: Any, progress: Any) -> Any:
+    def _tried(self, act: Callable[[], None], progress: Callable[[], int], stop: Stop) -> None:
         """Tries count from the last one that brought something."""
         left, before = TRIES, progress()
         while True:
+            was_open = self._connection is not None
             try:
                 return act()
             except FetchError:
@@ -136,13 +144,15 @@ class _Session:
                 raise
             except (_TryAgain, *_LOST) as error:
                 self.close()
+                if was_open and not isinstance(error, _TryAgain):
+                    continue  # the server closed what was idle
                 if progress() > before:
                     left, before = TRIES, progress()
                 left -= 1
                 if left == 0:
                     raise FetchError(f"{_words(error)} ({TRIES} tries)") from error
                 wait = FIRST_WAIT_S * 2 ** (TRIES - 1 - left) * random.uniform(1, 1.3)
-                self._stop.wait(getattr(error, "wait", None) or wait)
+                stop.wait(getattr(error, "wait", None) or wait)
 
     def close(self) -> None:
         """The next request begins where the address itself leads."""
@@ -151,7 +161,6 @@ class _Session:
         self._connection, self._url = None, self._first
 
     def _ask(self, start: int, n_bytes: int, version: str | None) -> _Answer:
-        self._stop.wait(0)
         headers = {"Range": f"bytes={start}-{start + n_bytes - 1}"}
         if version is not None and version.startswith('"'):
             headers["If-Match"] = version

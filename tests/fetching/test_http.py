@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +13,10 @@ import pytest
 from gguf_fuse.api import fuse, inspect, unfuse
 from gguf_fuse.fetching import http
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
 from tests import pack
-from tests.conftest import FAST
+from tests.conftest import FAST, gguf_fuse
 from tests.fetching.server import Files, serve
 
 MODEL = pack.valid(pack.F16, n_layers=4, n_embd=512)
@@ -38,7 +42,11 @@ def test_the_same_file_as_from_a_disk(there: tuple[str, Files], tmp_path: Path) 
     assert result.source.path == f"{address}/in.gguf"
     # Each byte once: beyond the first window of the header, which is looked at before.
     assert sum(last - first + 1 for first, last in files.asked) <= 1.05 * len(WHOLE) + (1 << 20)
-    assert verify(f"{address}/in.gguf", out).ok
+    with (tmp_path / "piped.gguf").open("wb") as pipe:
+        done = gguf_fuse("fuse", f"{address}/in.gguf", "-", stdout=pipe, stderr=None, text=None)
+    assert done.returncode == 0
+    assert (tmp_path / "piped.gguf").read_bytes() == FUSED
+    assert verify(f"{address}/in.gguf", out, VerifyOptions(structure_only=True)).ok
     (files.folder / "out.gguf").write_bytes(FUSED)
     unfuse(f"{address}/out.gguf", tmp_path / "back.gguf", options=FAST)
     assert (tmp_path / "back.gguf").read_bytes() == WHOLE
@@ -143,6 +151,26 @@ def test_what_is_not_there(there: tuple[str, Files], name: str, words: str) -> N
     (files.folder / "empty.gguf").write_bytes(b"")
     with pytest.raises(GGUFError, match=words):
         inspect(f"{address}/{name}")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "FIRST_WAIT_S", 0.01)
+    (tmp_path / "in.gguf").write_bytes(WHOLE)
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext"
+    alternative = ["subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run([*command.split(), *alternative], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serve(tmp_path, context) as (address, _):
+        with pytest.raises(GGUFError, match="its certificate is not trusted"):
+            inspect(f"{address}/in.gguf")
+        http._tls.cache_clear()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        fuse(f"{address}/in.gguf", tmp_path / "out.gguf", options=FAST)
+    http._tls.cache_clear()
+    assert (tmp_path / "out.gguf").read_bytes() == FUSED
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
