@@ -12,7 +12,7 @@ from pathlib import Path
 from gguf_fuse.choices import OnMismatch, Reflink
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.shards import read_model
-from gguf_fuse.format.source import GGUFError, opened
+from gguf_fuse.format.source import AnyPath, GGUFError, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
@@ -28,8 +28,6 @@ from gguf_fuse.writing.stream import stream
 __all__ = ["Inspection", "OnMismatch", "Options", "Reflink", "Result", "fuse", "inspect", "unfuse"]
 
 STANDARD_OUTPUT = "-"
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

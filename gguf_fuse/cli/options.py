@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +25,7 @@ def existing_file(metavar: str, words: str) -> Any:
     return typer.Argument(metavar=metavar, help=words, readable=False)
 
 
-In = Annotated[Path, existing_file("IN", "The GGUF file to read; of shards, any one of them.")]
+In = Annotated[str, existing_file("IN", "The GGUF file to read; of shards, any one of them.")]
 Out = Annotated[
     str,
     typer.Argument(

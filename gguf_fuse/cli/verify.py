@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,8 +32,8 @@ def _count(words: str) -> Any:
 
 @console.failing
 def verify(
-    original: Annotated[Path, existing_file("ORIGINAL", "The file before.")],
-    fused: Annotated[Path, existing_file("FUSED", "The file after.")],
+    original: Annotated[str, existing_file("ORIGINAL", "The file before.")],
+    fused: Annotated[str, existing_file("FUSED", "The file after.")],
     layers: Annotated[
         str,
         typer.Option(

@@ -42,7 +42,8 @@ MAX_KEPT = 1 << 22
 _FIXED_HEADER_BYTES = 24  # magic, version, tensor count, metadata count
 _MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8  # name length, one byte of name, n_dims, type, offset
-_WINDOW_BYTES = 1 << 20
+# The window grows with what lies behind it: few reads, and not half as much again as needed.
+_WINDOW_BYTES, _MOST_WINDOW_BYTES = 1 << 20, 1 << 22
 
 _VALUE_TYPES = {int(value_type): value_type for value_type in ValueType}
 
@@ -353,7 +354,8 @@ class _Parser:
     def _load(self, start: int, n_bytes: int) -> None:
         """Move the window to where the walk goes on, over n_bytes at least."""
         self._check_end(start + n_bytes)
-        n_bytes = min(max(n_bytes, _WINDOW_BYTES), self.file_bytes - start)
+        wanted = max(n_bytes, _WINDOW_BYTES, min(start // 2, _MOST_WINDOW_BYTES))
+        n_bytes = min(wanted, self.file_bytes - start)
         self.window, self.window_start = self.file.read(start, n_bytes), start
 
     def _check_end(self, end: int) -> None:

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.parser import read_header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import GGUFError, is_address
 
 NUMBER_KEY = "split.no"
 COUNT_KEY = "split.count"
@@ -46,8 +46,12 @@ class ShardName:
         match = _NAME.fullmatch(path)
         return None if match is None else cls(match[1], int(match[2]), int(match[3]))
 
+    def name(self, number: int) -> str:
+        """Of another one of the set: a path, or an address if this one is."""
+        return f"{self.prefix}{_ending(number, self.count)}"
+
     def path(self, number: int) -> Path:
-        return Path(f"{self.prefix}{_ending(number, self.count)}")
+        return Path(self.name(number))
 
 
 def _ending(number: int, count: int) -> str:
@@ -85,18 +89,19 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
             f"is shard {number} of {count}, so its name must end in {_ending(number, count)}: the "
             "other shards are found by their names",
         )
-    absent = (i for i in range(1, count + 1) if i != name.number and not name.path(i).exists())
+    others = (i for i in range(1, count + 1) if i != name.number)
+    absent = (i for i in others if not is_address(header.path) and not name.path(i).exists())
     missing = list(islice(absent, _MOST_MISSING + 1))
     if missing:
         more = ", ..." if len(missing) > _MOST_MISSING else ""
         _fail(
             header,
             f"missing of {count} shards: {str(missing[:_MOST_MISSING])[1:-1]}{more}; "
-            f"there is no {name.path(missing[0])}",
+            f"there is no {name.name(missing[0])}",
         )
     shards: list[Header] = []
     for at in range(1, count + 1):
-        shards.append(header if at == name.number else read_header(name.path(at)))
+        shards.append(header if at == name.number else read_header(name.name(at)))
         _check_shard(shards[-1], at, count, shards[0])
     _check_tensors(shards)
     return tuple(shards)

@@ -1,29 +1,50 @@
 """What is read: a file by its name, its size and its identity, and ranges of its bytes.
 
-Header, planning, verifying and copying read only through here; what is no local file would be
-another Source. A source is only ever read. Files are opened for as long as something is read from
-them, and each time it is made sure that they are still those whose headers were read.
+Header, planning, verifying and copying read only through here. A source lies on a disk of this
+machine, or where an address says (`fetching`). It is only ever read. Files are opened for as long
+as something is read from them, and each time it is made sure that they are still those whose
+headers were read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+
+from gguf_fuse.progress import ignore
+
+if TYPE_CHECKING:
+    from gguf_fuse.fetching.place import Place, Ranges
 
 from gguf_fuse.progress import ignore
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
 
+AnyPath = str | os.PathLike[str]
+
 _Block = TypeVar("_Block")
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an address; all else is a path."""
+    return _ADDRESS.match(name) is not None
+
+
+# Of files that are fetched: each range costs a round trip, and each thread waits for its own.
+FETCH_BYTES = 8 << 20
+FETCH_THREADS = 8
 
 
 class GGUFError(Exception):
@@ -45,14 +66,17 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A file that is read. path: as messages name it."""
+    """A file that is read. path: as messages name it. place: of one that is fetched."""
 
     path: str
     stamp: Stamp
+    place: Place | None = None
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> Source:
         """Raises GGUFError for what is not there or no regular file."""
+        if is_address(os.fspath(path)):
+            return cls._elsewhere(os.fspath(path))
         name = str(Path(path))
         try:
             status = os.stat(name)  # noqa: PTH116 (the name in messages is that of Path)
@@ -62,6 +86,16 @@ class Source:
         if not stat.S_ISREG(status.st_mode):
             raise GGUFError(f"{name}: not a regular file; give the path of a GGUF file")
         return cls(name, Stamp.of(status))
+
+    @classmethod
+    def _elsewhere(cls, address: str) -> Source:
+        from gguf_fuse.fetching.address import find, shown
+
+        try:
+            place = find(address)
+        except OSError as error:
+            raise GGUFError(f"{shown(address)}: {error.strerror}") from error
+        return cls(place.address, Stamp(-1, -1, place.n_bytes, -1), place)
 
     @property
     def n_bytes(self) -> int:
@@ -95,26 +129,24 @@ class Segment(NamedTuple):
         return Segment(self.source, self.start + start, n_bytes)
 
 
-@dataclass(frozen=True)
-class OpenSource:
-    """A source while it is open. Several threads may read at once."""
+class OpenSource(ABC):
+    """A source while it is open. Several threads may read at once.
+
+    fd: of a file on a disk; None of one that is fetched.
+    """
 
     source: Source
-    fd: int
+    fd: int | None
 
     def read_at(self, view: memoryview, start: int) -> None:
         """Fill the view with the bytes from `start` on.
 
         Raises GGUFError where the file cannot be read, or ends before its header says.
         """
-        while view:
-            try:
-                n_bytes = _read_at(self.fd, view[:_MOST_AT_ONCE], start)
-            except OSError as error:
-                self._fail(f"reading at byte {start}: {error.strerror}", error)
-            if n_bytes == 0:
-                self._fail(f"ended at byte {start}: it was cut while it was read")
-            view, start = view[n_bytes:], start + n_bytes
+        try:
+            self._fill(view, start)
+        except OSError as error:
+            self._fail(f"reading at byte {start}: {error.strerror}", error)
 
     def read(self, start: int, n_bytes: int) -> bytes:
         """A small range. Raises GGUFError as `read_at` does."""
@@ -122,8 +154,34 @@ class OpenSource:
         self.read_at(memoryview(data), start)
         return bytes(data)
 
+    @abstractmethod
+    def _fill(self, view: memoryview, start: int) -> None: ...
+
+    @abstractmethod
     def refuse_changed(self) -> None:
         """Raises GGUFError if the file is not the one any more that was found."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Make reads that wait in other threads end."""
+
+    def _fail(self, problem: str, cause: OSError | None = None) -> NoReturn:
+        raise GGUFError(f"{self.source.path}: {problem}") from cause
+
+
+@dataclass(frozen=True)
+class _OpenFile(OpenSource):
+    source: Source
+    fd: int
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        while view:
+            n_bytes = _read_at(self.fd, view[:_MOST_AT_ONCE], start)
+            if n_bytes == 0:
+                self._fail(f"ended at byte {start}: it was cut while it was read")
+            view, start = view[n_bytes:], start + n_bytes
+
+    def refuse_changed(self) -> None:
         try:
             stamp = Stamp.of(os.fstat(self.fd))
         except OSError as error:
@@ -131,8 +189,24 @@ class OpenSource:
         if stamp != self.source.stamp:
             self._fail("changed while it was read; run again when it is at rest")
 
-    def _fail(self, problem: str, cause: OSError | None = None) -> NoReturn:
-        raise GGUFError(f"{self.source.path}: {problem}") from cause
+    def abort(self) -> None:
+        """Nothing: a disk answers soon."""
+
+
+@dataclass(frozen=True)
+class _OpenPlace(OpenSource):
+    source: Source
+    ranges: Ranges
+    fd: None = None
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        self.ranges.read_into(view, start)
+
+    def refuse_changed(self) -> None:
+        """Nothing: with every range its version is checked."""
+
+    def abort(self) -> None:
+        self.ranges.abort()
 
 
 @contextlib.contextmanager
@@ -140,14 +214,17 @@ def opened(sources: Sequence[Source]) -> Iterator[dict[Source, OpenSource]]:
     """The files, open. Raises GGUFError if one cannot be opened, or has changed."""
     _allow_open(len(sources))
     with contextlib.ExitStack() as stack:
-        files = {}
+        files: dict[Source, OpenSource] = {}
         for source in sources:
+            if source.place is not None:
+                files[source] = _OpenPlace(source, source.place.open())
+                continue
             try:
                 fd = os.open(source.path, os.O_RDONLY | _BINARY)
             except OSError as error:
                 raise GGUFError(f"{source.path}: {error.strerror}") from error
             stack.callback(os.close, fd)
-            files[source] = OpenSource(source, fd)
+            files[source] = _OpenFile(source, fd)
         for file in files.values():
             file.refuse_changed()
         yield files
@@ -165,6 +242,19 @@ def _allow_open(n_files: int) -> None:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def abort(files: Mapping[Source, OpenSource]) -> None:
+    """Make reads that wait in other threads end."""
+    for file in files.values():
+        file.abort()
+
+
+def pace(sources: Iterable[Source], block_bytes: int, threads: int) -> tuple[int, int]:
+    """Bytes to read at once, and by how many threads: more of both where files are fetched."""
+    if all(source.place is None for source in sources):
+        return block_bytes, threads
+    return FETCH_BYTES, max(threads, FETCH_THREADS)
 
 
 def in_turn(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.source import Segment, in_turn, opened
+from gguf_fuse.format.source import Segment, abort, in_turn, opened, pace
 from gguf_fuse.format.types import type_name
 from gguf_fuse.planning.record import VERSION_KEY
 from gguf_fuse.verifying.fused import FORMS, FusedTensor, find_fused
@@ -165,11 +165,14 @@ def _compare_data(
     first: dict[int, int] = {}  # by range: the first byte that differs
     lock = threading.Lock()
 
+    sources = [*original.sources, *fused.sources]
+    block_bytes, threads = pace(sources, BLOCK_BYTES, options.threads)
+
     def work(blocks: Iterator[tuple[int, int]]) -> None:
-        a, b = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+        a, b = bytearray(block_bytes), bytearray(block_bytes)
         for at, start in blocks:
             part = ranges[at]
-            n_bytes = min(BLOCK_BYTES, part.n_bytes - start)
+            n_bytes = min(block_bytes, part.n_bytes - start)
             if start < first.get(at, part.n_bytes):
                 for segment, buffer in ((part.original, a), (part.fused, b)):
                     view = memoryview(buffer)[:n_bytes]
@@ -183,10 +186,10 @@ def _compare_data(
     blocks = (
         (at, start)
         for at, part in enumerate(ranges)
-        for start in range(0, part.n_bytes, BLOCK_BYTES)
+        for start in range(0, part.n_bytes, block_bytes)
     )
-    with opened([*original.sources, *fused.sources]) as files:
-        in_turn(blocks, options.threads, work)
+    with opened(sources) as files:
+        in_turn(blocks, threads, work, lambda: abort(files))
         for file in files.values():
             file.refuse_changed()
     return [_data_problem(original, fused, ranges[at], first[at]) for at in sorted(first)]

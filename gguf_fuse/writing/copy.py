@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gguf_fuse.format.source import OpenSource, Source, in_turn
+from gguf_fuse.format.source import OpenSource, Source, abort, in_turn, pace
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.place import Copy
 
@@ -57,18 +57,19 @@ def copy_ranges(
     writing fails, GGUFError if reading does.
     """
     if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
-        for file in sources.values():
-            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        for fd in (file.fd for file in sources.values() if file.fd is not None):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    block_bytes, threads = pace(sources, BLOCK_BYTES, threads)
 
     def work(blocks: Iterator[Copy]) -> None:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        buffer = memoryview(bytearray(block_bytes))
         for block in blocks:
             view = buffer[: block.n_bytes]
             sources[block.source].read_at(view, block.start)
             write_all(target_fd, view, block.target)
             on_block(block)
 
-    in_turn(iter_blocks(copies), threads, work)
+    in_turn(iter_blocks(copies, block_bytes), threads, work, lambda: abort(sources))
 
 
 def iter_blocks(copies: Iterable[Copy], most: int = BLOCK_BYTES) -> Iterator[Copy]:
@@ -103,7 +104,7 @@ def clone_block(source: OpenSource, folder: Path) -> int | None:
 
     Found by cloning one block into a file without a name.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or source.fd is None:
         return None
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
@@ -182,14 +183,15 @@ def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:
 
 def without_holes(sources: Opened, copies: Sequence[Copy]) -> list[Copy]:
     """The parts of the ranges that hold data: a hole of a source stays one in the new file."""
-    sparse = {source for source, file in sources.items() if _has_holes(file.fd)}
+    fds = [(source, file.fd) for source, file in sources.items()]
+    sparse = {source: fd for source, fd in fds if fd is not None and _has_holes(fd)}
     data = []
     for copy in copies:
         if copy.source not in sparse:
             data.append(copy)
             continue
         first = copy.start
-        for start, stop in _data_ranges(sources[copy.source].fd, first, first + copy.n_bytes):
+        for start, stop in _data_ranges(sparse[copy.source], first, first + copy.n_bytes):
             data.append(copy.part(start - first, stop - start))
     return data
 

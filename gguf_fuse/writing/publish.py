@@ -32,6 +32,7 @@ from gguf_fuse.writing.copy import (
     write_all,
 )
 from gguf_fuse.writing.place import Copy, Placement
+from gguf_fuse.writing.whole import refuse_other_bytes
 
 TEMPORARY_MARK = ".gguf-fuse-"
 
@@ -144,6 +145,8 @@ def write(source: Header, outputs: Sequence[Output], options: Options) -> Writte
                             options.on_flush()
                         os.fsync(target_fd)
                 n_cloned, n_copied = n_cloned + clones, n_copied + copies
+            placements = [output.placement for output in outputs]
+            refuse_other_bytes(sources, placements, temporaries)
     except OSError as error:
         raise GGUFError(f"{at.path}: {error.strerror}; nothing was written") from error
     except KeyboardInterrupt:

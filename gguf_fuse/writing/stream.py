@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError, opened
+from gguf_fuse.format.source import GGUFError, abort, opened, pace
 from gguf_fuse.planning.plan import new_bytes
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.copy import BLOCK_BYTES, Opened, iter_blocks
-from gguf_fuse.writing.place import Placement
+from gguf_fuse.writing.place import Copy, Placement
 from gguf_fuse.writing.publish import Written
 
 
@@ -42,16 +45,42 @@ def stream(
 
 def _pieces(sources: Opened, placement: Placement) -> Iterator[tuple[int, memoryview]]:
     """All that is not zero, in the order of the new file; a view holds until the next one."""
-    buffer = memoryview(bytearray(BLOCK_BYTES))
     literals = deque(placement.literals)
-    for block in iter_blocks(placement.copies):
-        while literals and literals[0][0] < block.target:
-            at, data = literals.popleft()
-            yield at, new_bytes(data)
+    with contextlib.closing(_read(sources, placement.copies)) as blocks:
+        for block, view in blocks:
+            while literals and literals[0][0] < block.target:
+                at, data = literals.popleft()
+                yield at, new_bytes(data)
+            yield block.target, view
+    yield from ((at, new_bytes(data)) for at, data in literals)
+
+
+def _read(sources: Opened, copies: Iterable[Copy]) -> Generator[tuple[Copy, memoryview]]:
+    """Block by block, in order; those that are fetched, several at once and ahead."""
+    block_bytes, threads = pace(sources, BLOCK_BYTES, 1)
+    buffers = [memoryview(bytearray(block_bytes)) for _ in range(threads)]
+
+    def fill(block: Copy, buffer: memoryview) -> tuple[Copy, memoryview]:
         view = buffer[: block.n_bytes]
         sources[block.source].read_at(view, block.start)
-        yield block.target, view
-    yield from ((at, new_bytes(data)) for at, data in literals)
+        return block, view
+
+    blocks = iter_blocks(copies, block_bytes)
+    if threads == 1:
+        yield from (fill(block, buffers[0]) for block in blocks)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        first = zip(islice(blocks, threads), buffers, strict=False)
+        ahead = deque((pool.submit(fill, block, buffer), buffer) for block, buffer in first)
+        try:
+            while ahead:
+                future, buffer = ahead.popleft()
+                yield future.result()
+                following = next(blocks, None)
+                if following is not None:
+                    ahead.append((pool.submit(fill, following, buffer), buffer))
+        finally:
+            abort(sources)
 
 
 def _write_zeros(fd: int, count: int) -> None:

@@ -1,0 +1,66 @@
+"""What every kind of address comes to: a Place, whose bytes can be had in ranges."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class FetchError(OSError):
+    """Nothing, or nothing right, came back. strerror: what a user needs to know."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(errno.EIO, problem)
+
+
+class Changed(FetchError):
+    """Another version lies there now."""
+
+    def __init__(self) -> None:
+        super().__init__("changed while it was read; run again when it is at rest")
+
+
+class Ranges(Protocol):
+    """An open Place. Several threads may read at once."""
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill the view with the bytes from `start` on, of the very version of the place.
+
+        Raises FetchError where that cannot be had, after the tries that are worth it.
+        """
+
+    def abort(self) -> None:
+        """Make reads in other threads end soon, with FetchError."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One version of a file. address: as messages name it, without secrets.
+
+    version: what tells it from others (an ETag; a commit). sha256: of the whole file, where the
+    host tells it.
+    """
+
+    address: str
+    n_bytes: int
+    version: str
+    sha256: str | None = None
+    open: Callable[[], Ranges] = field(kw_only=True, compare=False, repr=False)
+
+
+class Stop:
+    """What `abort` sets, and waits between tries look at."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def wait(self, seconds: float) -> None:
+        """Raises FetchError if it is set, at once."""
+        if self._event.wait(seconds):
+            raise FetchError("stopped")

@@ -1,0 +1,68 @@
+"""Objects of S3, from moto's server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gguf_fuse.api import fuse, inspect
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.verifying.report import VerifyOptions
+from gguf_fuse.verifying.verify import verify
+from tests.conftest import FAST
+from tests.fetching.test_http import FUSED, WHOLE
+
+pytest.importorskip("obstore")
+moto: Any = pytest.importorskip("moto.server")
+boto3: Any = pytest.importorskip("boto3")
+
+SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="models")
+    client.put_object(Bucket="models", Key="a/in.gguf", Body=WHOLE)
+    yield client
+    server.stop()
+
+
+def test_a_model_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    fuse("s3://models/a/in.gguf", out, options=FAST)
+    assert out.read_bytes() == FUSED
+    assert SECRET.encode() not in FUSED
+    assert verify("s3://models/a/in.gguf", out, VerifyOptions(structure_only=True)).ok
+
+
+def test_an_object_that_is_replaced_meanwhile(bucket: Any, tmp_path: Path) -> None:
+    def change(n_bytes: int) -> None:
+        other = WHOLE[:-1] + b"\1"
+        bucket.put_object(Bucket="models", Key="a/in.gguf", Body=other)
+
+    options = FAST.__class__(sync=False, on_start=change)
+    with pytest.raises(GGUFError, match=r"s3://models/a/in.gguf: .*changed while it was read"):
+        fuse("s3://models/a/in.gguf", tmp_path / "out.gguf", options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["s3://models/absent.gguf", "s3://nowhere/in.gguf"])
+def test_what_is_not_there(bucket: Any, address: str) -> None:
+    with pytest.raises(GGUFError, match=r"no such object") as caught:
+        inspect(address)
+    assert str(caught.value).startswith(f"{address}: ")
