@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gguf_fuse.format.source import GGUFError, Segment, Source
-from gguf_fuse.format.values import ByteOrder, ValueType, decode, encode_string, struct_prefix
+from gguf_fuse.format.values import (
+    SCALAR_BYTES,
+    SCALARS,
+    ByteOrder,
+    ValueType,
+    decode,
+    encode_string,
+    struct_prefix,
+)
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -79,6 +87,21 @@ class Metadata(Mapping[str, Any]):
             )
         return decode(self._bytes(key, span.value), span.type, struct_prefix(self._byte_order))[0]
 
+    def of_layer(self, key: str, layer: int) -> Any:
+        """One value for all layers, or of an array of numbers this layer's; None behind its end.
+
+        Raises GGUFError as looking up the value does.
+        """
+        span = self.spans[key]
+        if span.element not in SCALARS:
+            return self[key]
+        if layer >= span.length:
+            return None
+        size = SCALAR_BYTES[span.element]
+        at = (layer - span.length) * size  # from the end
+        data = span.raw or self._source.read(span.end + at, size)
+        return decode(data, span.element, struct_prefix(self._byte_order), at % len(data))[0]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.spans)
 
@@ -96,6 +119,11 @@ class Metadata(Mapping[str, Any]):
     @property
     def n_bytes(self) -> int:
         return sum(span.end - span.start for span in self.spans.values())
+
+    def kind(self, key: str) -> str:
+        """The type of a value, as messages name it."""
+        span = self.spans[key]
+        return span.type.name if span.element is None else f"an array of {span.element.name}"
 
     def segment(self, key: str) -> Segment:
         """Where the pair lies in the file: key, value type and value."""

@@ -35,6 +35,7 @@ MAX_KEY_BYTES = 65535  # the specification's limit
 MAX_ARRAY_DEPTH = 8
 # No real file comes near these; they bound the time and memory that a damaged one can take.
 MAX_ALIGNMENT = 1 << 24
+MAX_ARCHITECTURE = 256  # characters; its keys are looked up for every layer
 MAX_TENSORS = 1 << 16  # the largest models have some 5,000
 MAX_ALL_KEYS = 1 << 24  # bytes of all keys together
 MAX_STRINGS = 1 << 22  # in arrays of the metadata; the largest vocabularies have half a million
@@ -225,7 +226,7 @@ class _Parser:
         if key not in metadata:
             return DEFAULT_ALIGNMENT
         if metadata.spans[key].type != ValueType.UINT32:
-            self._wrong_type(key, metadata.spans[key], "UINT32")
+            self._wrong_type(metadata, key, "UINT32")
         alignment = int(metadata[key])
         if alignment == 0 or alignment & (alignment - 1):
             self.fail(f"{key} is {alignment}, not a power of two")
@@ -239,23 +240,26 @@ class _Parser:
     def _check_known_keys(self, metadata: Metadata) -> None:
         spans, key = metadata.spans, "general.architecture"
         if key in spans and spans[key].type != ValueType.STRING:
-            self._wrong_type(key, spans[key], "STRING")
-        key = f"{metadata.get(key)}.block_count"
+            self._wrong_type(metadata, key, "STRING")
+        architecture = metadata.get(key)
+        n = len(architecture or "")
+        if n > MAX_ARCHITECTURE:
+            self.fail(f"{key} has {n} characters; at most {MAX_ARCHITECTURE} are allowed")
+        key = f"{architecture}.block_count"
         if key in spans and spans[key].type not in INTEGERS:
-            self._wrong_type(key, spans[key], "an integer")
+            self._wrong_type(metadata, key, "an integer")
         for key, elements in _ARRAY_TYPES.items():
             if key in spans and spans[key].element not in elements:
                 names = " or ".join(sorted(element.name for element in elements))
-                self._wrong_type(key, spans[key], f"an array of {names}")
+                self._wrong_type(metadata, key, f"an array of {names}")
         n_vocab = spans[_TOKENS].length if _TOKENS in spans else 0
         for key in _PER_TOKEN:
             n = spans[key].length if key in spans else n_vocab
             if n < n_vocab:
                 self.fail(f"{key} has {n} elements for {n_vocab} tokens: readers run past its end")
 
-    def _wrong_type(self, key: str, span: PairSpan, wanted: str) -> NoReturn:
-        found = span.type.name if span.element is None else f"an array of {span.element.name}"
-        self.fail(f"metadata key {key!r} is {found}, it must be {wanted}")
+    def _wrong_type(self, metadata: Metadata, key: str, wanted: str) -> NoReturn:
+        self.fail(f"metadata key {key!r} is {metadata.kind(key)}, it must be {wanted}")
 
     def _tensor_entries(self, n_tensors: int) -> list[_Entry]:
         """Of every tensor, as the file lists them."""

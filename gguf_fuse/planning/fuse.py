@@ -15,7 +15,7 @@ from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import F32, blocked, is_known, type_name
 from gguf_fuse.format.values import ValueType
-from gguf_fuse.models.keys import integer
+from gguf_fuse.models.keys import integer, string
 from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
@@ -30,8 +30,8 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
         return architecture(name)
     modality = "audio" if layer.startswith("a.") else "vision"
     keys = ("clip.projector_type", f"clip.{modality}.projector_type")
-    found = [header.metadata[key] for key in keys if header.metadata.get(key)]
-    return projector(str(found[0]) if found else "no projector type", modality)
+    found = [name for key in keys if (name := string(header, key))]
+    return projector(found[0] if found else "no projector type", modality)
 
 
 def examine(

@@ -347,6 +347,11 @@ def architecture_is_a_number() -> Content:
     return valid().key("general.architecture", UINT32, 1)
 
 
+@evil("general.architecture", "1000 characters", "at most 256")
+def architecture_of_1000_characters() -> Content:
+    return valid().key("general.architecture", STRING, "x" * 1000)
+
+
 @evil("'general.architecture'", "array of STRING", "must be STRING")
 def architecture_is_an_array() -> Content:
     return valid().key("general.architecture", ARRAY, Array(STRING, ["llama"]))
