@@ -139,6 +139,17 @@ def test_alignment_of_16_mb_takes_no_memory(run: Run, tmp_path: Path) -> None:
     assert_cheap(outcome)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_name_that_json_does_not_have(value: float, run: Run, tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for pair in ((FLOAT32, value), (ARRAY, Array(FLOAT32, [value, 1.0]))):
+        path = save(valid().key("general.name", *pair), tmp_path / "in.gguf")
+        said = json.loads(run("inspect", path, "--json").out, parse_constant=refuse)
+        assert said["name"] in (None, [None, 1.0])
+
+
 @pytest.mark.parametrize("value_type", [UINT32, FLOAT32, ARRAY])
 def test_name_of_another_type(value_type: int, run: Run, tmp_path: Path) -> None:
     value = Array(ARRAY, [Array(UINT8, [1])]) if value_type == ARRAY else 7
