@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +61,20 @@ def printer(*, stderr: bool = False) -> Console:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    print(to_json(value))
+
+
+def to_json(value: dict[str, Any]) -> str:
+    """NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_parts(parts: Iterable[RenderableType]) -> None:

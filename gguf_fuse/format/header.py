@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gguf_fuse.format.source import GGUFError, Segment, Source
-from gguf_fuse.format.values import ByteOrder, ValueType, decode, encode_string, struct_prefix
+from gguf_fuse.format.values import (
+    SCALAR_BYTES,
+    SCALARS,
+    ByteOrder,
+    ValueType,
+    decode,
+    encode_string,
+    struct_prefix,
+)
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_PAIRS = 1 << 16  # no real file comes near; bounds what a damaged one can cost
 MAX_DECODED_BYTES = 1 << 23  # of one value that somebody asks for
+MAX_DECODED_ELEMENTS = 1 << 20  # of an array; as Python's numbers they take 36 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +78,29 @@ class Metadata(Mapping[str, Any]):
         self._byte_order = byte_order
 
     def __getitem__(self, key: str) -> Any:
-        """The value. Raises GGUFError if it takes more than MAX_DECODED_BYTES."""
+        """The value. Raises GGUFError if it is larger than MAX_DECODED_BYTES or _ELEMENTS allow."""
         span = self.spans[key]
+        if span.length > MAX_DECODED_ELEMENTS:
+            raise GGUFError(
+                f"{self._source.path}: metadata key {key!r} has {span.length} elements, too many "
+                f"to look at (the limit is {MAX_DECODED_ELEMENTS})"
+            )
         return decode(self._bytes(key, span.value), span.type, struct_prefix(self._byte_order))[0]
+
+    def of_layer(self, key: str, layer: int) -> Any:
+        """One value for all layers, or of an array of numbers this layer's; None behind its end.
+
+        Raises GGUFError as looking up the value does.
+        """
+        span = self.spans[key]
+        if span.element not in SCALARS:
+            return self[key]
+        if layer >= span.length:
+            return None
+        size = SCALAR_BYTES[span.element]
+        at = (layer - span.length) * size  # from the end
+        data = span.raw or self._source.read(span.end + at, size)
+        return decode(data, span.element, struct_prefix(self._byte_order), at % len(data))[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spans)
@@ -90,6 +119,11 @@ class Metadata(Mapping[str, Any]):
     @property
     def n_bytes(self) -> int:
         return sum(span.end - span.start for span in self.spans.values())
+
+    def kind(self, key: str) -> str:
+        """The type of a value, as messages name it."""
+        span = self.spans[key]
+        return span.type.name if span.element is None else f"an array of {span.element.name}"
 
     def segment(self, key: str) -> Segment:
         """Where the pair lies in the file: key, value type and value."""
@@ -118,8 +152,9 @@ class Metadata(Mapping[str, Any]):
 class Header:
     """Everything before the tensor data, checked against the size of the file.
 
-    path: the file that was asked for, as messages name it. data_start: bytes from the start of the
-    file. shards: of a model in several files, their headers in order.
+    path: the file that was asked for, as messages name it. end: where the tensor list ends;
+    data_start: the same, padded; both in bytes from the start of the file. shards: of a model in
+    several files, their headers in order.
     """
 
     path: str
@@ -129,6 +164,7 @@ class Header:
     alignment: int
     metadata: Metadata
     tensors: tuple[TensorInfo, ...]
+    end: int
     data_start: int
     shards: tuple[Header, ...] = ()
 
@@ -149,22 +185,6 @@ class Header:
     def is_model(self) -> bool:
         """No LoRA adapter and no importance matrix."""
         return self.metadata.get("general.type") not in ("adapter", "imatrix")
-
-    @property
-    def is_canonical(self) -> bool:
-        """Laid out as llama.cpp and gguf-py write: tensors as they are listed, nothing after.
-
-        Only such a file comes back bit for bit; of others all values do. What lies in the padding
-        between tensors is not looked at.
-        """
-        return all(file._is_canonical_file for file in self.files)
-
-    @property
-    def _is_canonical_file(self) -> bool:
-        offsets = [tensor.offset for tensor in self.tensors]
-        ends = [align(tensor.offset + tensor.n_bytes, self.alignment) for tensor in self.tensors]
-        length = self.source.n_bytes - self.data_start
-        return [*offsets, length] == [0, *ends]
 
     @property
     def files(self) -> tuple[Header, ...]:

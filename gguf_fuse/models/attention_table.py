@@ -70,12 +70,9 @@ class WindowRule:
         if not self.size(keys):
             return False
         key = "attention.sliding_window_pattern"
-        value = None if self.pattern == 0 else keys.raw(key)
-        if isinstance(value, list):
-            return keys.index < len(value) and bool(value[keys.index])
-        pattern = self.pattern if value is None else int(value)
-        if pattern is None:
-            keys.fail_missing(key)
+        if self.pattern != 0 and keys.is_array(key):
+            return keys.mark(key)
+        pattern = 0 if self.pattern == 0 else keys.integer(key, self.pattern)
         if pattern == 0:
             return True
         place = keys.index % pattern

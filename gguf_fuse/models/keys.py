@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+import math
+from typing import Any, Literal, NoReturn, TypeVar
 
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.values import INTEGERS
 
+_Number = TypeVar("_Number", int, float)
 
-def value_of_layer(value: Any, layer: int) -> Any:
-    """One value for all layers, or an array with one for each; None where it ends before."""
-    if isinstance(value, list):
-        return value[layer] if layer < len(value) else None
-    return value
+MOST = 2**32 - 1  # of a count: what UINT32 holds
+MOST_CHARACTERS = 256  # of a name: it is looked at for every layer
 
 
 def integer(header: Header, key: str, layer: int) -> int | None:
-    """An integer as it counts for a layer; None where there is none, or something else."""
-    value = value_of_layer(header.metadata.get(key), layer)
-    return value if type(value) is int else None
+    """A count as it is for a layer; None where there is none.
+
+    Raises GGUFError for what is no integer, or not 0 to MOST.
+    """
+    value: int | None = _value(header, key, layer, (int,), "an integer")
+    if value is not None and not 0 <= value <= MOST:
+        _fail(header, f"metadata key {key!r} is {value}, it must be 0 to {MOST}")
+    return value
+
+
+def string(header: Header, key: str) -> str | None:
+    """A name; None where there is none. Raises GGUFError for what is no string, or too long."""
+    value: str | None = _value(header, key, 0, (str,), "a string")
+    if value is not None and len(value) > MOST_CHARACTERS:
+        _fail(header, f"metadata key {key!r} is longer than {MOST_CHARACTERS} characters")
+    return value
+
+
+def _value(header: Header, key: str, layer: int, types: tuple[type, ...], wanted: str) -> Any:
+    metadata = header.metadata
+    value = metadata.of_layer(key, layer) if key in metadata else None
+    if value is not None and type(value) not in types:
+        _wrong_type(header, key, wanted)
+    return value
+
+
+def _wrong_type(header: Header, key: str, wanted: str) -> NoReturn:
+    _fail(header, f"metadata key {key!r} is {header.metadata.kind(key)}, it must be {wanted}")
+
+
+def _fail(header: Header, problem: str) -> NoReturn:
+    raise GGUFError(f"{header.path}: {problem}")
 
 
 class Keys:
@@ -29,31 +58,51 @@ class Keys:
         self.index = index
         self.prefix = f"{header.architecture}."
 
+    def is_array(self, key: str) -> bool:
+        spans = self.header.metadata.spans
+        return self.prefix + key in spans and spans[self.prefix + key].element is not None
+
     def raw(self, key: str) -> Any:
         return self.header.metadata.get(self.prefix + key)
 
-    def number(self, key: str, default: float | None = None, index: int | None = None) -> float:
-        """The value for layer `index`, or this layer's.
+    def number(self, key: str, default: float | None = None) -> float:
+        """The value for this layer.
 
-        Raises GGUFError for what is no number, or missing without a default.
+        Raises GGUFError for what is no finite number, or missing without a default.
         """
-        raw = self.raw(key)
-        if raw is None:
-            if default is None:
-                self.fail_missing(key)
-            return default
-        value = value_of_layer(raw, self.index if index is None else index)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            found = "nothing for this layer" if value is None else value
-            self.fail(f"metadata key {self.prefix + key!r}: a number is expected, not {found!r}")
-        return value
+        value: float | None = _value(
+            self.header, self.prefix + key, self.index, (int, float), "a number"
+        )
+        if value is not None and not math.isfinite(value):
+            self.fail(f"metadata key {self.prefix + key!r} is {value}, it must be finite")
+        return self._found(key, value, default)
 
     def integer(self, key: str, default: int | None = None, index: int | None = None) -> int:
-        return int(self.number(key, default, index))
+        """A count for layer `index`, or this layer's. Raises as the function, or if missing."""
+        layer = self.index if index is None else index
+        return self._found(key, integer(self.header, self.prefix + key, layer), default)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.raw(key)
+        """Raises GGUFError for what is no BOOL."""
+        value = _value(self.header, self.prefix + key, self.index, (bool,), "BOOL")
         return default if value is None else bool(value)
+
+    def mark(self, key: str) -> bool:
+        """Of an array with a BOOL or an integer for each layer; False behind its end."""
+        types = (bool, int)
+        return bool(_value(self.header, self.prefix + key, self.index, types, "BOOLs or integers"))
+
+    def string(self, key: str) -> str | None:
+        return string(self.header, self.prefix + key)
+
+    def _found(self, key: str, value: _Number | None, default: _Number | None) -> _Number:
+        if value is not None:
+            return value
+        if self.prefix + key in self.header.metadata:
+            self.fail(f"metadata key {self.prefix + key!r} has nothing for layer {self.index}")
+        if default is None:
+            self.fail_missing(key)
+        return default
 
     def fail(self, problem: str) -> NoReturn:
         raise GGUFError(f"{self.header.path}: {problem}")
@@ -97,5 +146,10 @@ class Keys:
 
     @property
     def rope_sections(self) -> tuple[int, ...]:
-        value = self.raw("rope.dimension_sections")
-        return (*value, 0, 0, 0, 0)[:4] if isinstance(value, list) else (0, 0, 0, 0)
+        """Four, as llama.cpp has them. Raises GGUFError for what is no array of integers."""
+        key = f"{self.prefix}rope.dimension_sections"
+        if key not in self.header.metadata:
+            return (0, 0, 0, 0)
+        if self.header.metadata.spans[key].element not in INTEGERS:
+            _wrong_type(self.header, key, "an array of integers")
+        return tuple(integer(self.header, key, at) or 0 for at in range(4))

@@ -59,10 +59,9 @@ def read_spec(header: Header, name: str) -> AttentionSpec:
     Raises NotModelled where the table has no such attention, GGUFError where a key is missing or
     of the wrong type.
     """
-    rules, keys = _rules_of(header, name)
     try:
-        return _spec(rules, keys, name)
-    except (ValueError, TypeError, ArithmeticError) as error:
+        return _spec(*_rules_of(header, name), name)
+    except (ValueError, ArithmeticError) as error:
         # Numbers that no model has: no heads, an odd rotation, a negative length.
         raise GGUFError(f"{header.path}: {name}: the metadata of attention: {error}") from error
 
@@ -119,8 +118,8 @@ def _require_uniform(rules: Rules, keys: Keys) -> None:
     differing = []
     if not rules.by_layer:
         for key in ("attention.head_count", "attention.head_count_kv"):
-            value = keys.raw(key)
-            if isinstance(value, list) and len(set(value)) > 1:
+            keys.integer(key, 0)  # of the right type
+            if keys.is_array(key) and len(set(keys.raw(key))) > 1:
                 differing.append(key)
     if not rules.windowed_lengths:
         lengths = {
@@ -129,7 +128,7 @@ def _require_uniform(rules: Rules, keys: Keys) -> None:
             "rope.dimension_count": keys.n_rot(),
         }
         for key, full in lengths.items():
-            if keys.raw(f"{key}_swa") not in (None, full):
+            if keys.integer(f"{key}_swa", full) != full:
                 differing.append(f"{key}_swa")
     if differing:
         raise NotModelled(
@@ -141,7 +140,7 @@ def _require_uniform(rules: Rules, keys: Keys) -> None:
 def _rope(rules: Rules, keys: Keys, window: WindowRule | None) -> Rope:
     """window: of this layer. llama_model_base::load_hparams, then llama_context's constructor."""
     assert rules.layout != "none"
-    scaling = str(keys.raw("rope.scaling.type") or "linear")
+    scaling = keys.string("rope.scaling.type") or "linear"
     if scaling not in ("none", "linear", "yarn", "longrope"):
         keys.fail(f"metadata key '{keys.prefix}rope.scaling.type' is {scaling!r}")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))

@@ -69,7 +69,7 @@ def three_bytes() -> Content:
     return b"GGU"
 
 
-@evil("not a GGUF file", "PK")
+@evil("not a GGUF file", "zip", "convert_hf_to_gguf.py")
 def a_zip_file() -> Content:
     return b"PK\3\4" + bytes(100)
 
@@ -302,6 +302,11 @@ def alignment_2_30() -> Content:
     return valid().key("general.alignment", UINT32, 2**30)
 
 
+@evil("general.alignment", str(2**28), f"at most {2**24}")
+def alignment_of_256_mb_in_a_file_as_long() -> Content:
+    return head_of(valid().key("general.alignment", UINT32, 2**28), 2**29)
+
+
 @evil("general.alignment", str(2**31))
 def alignment_2_31() -> Content:
     return valid().key("general.alignment", UINT32, 2**31)
@@ -340,6 +345,11 @@ def block_count_is_an_array() -> Content:
 @evil("'general.architecture'", "UINT32", "STRING")
 def architecture_is_a_number() -> Content:
     return valid().key("general.architecture", UINT32, 1)
+
+
+@evil("general.architecture", "1000 characters", "at most 256")
+def architecture_of_1000_characters() -> Content:
+    return valid().key("general.architecture", STRING, "x" * 1000)
 
 
 @evil("'general.architecture'", "array of STRING", "must be STRING")
@@ -430,16 +440,6 @@ def five_dimensions() -> Content:  # ggml#709
 @evil(repr(Q), str(2**32 - 1))
 def dimension_count_all_ones() -> Content:
     return valid().tensor(Q, n_dims=2**32 - 1)
-
-
-@evil(repr(Q), "dimension of 0", "[32, 0]")
-def dimension_0() -> Content:  # L18586, ggml#1517
-    return valid().tensor(Q, ne=(32, 0))
-
-
-@evil(repr(Q), "[0]")
-def dimension_0_of_an_unknown_type() -> Content:
-    return valid().tensor(Q, ne=(0,), type=999)
 
 
 @evil(repr(Q), "truncated")
@@ -545,9 +545,14 @@ def key_with_terminal_escapes() -> Content:
     return valid().key(EVIL_NAME, 13, b"")
 
 
-@evil("dimensions")
+@evil("tensor 2 of 10", "60000 bytes", "at most 63")
 def tensor_name_of_60000_bytes() -> Content:
-    return valid().tensor(Q, name="blk." * 15000, n_dims=5)
+    return valid().tensor(Q, name="blk." * 15000)
+
+
+@evil("tensor 2 of 10", "64 bytes", "at most 63")
+def tensor_name_of_64_bytes() -> Content:
+    return valid().tensor(Q, name="x" * 64)
 
 
 @evil("13")

@@ -19,7 +19,7 @@ from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import encode_pair
 from tests import pack
 from tests.conftest import fused_copy, unfused_copy
-from tests.pack import ARRAY, STRING, UINT8, UINT32, Array, Tensor, valid
+from tests.pack import ARRAY, INT, LONG, STRING, UINT8, UINT32, Array, Tensor, valid
 
 Model = Callable[..., Path]
 
@@ -171,6 +171,33 @@ def test_a_vocabulary_is_walked_through_a_small_window(
         assert header.data_start == expected.data_start
         segments = [header.metadata.segment(key) for key in header.metadata]
         assert segments == [expected.metadata.segment(key) for key in expected.metadata]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [3, 2000], ids=["kept", "read when it is asked for"])
+def test_of_an_array_the_value_of_a_layer(tmp_path: Path, order: Literal["<", ">"], n: int) -> None:
+    file = valid().key("test.each", ARRAY, Array(UINT32, range(70_000, 70_000 + n)))
+    file.key("test.bits", ARRAY, Array(pack.BOOL, [True, False])).key("test.one", UINT32, 7)
+    file.order = order
+    path = tmp_path / "in.gguf"
+    path.write_bytes(file.pack())
+    metadata = read_header(path).metadata
+    each = [metadata.of_layer("test.each", layer) for layer in (0, 2, n - 1, n)]
+    assert each == [70_000, 70_002, 70_000 + n - 1, None]
+    assert [metadata.of_layer("test.bits", layer) for layer in range(3)] == [True, False, None]
+    assert metadata.of_layer("test.one", 5) == 7
+    assert metadata.of_layer("tokenizer.ggml.tokens", 0) == metadata["tokenizer.ggml.tokens"]
+
+
+def test_an_array_of_too_many_elements_to_decode(tmp_path: Path) -> None:
+    path = tmp_path / "in.gguf"
+    n = header_module.MAX_DECODED_ELEMENTS + 1
+    value = INT.pack(UINT8) + LONG.pack(n) + bytes(n)
+    path.write_bytes(valid().key("test.long", ARRAY, value).pack())
+    metadata = read_header(path).metadata
+    with pytest.raises(GGUFError, match=rf"'test\.long' has {n} elements, too many"):
+        metadata["test.long"]
+    assert metadata.of_layer("test.long", 5) == 0
 
 
 def test_a_value_too_large_to_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

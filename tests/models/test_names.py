@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-
 from gguf_fuse.format.header import TensorInfo
-from gguf_fuse.models.keys import value_of_layer
 from gguf_fuse.models.names import attention_layers, layer_order, layers_with_weights, other_layers
 
 
@@ -34,8 +29,3 @@ def test_which_layers_have_attention() -> None:
     assert attention_layers(tensors) == ["blk.0", "blk.2", "blk.10"]
     assert other_layers(tensors) == ["blk.1", "blk.3", "blk.4"]
     assert layers_with_weights(tensors, ["ffn_up"]) == ["blk.4"]
-
-
-@pytest.mark.parametrize(("value", "expected"), [(7, 7), ([1, 2], 2), ([1], None), (None, None)])
-def test_the_value_of_a_layer(value: Any, expected: int | None) -> None:
-    assert value_of_layer(value, 1) == expected

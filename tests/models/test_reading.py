@@ -199,7 +199,12 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     ("architecture", "keys", "error", "reason"),
     [
         ("llama", {"attention.head_count": None}, GGUFError, "head_count' is missing"),
-        ("llama", {"embedding_length": "64"}, GGUFError, "a number is expected"),
+        (
+            "llama",
+            {"embedding_length": "64"},
+            GGUFError,
+            "STRING, it must be an integer$",
+        ),
         ("llama", {"attention.head_count_kv": 4}, GGUFError, r"\(64, 32, 32\) rows, the metadata"),
         ("llama", {"attention.head_count_kv": 3}, GGUFError, "4 heads cannot share 3"),
         (
@@ -209,10 +214,26 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
             "head_count_kv: unequal layers",
         ),
         ("llama", {"attention.head_count": 0}, NotModelled, "no attention heads"),
-        ("llama", {"attention.key_length": -16}, GGUFError, "metadata of attention"),
+        ("llama", {"attention.key_length": -16}, GGUFError, "key_length' is -16, it must be 0 to"),
+        ("llama", {"attention.head_count": [4]}, GGUFError, "head_count' has nothing for layer 1"),
+        ("llama", {"attention.head_count": True}, GGUFError, "head_count' is BOOL, it must be an"),
+        ("llama", {"rope.freq_base": float("nan")}, GGUFError, "freq_base' is nan, it must be fin"),
+        ("granite", {"rope.scaling.finetuned": 1}, GGUFError, "finetuned' is .*, it must be BOOL"),
+        (
+            "qwen35",
+            {"rope.dimension_sections": [2.0, 1.0, 1.0, 0.0]},
+            GGUFError,
+            "sections' is an array of FLOAT32, it must be an array of integers",
+        ),
         ("llama", {"rope.dimension_count": 15}, GGUFError, "n_rot: expected an even number"),
         ("llama", {"embedding_length": 32}, GGUFError, r"attn_q.weight has shape \(64, 64\)"),
-        ("gemma3", {"attention.sliding_window_pattern": "x"}, GGUFError, "metadata of attention"),
+        ("gemma3", {"attention.sliding_window_pattern": "x"}, GGUFError, "pattern' is STRING, it"),
+        (
+            "gemma3",
+            {"attention.sliding_window_pattern": ["x"]},
+            GGUFError,
+            "is an array of STRING",
+        ),
         (
             "mimo2",
             {"attention.sliding_window_pattern": None},
