@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.types import is_known, type_name
 
 # What can be fused: the fused name, the parts, and how many dimensions of a weight stand behind
 # its rows: the experts'.
@@ -35,18 +36,22 @@ class FusedTensor:
     @property
     def ne(self) -> tuple[int, ...]:
         first = self.parts[0].ne
-        at = len(first) - 1 - self.n_outer
+        at = self._at
         return first if self.shared else (*first[:at], sum(self.rows), *first[at + 1 :])
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple((1, 1, *part.ne)[-1 - self.n_outer] for part in self.parts)
+        return tuple((*part.ne, 1, 1)[self._at] for part in self.parts)
 
     @property
     def n_experts(self) -> int:
         """How many times the parts take turns; 1 where there are no experts."""
-        first = self.parts[0].ne
-        return 1 if self.shared else math.prod(first[len(first) - self.n_outer :])
+        return 1 if self.shared else math.prod(self.parts[0].ne[self._at + 1 :])
+
+    @property
+    def _at(self) -> int:
+        """The dimension of the rows; a bias has no row length before it."""
+        return int(self.name.endswith(".weight"))
 
 
 def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list[str]]:
@@ -76,11 +81,30 @@ def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list
 
 
 def _shape_problem(made: FusedTensor) -> str | None:
-    """Why experts cannot be compared one by one."""
-    n_dims = {len(part.ne) for part in made.parts}
-    wanted = made.n_outer + 1 + made.name.endswith(".weight")  # a bias has no row length
-    if not made.shared and made.n_outer and n_dims != {wanted}:
-        return f"{made.name}: is fused, but the original's parts have no experts"
+    """Why parts cannot be compared with their rows in the fused tensor."""
+    # Without a row length before the rows of a bias. Trailing ones are no dimensions in ggml.
+    wanted = made.n_outer + 1 + made.name.endswith(".weight")
+    at = made._at
+    for part in () if made.shared else made.parts:
+        if made.n_outer and len(part.ne) != wanted:
+            return f"{made.name}: is fused, but the original's parts have no experts"
+        if not part.ne or any(n != 1 for n in part.ne[wanted:]):
+            dimensions = "one dimension" if wanted == 1 else f"{wanted} dimensions"
+            return f"{made.name}: is fused, but {part.name} is {list(part.ne)}, not of {dimensions}"
+        if not is_known(part.type):
+            return f"{made.name}: is fused, but the rows of {type_name(part.type)} are not known"
+    first, *others = made.parts
+    for part in others:
+        alike = (
+            first.ne
+            if made.shared
+            else (*first.ne[:at], *part.ne[at : at + 1], *first.ne[at + 1 :])
+        )
+        if part.ne != alike:
+            return (
+                f"{made.name}: is fused, but {part.name} is {list(part.ne)} beside "
+                f"{list(first.ne)} of {first.name}"
+            )
     if made.n_experts > MAX_EXPERTS:
         return f"{made.name}: {made.n_experts} experts; at most {MAX_EXPERTS} can be compared"
     return None

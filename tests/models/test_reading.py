@@ -18,8 +18,8 @@ from gguf_fuse.attention.projections import Linear
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models import layer
-from gguf_fuse.models.attention_table import NotModelled
 from gguf_fuse.models.dequantize import read_values
+from gguf_fuse.models.keys import NotModelled
 from gguf_fuse.models.layer import AttentionLayer
 from gguf_fuse.planning.unfuse import attention_rows
 from tests.attention.cases import join_heads
