@@ -149,7 +149,7 @@ def test_each_way_is_timed_under_its_own_name(
             calls.clear()
             way()
             taken[name] = calls[0]
-        return dict.fromkeys(ways, 1.0)
+        return {name: [1.0] for name in ways}
 
     monkeypatch.setattr(trial, "interleaved", time_nothing)
     with threadpoolctl.threadpool_limits(3, user_api="blas"):
