@@ -88,7 +88,7 @@ def _parts(layer: Bench, projection: list[Row], decode: list[Row]) -> Iterator[T
     yield text(projection_verdict(projection))
     yield text()
     yield from _lines(_decode_columns(), layer.decode(), decode)
-    yield text("of reading: the speed of split, where 100% is K and V merely read once")
+    yield text("vs expand, of reading: the speed of split; 100% is K and V merely read once")
     readings = [row.spread("stream") for row in decode]
     if any(reading.few for reading in readings):
         yield text("±?: too few rounds fitted into the time to tell anything", "yellow")
@@ -123,23 +123,23 @@ def _projection_columns() -> list[_Column]:
     return [
         _Column("n_tokens", 8, lambda row: str(row.size)),
         *(_Column(way, 10, functools.partial(_spread, way)) for way in _PROJECTION),
-        _Column("gain", 24, lambda row: gained(row.gain(*_PROJECTION))),
+        _Column("gain", 24, _percent),
         _Column("fused is", 18, lambda row: row.gain(*_PROJECTION).word),
     ]
 
 
 def _decode_columns() -> list[_Column]:
-    n_kv = _Column("n_kv", 6, lambda row: str(row.size))
+    n_kv = _Column("n_kv", 5, lambda row: str(row.size))
     of_reading = _Column("of reading", 10, _of_reading)
     if console.printer().width < _WIDE:
         ways = ("expand", 6), ("split", 5)
         medians = [_Column(way, width, functools.partial(_median, way)) for way, width in ways]
         return [n_kv, *medians, of_reading]
     spreads = [
-        _Column("K, V read" if way == "stream" else way, 10, functools.partial(_spread, way))
+        _Column("K, V read" if way == "stream" else way, 11, functools.partial(_spread, way))
         for way in _DECODE
     ]
-    return [n_kv, *spreads, _Column("expand/split", 12, _times_as_fast), of_reading]
+    return [n_kv, *spreads, _Column("vs expand", 9, _times_as_fast), of_reading]
 
 
 def _median(way: str, row: Row) -> str:
@@ -160,6 +160,10 @@ def _of_reading(row: Row) -> str:
 def _times_as_fast(row: Row) -> str:
     gain = row.gain("expand", "split")
     return f"{gain.ratio:.1f} x" if gain.seen else _NONE_SEEN
+
+
+def _percent(row: Row) -> str:
+    return "?" if row.spread("fused").few else gained(row.gain(*_PROJECTION))
 
 
 def _short(gain: Gain) -> str:

@@ -41,7 +41,7 @@ class Extent:
 
 
 FULL = Extent((1, 8, 64, 512), tuple(512 << doubling for doubling in range(8)), 11, 40)
-QUICK = Extent((1, 64), (512, 4096, 32768), 3, 12)
+QUICK = Extent((1, 64), (512, 4096, 16384), 3, 12)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> N
     layer = Wide("default shape", Shape(), 2, MOMENT, left_out=())
     shown = show(monkeypatch, layer).stdout.splitlines()
     assert max(map(len, shown)) <= columns
-    (line,) = (line.split() for line in shown if line.startswith(" 65536"))
+    (line,) = (line.split() for line in shown if line.startswith("65536"))
     wide = "65536 1234 ±0% 123 ±0% 12.3 ±0% 9.1 ±0% 100.3 x 74%".split()
     assert line == (wide if columns >= 80 else ["65536", "1234", "12.3", "74%"])
 
@@ -79,9 +79,9 @@ def test_each_row_is_shown_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> N
         fields = ("default shape", Shape(), 2, Extent((1, 8), (512, 1024), 0, 0), ())
         app(["bench"], standalone_mode=False)
     os.close(reader)
-    assert "\n   512 " in seen[0]
-    assert "\n  1024 " not in seen[0]
-    assert seen[1].startswith("  1024 ")
+    assert "\n  512 " in seen[0]
+    assert "\n 1024 " not in seen[0]
+    assert seen[1].startswith(" 1024 ")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_noise_is_not_told_as_fact(
 
     layer = Noisy("default shape", Shape(), 2, Extent((1, 8), (512,), 0, 0), ())
     shown = show(monkeypatch, layer).stdout
-    (line,) = (line.split() for line in shown.splitlines() if line.startswith("   512"))
+    (line,) = (line.split() for line in shown.splitlines() if line.startswith("  512"))
     assert line[-len(told) :] == told
     assert ("noisy: reading itself varied" in shown) == (told[-1] == "noisy")
     assert ("±?" in shown) == (rounds == 4)
