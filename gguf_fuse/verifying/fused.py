@@ -48,6 +48,10 @@ class FusedTensor:
         """How many times the parts take turns; 1 where there are no experts."""
         return 1 if self.shared else math.prod(self.parts[0].ne[self._at + 1 :])
 
+    def beside_rows(self, part: TensorInfo) -> tuple[int, ...]:
+        """The dimensions in which all parts must be equal."""
+        return part.ne if self.shared else (*part.ne[: self._at], *part.ne[self._at + 1 :])
+
     @property
     def _at(self) -> int:
         """The dimension of the rows; a bias has no row length before it."""
@@ -82,29 +86,25 @@ def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list
 
 def _shape_problem(made: FusedTensor) -> str | None:
     """Why parts cannot be compared with their rows in the fused tensor."""
-    # Without a row length before the rows of a bias. Trailing ones are no dimensions in ggml.
-    wanted = made.n_outer + 1 + made.name.endswith(".weight")
-    at = made._at
-    for part in () if made.shared else made.parts:
-        if made.n_outer and len(part.ne) != wanted:
-            return f"{made.name}: is fused, but the original's parts have no experts"
-        if not part.ne or any(n != 1 for n in part.ne[wanted:]):
-            dimensions = "one dimension" if wanted == 1 else f"{wanted} dimensions"
-            return f"{made.name}: is fused, but {part.name} is {list(part.ne)}, not of {dimensions}"
-        if not is_known(part.type):
-            return f"{made.name}: is fused, but the rows of {type_name(part.type)} are not known"
-    first, *others = made.parts
-    for part in others:
-        alike = (
-            first.ne
-            if made.shared
-            else (*first.ne[:at], *part.ne[at : at + 1], *first.ne[at + 1 :])
-        )
-        if part.ne != alike:
-            return (
-                f"{made.name}: is fused, but {part.name} is {list(part.ne)} beside "
-                f"{list(first.ne)} of {first.name}"
-            )
+    first = made.parts[0]
+    for part in made.parts:
+        if problem := None if made.shared else _rows_problem(made, part):
+            return f"{made.name}: is fused, but {problem}"
+        if made.beside_rows(part) != made.beside_rows(first):
+            dimensions = f"{list(part.ne)}, {first.name} {list(first.ne)}"
+            return f"{made.name}: is fused, but {part.name} is {dimensions}"
     if made.n_experts > MAX_EXPERTS:
         return f"{made.name}: {made.n_experts} experts; at most {MAX_EXPERTS} can be compared"
+    return None
+
+
+def _rows_problem(made: FusedTensor, part: TensorInfo) -> str | None:
+    # Without a row length before the rows of a bias. Trailing ones are no dimensions in ggml.
+    wanted = made.n_outer + 1 + made.name.endswith(".weight")
+    if made.n_outer and len(part.ne) < wanted:
+        return "the original's parts have no experts"
+    if len(part.ne) < wanted or 0 in part.ne or math.prod(part.ne[wanted:]) != 1:
+        return f"{part.name} is {list(part.ne)}, which has no rows to compare"
+    if not is_known(part.type):
+        return f"the rows of {type_name(part.type)} are not known"
     return None

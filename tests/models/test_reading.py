@@ -222,7 +222,12 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
     [
         ("llama", {"attention.head_count": None}, NotModelled, "head_count' is missing"),
         ("llama", {"embedding_length": "64"}, GGUFError, "a number is expected"),
-        ("llama", {"attention.head_count_kv": 4}, NotModelled, r"\(64, 32, 32\) rows, the metadata"),
+        (
+            "llama",
+            {"attention.head_count_kv": 4},
+            NotModelled,
+            r"\(64, 32, 32\) rows, the metadata",
+        ),
         ("llama", {"attention.head_count_kv": 3}, GGUFError, "4 heads cannot share 3"),
         (
             "llama",
