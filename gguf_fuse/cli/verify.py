@@ -198,9 +198,9 @@ def _computed(report: gguf_fuse.Report) -> list[str]:
     tensors = report.original.tensors
     n_layers = len(attention_layers(tensors)) + len(other_layers(tensors))
     partly = any(layer.note for layer in report.layers)
-    line = "attention PARTLY computed" if partly else "attention computed"
-    line += f" in {len(whole)} of {n_layers} layers"
-    line += f", projections alone in {n_partly}" if n_partly else ""
+    line = "attention computed PARTLY," if partly else "attention computed"
+    line += f" in {len(whole) or 'none'} of {n_layers} layers"
+    line += f" (projections alone in {n_partly})" if n_partly else ""
     checks = [check for layer in report.layers for check in layer.checks.values()]
     if checks:
         worst = max(checks, key=lambda check: check.error)
