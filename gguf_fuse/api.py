@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.choices import OnMismatch, Reflink, require_word
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.layout import refuse_unaccounted
 from gguf_fuse.format.shards import read_model
@@ -74,6 +74,7 @@ def fuse(
 
     Raises GGUFError (Refused and NothingToDo are such); nothing is written then.
     """
+    require_word("on_mismatch", on_mismatch, OnMismatch)
     header = read_model(source)
     refuse_unaccounted(header)
     try:

@@ -101,13 +101,15 @@ def _end(file: Header) -> int:
 def nonzero_padding(header: Header) -> int:
     """How many bytes of padding are not zero, behind the header and between tensors.
 
-    llama.cpp never looks at them, and what is written anew has zeros there. Raises GGUFError where
-    they cannot be read.
+    llama.cpp never looks at them, and what is written anew has zeros there. Those of files that are
+    fetched are not looked at: each would cost a round trip. Raises GGUFError where they cannot be
+    read.
     """
     with opened(header.sources) as files:
         return sum(
             n_bytes - files[file.source].read(start, n_bytes).count(0)
             for file in header.files
+            if file.source.place is None
             for start, n_bytes in _paddings(file)
         )
 

@@ -26,8 +26,6 @@ from gguf_fuse.progress import ignore
 if TYPE_CHECKING:
     from gguf_fuse.fetching.place import Place, Ranges
 
-from gguf_fuse.progress import ignore
-
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
 

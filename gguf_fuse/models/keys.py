@@ -50,6 +50,10 @@ def _fail(header: Header, problem: str) -> NoReturn:
     raise GGUFError(f"{header.path}: {problem}")
 
 
+class NotModelled(GGUFError):
+    """The file is sound, but this attention is not one that `attention_table` describes."""
+
+
 class Keys:
     """The metadata that a layer's attention is read from; keys stand without "<architecture>."."""
 
@@ -68,7 +72,8 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """The value for this layer.
 
-        Raises GGUFError for what is no finite number, or missing without a default.
+        Raises GGUFError for what is no finite number, NotModelled for what is missing without a
+        default.
         """
         value: float | None = _value(
             self.header, self.prefix + key, self.index, (int, float), "a number"
@@ -108,7 +113,7 @@ class Keys:
         raise GGUFError(f"{self.header.path}: {problem}")
 
     def fail_missing(self, key: str) -> NoReturn:
-        self.fail(f"metadata key {self.prefix + key!r} is missing")
+        raise NotModelled(f"{self.header.path}: metadata key {self.prefix + key!r} is missing")
 
     @property
     def n_layer(self) -> int:

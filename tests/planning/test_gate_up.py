@@ -543,6 +543,6 @@ def test_verify_computes_what_it_knows(model: Model, architecture: str) -> None:
     original = model(**experts(architecture))
     fused = fused_copy(original, fusions=BOTH)
     assert verify(original, fused).ok
-    done = gguf_fuse("verify", original, fused)
+    done = gguf_fuse("verify", original, fused, "--verbose")
     assert done.returncode == 0, done.stderr
     assert "of experts" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.numbers import compare_numbers
+from gguf_fuse.verifying.trial import Checks, Trial
 from tests.conftest import fused_copy, gguf_fuse
 from tests.verifying.faults import (
     CHECKS,
@@ -88,23 +91,67 @@ def test_numbers_alone_catch_other_metadata(
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (lose_a_row, "'blk.1.attn_qkv.weight' has 127 rows, not 64, 32, 32"),
-        (record_another_version, "gguf_fuse.version is 99, this release knows 1 and 2"),
-        (
-            record_the_first_layer_alone,
-            "gguf_fuse.tensors does not name 'blk.1.attn_qkv.weight'",
-        ),
-    ],
+    "fault", [lose_a_row, record_another_version, record_the_first_layer_alone, change_a_value]
 )
-def test_a_layer_that_cannot_be_computed_fails(
-    tampered: Callable[..., tuple[Path, Path]], fault: Fault, reason: str
+def test_files_that_differ_in_more_than_data_are_not_computed(
+    tampered: Callable[..., tuple[Path, Path]], fault: Fault
 ) -> None:
     report = check(*tampered(fault))
     assert not report.ok
-    words = f"the fused file's layer cannot be computed: {reason}: the record of the fusion"
-    assert (report.layers[1].problem or "").startswith(words)
+    assert (report.layers, report.timing) == ((), None)
+
+
+def test_a_mistake_of_our_own_is_not_the_fault_of_a_file(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(self: Trial) -> Checks:
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr(Trial, "checks", mistaken)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        check(*pair)
+
+
+# -- files that are not any more what was compared -----------------------------------------------
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(bytes(32))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def replace_it(path: Path) -> None:
+    copy = shutil.copy(path, path.with_name("copy.gguf"))
+    Path(copy).replace(path)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("change", [grow, cut, Path.unlink, replace_it])
+@pytest.mark.parametrize("when", ["before the first layer", "after the last"])
+def test_a_file_that_changes_while_numbers_are_computed(
+    model: Model, which: int, change: Callable[[Path], None], when: str
+) -> None:
+    """The bytes were compared and are equal, but nobody knows what the file is now."""
+    original = model(n_layer=1)
+    files = original, fused_copy(original)
+    stages: list[str] = []
+
+    def on_start(stage: str, total: int) -> None:
+        stages.append(stage)
+        if (stage, when) == ("computing", "before the first layer"):
+            change(files[which])
+
+    def on_progress(n: int) -> None:
+        if (stages[-1], when) == ("computing", "after the last"):
+            change(files[which])
+
+    with pytest.raises(GGUFError, match=re.escape(f"{files[which]}: ")):
+        check(*files, on_start=on_start, on_progress=on_progress)
+    assert stages == ["comparing", "computing"]
 
 
 def scaled(path: Path, part: str, factor: float) -> Path:
@@ -134,7 +181,7 @@ def test_what_float32_cannot_tell_is_not_checked(
     assert set(other.checks) == left
     assert (other.note or "").endswith("not finite, or too large for float32")
     shown = gguf_fuse("verify", original, fused)
-    assert "PARTLY numbers: " in shown.stdout
+    assert "attention computed PARTLY, in 1 of 2 layers" in shown.stdout
     assert shown.stderr == ""
 
 
@@ -144,7 +191,7 @@ def test_a_weight_that_is_not_finite_in_the_fused_file_fails(model: Model, colum
     fused = scaled(fused_copy(original), "attn_qkv", np.nan)
     report = check(original, fused)
     assert [layer.ok for layer in report.layers] == [True, False]
-    shown = gguf_fuse("verify", original, fused, env={**os.environ, "COLUMNS": str(columns)})
+    shown = gguf_fuse("verify", original, fused, "-v", env={**os.environ, "COLUMNS": str(columns)})
     assert shown.returncode == 4
     assert re.search(r"^blk\.1 .* nan .*over$", shown.stdout, re.MULTILINE)
     printed = json.loads(gguf_fuse("verify", original, fused, "--json").stdout)

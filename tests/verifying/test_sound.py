@@ -80,10 +80,15 @@ def test_layers_that_were_skipped_are_computed_as_well(model: Model) -> None:
 def test_equal_and_restored_files_pass(model: Model) -> None:
     original = model(architecture="qwen2")
     restored = unfused_copy(fused_copy(original))
-    for other in (original, restored):
+    for other in (copy_of(original), restored):
         report = check(original, other)
         assert report.ok
         assert report.structure.n_fused == 0
+        assert len(report.layers) == 2
+
+
+def copy_of(path: Path) -> Path:
+    return Path(shutil.copy(path, path.with_name("copy.gguf")))
 
 
 def test_a_type_that_nobody_knows_is_not_computed(model: Model) -> None:
@@ -108,7 +113,7 @@ def test_attention_that_is_not_modelled_is_marked(model: Model) -> None:
         assert set(layer.checks) == {"projection"}
         assert "not modelled" in (layer.note or "")
     printed = gguf_fuse("verify", original, fused).stdout
-    assert "PARTLY numbers" in printed
+    assert "attention computed PARTLY, in none of 2 layers (projections alone in 2)" in printed
     assert "attention not modelled" in printed
 
 
@@ -124,13 +129,14 @@ def test_layers_without_known_attention_are_named(
     model: Model, architecture: str, checks: set[str], others: list[str]
 ) -> None:
     original = model(architecture=architecture, n_layer=4)
-    report = check(original, original)
+    files = original, copy_of(original)
+    report = check(*files)
     assert report.ok
     assert [layer.layer for layer in report.layers if not layer.checks] == others
     for layer in report.layers:
         assert set(layer.checks) == (set() if layer.layer in others else checks)
         assert layer.checks or "no Q, K and V of its own" in (layer.note or "")
-    printed = gguf_fuse("verify", original, original).stdout
+    printed = gguf_fuse("verify", *files, "--verbose").stdout
     n_computed = 4 - len(others)
     assert f"PARTLY numbers: {n_computed} layers computed" in printed
     assert f"{len(others)} not" in printed
@@ -138,7 +144,8 @@ def test_layers_without_known_attention_are_named(
 
 def test_layers_without_known_attention_are_no_matter_where_layers_are_chosen(model: Model) -> None:
     original = model(architecture="qwen35", n_layer=4)
-    (report,) = check(original, original, layers=parse_layers("1")).layers
+    files = original, copy_of(original)
+    (report,) = check(*files, layers=parse_layers("1")).layers
     assert (report.layer, report.note, set(report.checks)) == ("blk.1", None, CHECKS)
-    printed = gguf_fuse("verify", original, original, "--layers", "1").stdout
-    assert "ok numbers: 1 layer computed; " in printed
+    printed = gguf_fuse("verify", *files, "--layers", "1").stdout
+    assert "attention computed in 1 of 4 layers, largest error " in printed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
+from tests import pack
 from tests.conftest import fused_copy
+from tests.edit import bytes_of
 from tests.verifying.faults import (
     QUICK,
     Contents,
@@ -266,6 +271,125 @@ def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
         compare_structure(*headers, options)
 
 
-def test_swapped_files_are_named(pair: tuple[Path, Path]) -> None:
-    found = problems(*reversed(pair))
-    assert found[0] == "the first file is the fused one, the second is not: ORIGINAL comes first"
+# -- the layout that llama.cpp wants -------------------------------------------------------------
+
+
+def packed_pair(tmp_path: Path, change: Callable[[pack.File], object]) -> tuple[Path, Path]:
+    """A model, and its fused file as it should be but for the change."""
+    file = pack.fused(pack.valid())
+    change(file)
+    return pack.save(pack.valid(), tmp_path / "in.gguf"), pack.save(file, tmp_path / "fused.gguf")
+
+
+def test_a_gap_before_a_tensor(tmp_path: Path) -> None:
+    """ggml/src/gguf.cpp: "has offset 9056, expected 8928"."""
+    file = pack.fused(pack.valid())
+    offsets = {tensor.name: tensor.offset for tensor in layout_of(file)}
+    name = "blk.1.attn_output.weight"
+
+    def move(file: pack.File) -> None:
+        later = [tensor.name for tensor in file.tensors]
+        for later_name in later[later.index(name) :]:
+            file.tensor(str(later_name), offset=offsets[str(later_name)] + 64)
+        at = later.index(name) - 1
+        data = file.tensors[at].data + bytes(64)
+        file.tensors[at] = replace(file.tensors[at], data=data)
+
+    at = offsets[name]
+    expected = f"tensor '{name}' has offset {at + 64}, expected {at}"
+    assert problems(*packed_pair(tmp_path, move))[0] == expected
+
+
+def layout_of(file: pack.File) -> tuple[TensorInfo, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        return read_header(pack.save(file, Path(folder) / "file.gguf")).tensors
+
+
+def test_tensors_in_another_order_than_their_data(tmp_path: Path) -> None:
+    """Each one's own bytes are right, and llama.cpp still refuses the file."""
+
+    def exchange(file: pack.File) -> None:
+        (one, other) = (t for t in file.tensors if str(t.name).endswith("attn_output.weight"))
+        offsets = {tensor.name: tensor.offset for tensor in layout_of(file)}
+        file.tensor(str(one.name), offset=offsets[str(other.name)], data=other.data)
+        file.tensor(str(other.name), offset=offsets[str(one.name)], data=one.data)
+
+    original, fused = packed_pair(tmp_path, exchange)
+    assert any("has offset" in problem for problem in problems(original, fused))
+
+
+@pytest.mark.parametrize("more", [b"\0" * 32, b"\1", "twice"])
+def test_bytes_that_belong_to_no_tensor(tmp_path: Path, more: bytes | str) -> None:
+    original, fused = packed_pair(tmp_path, lambda file: None)
+    data = fused.read_bytes()
+    behind = data if isinstance(more, str) else more
+    fused.write_bytes(data + behind)
+    (problem,) = problems(original, fused)
+    assert f"{len(behind)} bytes behind" in problem
+    assert ("a second GGUF file" in problem) == (more == "twice")
+
+
+def test_padding_that_is_not_zero(tmp_path: Path) -> None:
+    original, fused = packed_pair(tmp_path, lambda file: None)
+    header = read_header(fused)
+    last = header.tensors[-1].data
+    with bytes_of(fused) as data:
+        assert not any(data[last.start + last.n_bytes :])
+        data[-1] = 1
+        data[header.end] = 2
+    (problem,) = problems(original, fused)
+    assert problem == "2 bytes of padding between the fused file's tensors are not zero"
+
+
+def test_what_is_wrong_with_the_original_alone_is_a_note(tmp_path: Path) -> None:
+    original, fused = packed_pair(tmp_path, lambda file: None)
+    original.write_bytes(original.read_bytes() + bytes(32))
+    found = compare_structure(read_header(original), read_header(fused), QUICK)
+    assert found.ok
+    (note,) = found.notes
+    assert note.startswith("the original: tensor ")
+    assert "32 bytes behind" in note
+
+
+@pytest.mark.parametrize("ne", [(), (2, 16), (16, 2)])
+def test_biases_that_are_no_rows_cannot_be_fused(tmp_path: Path, ne: tuple[int, ...]) -> None:
+    before = pack.valid(n_layers=1)
+    before.tensors += [pack.tensor(f"blk.0.attn_{part}.bias", ne) for part in "qkv"]
+    after = pack.fused(pack.valid(n_layers=1))
+    after.tensors += [pack.tensor("blk.0.attn_qkv.bias", (64,))]
+    original = pack.save(before, tmp_path / "in.gguf")
+    found = problems(original, pack.save(after, tmp_path / "fused.gguf"))
+    words = f"blk.0.attn_qkv.bias: is fused, but blk.0.attn_q.bias is {list(ne)}, which has no rows"
+    assert any(problem.startswith(words) for problem in found)
+
+
+def test_parts_with_rows_of_another_length_cannot_be_fused(tmp_path: Path) -> None:
+    """As many bytes as it should have, but not row by row."""
+    before = pack.valid(n_layers=1).tensor(pack.V, ne=(16, 32))
+    after = pack.fused(pack.valid(n_layers=1))
+    original = pack.save(before, tmp_path / "in.gguf")
+    found = problems(original, pack.save(after, tmp_path / "fused.gguf"))
+    words = f"{pack.QKV}: is fused, but {pack.V} is [16, 32], {pack.Q} [32, 32]"
+    assert any(problem == words for problem in found)
+
+
+# -- two files that are no pair ------------------------------------------------------------------
+
+
+def test_another_architecture_is_one_line(model: Model) -> None:
+    found = problems(model(), fused_copy(model("other.gguf", architecture="qwen2")))
+    assert found == ["two different models: architecture 'llama', but 'qwen2' in the fused file"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"n_embd": 128}, "tensors differ in name, type or shape; "),
+        ({"seed": 2}, "tensors hold other data; "),
+    ],
+)
+def test_another_model_is_one_line(model: Model, spec: dict[str, Any], words: str) -> None:
+    found = problems(model(), fused_copy(model("other.gguf", **spec)))
+    told = [problem for problem in found if not problem.startswith("metadata ")]
+    assert len(told) == 1
+    assert re.match(rf"two different models: \d+ of \d+ {words}", told[0])

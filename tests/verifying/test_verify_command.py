@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from gguf_fuse.cli import app
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.values import ValueType
 from gguf_fuse.verifying.report import Choice, Report, VerifyOptions
 from tests.conftest import fused_copy, gguf_fuse
 from tests.models.random_model import ModelSpec, spec_of_size, write_random_model
-from tests.verifying.faults import CHECKS, problems, swap_k_and_v
+from tests.verifying.faults import CHECKS, Contents, problems, swap_k_and_v
 
 Model = Callable[..., Path]
 
@@ -29,9 +30,14 @@ def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
     run = gguf_fuse("verify", *pair, "--json")
     assert (run.returncode, run.stderr) == (0, "")
     value = json.loads(run.stdout)
-    assert set(value) == {"ok", "structure", "layers", "timing"}
+    assert set(value) == {
+        *("ok", "original", "fused", "exchanged", "same_file", "structure", "layers", "timing"),
+        *("tensors_in", "tensors_out", "bytes_compared", "layers_fused", "layers_fused_experts"),
+    }
     assert value["ok"] is True
-    assert value["structure"] == {"ok": True, "problems": []}
+    assert (value["original"], value["fused"]) == tuple(map(str, pair))
+    assert (value["tensors_in"] - value["tensors_out"], value["layers_fused"]) == (8, 2)
+    assert value["structure"] == {"ok": True, "problems": [], "notes": []}
     for layer, name in zip(value["layers"], ("blk.0", "blk.1"), strict=True):
         assert set(layer) == {"layer", "ok", "checks"}
         assert (layer["layer"], layer["ok"], set(layer["checks"])) == (name, True, CHECKS)
@@ -41,6 +47,7 @@ def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
     assert {"separate_ms", "fused_ms", "expand_ms", "broadcast_ms", "split_ms"} <= set(
         value["timing"]
     )
+    assert value["timing"]["fused_is"] in ("faster", "slower", "no difference seen")
 
 
 @pytest.mark.parametrize(
@@ -90,20 +97,27 @@ def test_a_fault_ends_with_exit_4(
     if arguments == []:
         assert "blk.1: decode_split: error" in run.stdout
         assert ", limit " in run.stdout
+        assert "Identical" not in run.stdout
     if arguments == ["-q"]:
         assert run.stdout == ""
 
 
 def test_of_many_problems_twenty_are_shown(model: Model) -> None:
-    original, other = model(n_layer=4), fused_copy(model("other.gguf", n_layer=4, seed=2))
+    original = model(n_layer=4)
+    other = fused_copy(original)
+    contents = Contents.of(other)
+    for number in range(23):
+        contents.pair(f"key.{number}", ValueType.UINT32, number)
+    contents.write()
     n_more = len(problems(original, other)) - 20
-    assert n_more > 1
+    assert n_more == 3
     wide = {**os.environ, "COLUMNS": "200"}
     done = gguf_fuse("verify", original, other, "--structure-only", env=wide)
     shown = done.stdout.splitlines()
-    assert shown[0].startswith("FAILED structure: ")
-    assert len(shown) == 22
-    assert shown[-1] == f"  and {n_more} more (--json has all)"
+    assert len(shown) == 21
+    assert shown[0] == "metadata key.0: only in the fused file"
+    assert shown[-1] == "and 3 more (--json has all)"
+    assert done.stderr.endswith(f"only in the fused file (and 22 more); do not use {other}\n")
 
 
 def test_files_that_cannot_be_read_end_with_exit_1(pair: tuple[Path, Path], tmp_path: Path) -> None:
