@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
 from gguf_fuse.machine import COMPUTE_THREADS
 
 if TYPE_CHECKING:
-    from gguf_fuse.verifying.report import Check, LayerReport, Structure, Timing
+    from gguf_fuse.verifying.report import Check, Judgement, LayerReport, Structure, Timing
 
 _MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
 _MOST_PROBLEMS = 20  # more are alike, and JSON has them all
@@ -51,6 +52,15 @@ def verify(
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Compare the bytes, compute nothing.")
     ] = False,
+    llama: Annotated[
+        bool, typer.Option("--llama", help="Run both in llama.cpp, too: are the answers the same?")
+    ] = False,
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            "-ngl", min=0, help="Layers that llama.cpp puts on a GPU.", show_default="all"
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,6 +81,8 @@ def verify(
             threads=threads,
             seed=seed,
             structure_only=structure_only,
+            llama=llama,
+            n_gpu_layers=n_gpu_layers,
             on_start=bar.start,
             on_progress=bar.advance,
         )
@@ -81,6 +93,7 @@ def verify(
         console.print_parts(_parts(report))
     if not report.ok:
         problems = [*report.structure.problems, *_number_problems(report)]
+        problems += [report.llama.problem] if report.llama and report.llama.problem else []
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         console.fail(f"verification failed: {problems[0]}{more}", console.EXIT_NOT_VERIFIED)
 
@@ -95,6 +108,7 @@ def _json(report: gguf_fuse.Report) -> dict[str, Any]:
         "ok": report.ok,
         "structure": {"ok": structure.ok, "problems": list(structure.problems)},
         "layers": [_layer_json(layer) for layer in report.layers],
+        "llama": report.llama and _llama_json(report.llama),
         "timing": times | {"structure_s": round(structure.seconds, 3)},
     }
 
@@ -109,6 +123,11 @@ def _layer_json(layer: LayerReport) -> dict[str, Any]:
     return {"layer": layer.layer, "ok": layer.ok, "checks": checks} | note
 
 
+def _llama_json(llama: Judgement) -> dict[str, Any]:
+    known = llama.difference is not None and math.isfinite(llama.difference)
+    return {"ok": llama.problem is None, **asdict(llama)} | ({} if known else {"difference": None})
+
+
 def _finite(value: float) -> float | None:
     """JSON has no nan."""
     return value if math.isfinite(value) else None
@@ -121,6 +140,8 @@ def _parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
         yield from _number_parts(report)
         if report.timing is not None:
             yield from _timing_lines(report.timing)
+    if report.llama is not None:
+        yield _llama_line(report.llama)
 
 
 def _structure_lines(structure: Structure) -> Iterator[Text]:
@@ -205,6 +226,17 @@ def _number_problems(report: gguf_fuse.Report) -> Iterator[str]:
         for name, check in layer.checks.items():
             if not check.ok:
                 yield f"{layer.layer}: {name}: error {check.error:.2e}, limit {check.limit:.2e}"
+
+
+def _llama_line(llama: Judgement) -> Text:
+    if llama.problem:
+        return _mark(False).append(f" {llama.problem}", "red")
+    if llama.difference == 0:
+        return _mark(True).append(f" llama.cpp on {llama.device}: identical log-probabilities")
+    return _mark(True).append(
+        f" llama.cpp on {llama.device}: log-probabilities differ by up to {llama.difference:.2g}, "
+        f"limit {llama.limit:.2g}: twice what the batch size makes in the original"
+    )
 
 
 def _timing_lines(timing: Timing) -> Iterator[Text]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeAlias
 
 from gguf_fuse.llama.bench import FUSED, OPTIMISED, SEPARATE, BenchTest, Run, Way
-from gguf_fuse.measuring.gain import Gain, gain
+from gguf_fuse.measuring.gain import Gain, gain, spread
 
 Runs: TypeAlias = Mapping[Way, Sequence[Run]]  # round by round; the last round may be incomplete
 
@@ -70,14 +68,18 @@ def _complete(runs: Runs, before: Way, after: Way) -> tuple[Sequence[Run], Seque
 
 
 def compare(before: Sequence[Run], after: Sequence[Run], test: BenchTest) -> Gain:
-    """Of as many rounds of one way as of the other; speeds are compared as times."""
-    times = [[[1 / speed for speed in run.speeds[test]] for run in way] for way in (before, after)]
-    return gain(*times)
+    """Of as many rounds of one way as of the other."""
+    return gain(_times(before, test), _times(after, test))
 
 
 def median(runs: Sequence[Run], test: BenchTest) -> float:
-    """Tokens per second, over all samples of all rounds."""
-    return statistics.median(chain.from_iterable(run.speeds[test] for run in runs))
+    """Tokens per second in the median time, over all samples of all rounds."""
+    return 1 / spread(_times(runs, test)).median
+
+
+def _times(runs: Sequence[Run], test: BenchTest) -> list[list[float]]:
+    """Seconds per token: [n_rounds, n_samples]."""
+    return [[1 / speed for speed in run.speeds[test]] for run in runs]
 
 
 def _tests(runs: Runs) -> list[BenchTest]:

@@ -96,10 +96,10 @@ def speeds(
     """Tokens per second of a prompt of random tokens, or of generation, after `n_depth` tokens."""
     tokens = random.Random(0)
     depth = [tokens.randrange(n_vocab) for _ in range(n_depth)]
-    if depth:
-        _complete(server, depth, True, n_predict=0)
     found = []
     for repetition in range(repetitions):
+        if depth:  # each time: the state of a recurrent layer cannot be taken back
+            _complete(server, depth, True, n_predict=0)
         # Each prompt begins with another token: what the last one left must not be found cached.
         prompt = [(tokens.randrange(n_vocab) + repetition) % n_vocab for _ in range(n_prompt or 1)]
         prompt[0] = repetition % n_vocab
@@ -120,7 +120,7 @@ def _complete(server: Any, tokens: Sequence[int], cached: bool, **settings: Any)
 
 
 def _check_evaluated(answer: Any, n_tokens: int) -> None:
-    """A model whose state cannot be rolled back starts over, and would time something else."""
+    """Else it would be another test: the server starts over where its cache does not help."""
     evaluated = answer["timings"]["prompt_n"]
     if evaluated != n_tokens:
         refuse(f"{evaluated} tokens were evaluated, where {n_tokens} were expected")
@@ -141,14 +141,14 @@ def _device() -> dict[str, str]:
 def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """start: arguments of `parameters`; with tests, those and repetitions of `speeds`."""
     params = parameters(**request["start"])
-    # Copies of old prompts would cost time, and a prompt would be cut where a copy is made.
-    params.cache_ram_mib = params.n_ctx_checkpoints = 0
     if "tests" not in request:
         params.n_ubatch = request["n_ubatch"]
         server = start(params)
         rows = log_probabilities(server, request["tokens"], request["continuation"])
         yield {"rows": [list(row) for row in rows], **_device()}
         return
+    # Copies of old prompts would cost time, and a prompt would be cut where a copy is made.
+    params.cache_ram_mib = params.n_ctx_checkpoints = 0
     server = start(params)
     for test in request["tests"]:
         samples = speeds(server, **test, **request["sampling"])

@@ -29,6 +29,8 @@ class VerifyOptions:
     threads: int = COMPUTE_THREADS
     seed: int = 0
     structure_only: bool = False
+    llama: bool = False  # run both files in llama.cpp, too
+    n_gpu_layers: int | None = None  # of llama.cpp; None is its own choice
     on_start: OnStart = ignore
     on_progress: OnProgress = ignore
 
@@ -85,11 +87,23 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What llama.cpp makes of the two files. difference: the largest of two log-probabilities."""
+
+    device: str
+    problem: str | None
+    difference: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     structure: Structure
     layers: tuple[LayerReport, ...]
     timing: Timing | None
+    llama: Judgement | None = None
 
     @property
     def ok(self) -> bool:
-        return self.structure.ok and all(report.ok for report in self.layers)
+        judged = self.llama is None or self.llama.problem is None
+        return judged and self.structure.ok and all(report.ok for report in self.layers)

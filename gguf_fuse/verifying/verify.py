@@ -8,6 +8,7 @@ from gguf_fuse.format.shards import read_model
 from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.verifying.layers import choose_layers
+from gguf_fuse.verifying.llama import judge
 from gguf_fuse.verifying.numbers import compare_numbers
 from gguf_fuse.verifying.report import LayerReport, Report, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
@@ -19,6 +20,8 @@ def verify(original: Path, fused: Path, options: VerifyOptions | None = None) ->
     Structure is exact and of all layers: a fused tensor is Q, K and V end to end, or the gate and
     up of each expert in turn, and all else is the same. Numbers are those of attention, of some
     layers; see `trial`.
+
+    With options.llama, llama.cpp computes with both, too: see `llama`.
 
     Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have, Refused
     for adapters and importance matrices.
@@ -40,4 +43,5 @@ def verify(original: Path, fused: Path, options: VerifyOptions | None = None) ->
     layers, timing = compare_numbers(before, after, names, options)
     note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
     not_computed = [LayerReport(name, {}, note) for name in others]
-    return Report(structure, (*layers, *not_computed), timing)
+    judged = judge(before, after, options) if options.llama else None
+    return Report(structure, (*layers, *not_computed), timing, judged)
