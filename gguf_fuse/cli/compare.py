@@ -198,8 +198,7 @@ def _parts(result: _Comparison) -> Iterator[RenderableType]:
     titles = [Column("test", no_wrap=True), number("separate"), number("fused"), number("gain")]
     yield console.table([*titles, number("95 % interval"), ""], map(_cells, result.rows))
     yield text()
-    yield text(_how(result))
-    yield from (text(line) for line in _best_lines(result.best))
+    yield from map(text, _remarks(result))
 
 
 def _cells(row: Row) -> list[Text]:
@@ -231,18 +230,25 @@ def _speed(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.1f}" if tokens_per_second < 1000 else f"{tokens_per_second:.0f}"
 
 
-def _how(result: _Comparison) -> str:
+def _remarks(result: _Comparison) -> Iterator[str]:
+    """What stands below the table."""
     done = f"{result.rounds_done} rounds" if result.rounds_done != 1 else "1 round"
-    return (
-        f"tokens per second: medians of {done} in turn, {result.settings.repetitions} samples of "
-        "each process after a first one that is left out"
+    yield (
+        f"Tokens per second: medians of {done} in turn, {result.settings.repetitions} samples of "
+        "each process after a first one that is left out."
     )
+    if any(not row.gain.seen for row in result.rows):
+        yield (
+            "No difference seen: the interval holds 0, or samples of the same file differ by more "
+            "than the gain."
+        )
+    yield from _best_lines(result.best)
 
 
 def _best_lines(found: Sequence[Best]) -> Iterator[str]:
     for one in found:
         equal = f"; no difference seen to {', '.join(map(str, one.equal))}" if one.equal else ""
-        yield f"best at {one.test}: {one.way}, {_speed(one.speed)}{equal}"
+        yield f"Best at {one.test}: {one.way}, {_speed(one.speed)}{equal}."
 
 
 def _markdown(result: _Comparison) -> Iterator[str]:
@@ -256,6 +262,4 @@ def _markdown(result: _Comparison) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     yield from (f"| {' | '.join(_words(row))} |" for row in result.rows)
     yield ""
-    sentence = _how(result)
-    yield f"{sentence[0].upper()}{sentence[1:]}."
-    yield from (f"{line[0].upper()}{line[1:]}." for line in _best_lines(result.best))
+    yield from _remarks(result)

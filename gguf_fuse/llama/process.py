@@ -68,7 +68,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> LoadFailed:
 
 # What the log puts in front of a message: time since the start, and the level.
 _TIMESTAMP = re.compile(r"^[\d.]+ [A-Z] ")
-_ERROR = re.compile(r"^[\d.]+ E |\berror: ")
+_ERROR = re.compile(r"^[\d.]+ E |\berror( loading model)?: ")
 _ASSERTION = re.compile(r"GGML_ASSERT|GGML_ABORT")
 
 

@@ -32,11 +32,16 @@ class Spread:
     high: float
 
     @property
-    def noisy(self) -> bool:
-        return self.n < MIN_SAMPLES or self.high - self.low > NOISY * self.median
+    def width(self) -> float:
+        return self.high - self.low
 
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
+    @property
+    def few(self) -> bool:
+        return self.n < MIN_SAMPLES
+
+    @property
+    def noisy(self) -> bool:
+        return self.few or self.width > NOISY * self.median
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,10 @@ class Gain:
     low: float
     high: float
     word: Word
+
+    @property
+    def seen(self) -> bool:
+        return self.word != "no difference seen"
 
 
 def spread(samples: Samples) -> Spread:
@@ -61,8 +70,8 @@ def gain(before: Samples, after: Samples) -> Gain:
 
     The ratio is that of the medians; its interval is a bootstrap over rounds (both ways keep their
     rounds together, so what slows both tells nothing), and over the samples inside a round. A
-    difference is seen where the interval leaves out 1 and neither median lies in the middle half of
-    the other: busy moments last for many rounds, so the interval alone would be too sure.
+    difference is seen where the interval leaves out 1 and the medians differ by more than the width
+    of either middle half: busy moments last for rounds, so the interval alone would be too sure.
     For speeds instead of times, pass their reciprocals. Raises ValueError unless both ways have
     as many rounds, at least one, with as many samples in each.
     """
@@ -72,7 +81,7 @@ def gain(before: Samples, after: Samples) -> Gain:
     times = times.reshape(*times.shape[:2], -1)  # [2, n_rounds, n_samples]
     old, new = spread(times[0]), spread(times[1])
     low, high = _interval(times)
-    surely = old.n >= MIN_SAMPLES and not (old.holds(new.median) or new.holds(old.median))
+    surely = not old.few and abs(old.median - new.median) > max(old.width, new.width)
     word: Word = "no difference seen"
     if surely and low > 1:
         word = "faster"
