@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -242,13 +242,13 @@ def _remarks(result: _Comparison) -> Iterator[str]:
             "No difference seen: the interval holds 0, or samples of the same file differ by more "
             "than the gain."
         )
-    yield from _best_lines(result.best)
+    if result.best:
+        yield f"Best: {'; '.join(map(_best, result.best))}."
 
 
-def _best_lines(found: Sequence[Best]) -> Iterator[str]:
-    for one in found:
-        equal = f"; no difference seen to {', '.join(map(str, one.equal))}" if one.equal else ""
-        yield f"Best at {one.test}: {one.way}, {_speed(one.speed)}{equal}."
+def _best(one: Best) -> str:
+    equal = f" (no difference seen to {', '.join(map(str, one.equal))})" if one.equal else ""
+    return f"{one.way} at {one.test}{equal}"
 
 
 def _markdown(result: _Comparison) -> Iterator[str]:

@@ -74,7 +74,8 @@ def compared(before: Rows, after: Rows, limit: float, device: str) -> Judgement:
         return Judgement(device, None, largest, limit)
     pairs = enumerate(zip(before, after, strict=True))
     first = next(row for row, pair in pairs if not difference(*pair) <= limit)
-    place = f"after {first} generated tokens" if first else "after the prompt"
+    tokens = "1 generated token" if first == 1 else f"{first} generated tokens"
+    place = f"after {tokens if first else 'the prompt'}"
     problem = (
         f"llama.cpp computes other log-probabilities from the fused file: they differ by up to "
         f"{largest:.2g}, limit {limit:.2g}; first {place}"
