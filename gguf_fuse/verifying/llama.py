@@ -84,9 +84,9 @@ def compared(before: Rows, after: Rows, limit: float, device: str) -> Judgement:
 
 
 def difference(before: Rows, after: Rows) -> float:
-    """The largest; nan where one is not finite in one of them alone."""
-    unequal = before != after
-    return float(np.abs(before - after, where=unequal, out=np.zeros_like(before)).max())
+    """The largest; nan or infinity where one of them alone is no number."""
+    found = np.subtract(before, after, out=np.zeros_like(before), where=before != after)
+    return float(np.abs(found).max())
 
 
 def _ask(

@@ -91,7 +91,7 @@ def test_without_the_wheel_it_says_how_to_get_it(
 
 def test_a_gpu_may_differ_as_much_as_the_limit_says() -> None:
     before = np.log([[0.5, 0.5], [0.25, 0.75]])
-    after = before + [[0.0, 0.0], [0.0, 0.125]]
+    after = before + np.array([[0.0, 0.0], [0.0, 0.125]])
     assert compared(before, after, 0.125, "a GPU").problem is None
     problem = compared(before, after, 0.1, "a GPU").problem
     assert problem is not None
