@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.choices import OnMismatch, Reflink, require_word
 from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.layout import refuse_unaccounted
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.planning import fuse as fusing
@@ -75,7 +76,9 @@ def fuse(
 
     Raises GGUFError (Refused and NothingToDo are such); nothing is written then.
     """
+    require_word("on_mismatch", on_mismatch, OnMismatch)
     header = read_model(source)
+    refuse_unaccounted(header)
     try:
         plan = _fuse_plan(header, base, fusions, any_architecture)
     except NothingToDo as nothing:
@@ -99,6 +102,7 @@ def unfuse(
 ) -> Result:
     """Write `source` with all that is fused separate to `output`; raises as `fuse` does."""
     header = read_model(source)
+    refuse_unaccounted(header)
     plan = _unfuse_plan(header, any_architecture)
     return _carry_out(header, plan, os.fspath(output), options or Options())
 

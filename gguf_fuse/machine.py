@@ -1,7 +1,8 @@
-"""What this machine has to give: threads and memory."""
+"""What this machine is and has to give: processor, threads, memory."""
 
 import contextlib
 import os
+import platform
 from pathlib import Path
 
 # Defaults of the commands; every one of them takes --threads.
@@ -18,3 +19,12 @@ def free_bytes() -> float:
             if line.startswith("MemAvailable:"):
                 return SPARE * 1024 * int(line.split()[1])
     return float("inf")
+
+
+def processor() -> str:
+    """Its name, as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

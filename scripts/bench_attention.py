@@ -1,7 +1,7 @@
 """Compare split-KV decode in numpy with PyTorch's scaled_dot_product_attention, where installed.
 
-Both get the same float32 Q, K and V and as many threads, and take turns; medians count. What is
-also timed is reading K and V once, which nobody can undercut.
+Both get the same float32 Q, K and V and as many threads, and take turns. What is also timed is
+reading K and V once, which nobody can undercut.
 
 Examples:
 
@@ -16,6 +16,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # as the command does, see gguf_fuse/cli
@@ -28,6 +29,7 @@ from gguf_fuse.attention.split import split_attention
 from gguf_fuse.attention.threads import blas_threads
 from gguf_fuse.machine import COMPUTE_THREADS
 from gguf_fuse.measuring.bench import stream
+from gguf_fuse.measuring.gain import gain, spread
 from gguf_fuse.measuring.timing import interleaved
 
 Way = Callable[[], Any]
@@ -70,8 +72,8 @@ def torch_version() -> str | None:
     return str(torch.__version__)
 
 
-def measure(n_kv: int, options: argparse.Namespace) -> dict[str, float | None]:
-    """One row; torch_ms and its largest difference are None where torch is not installed."""
+def measure(n_kv: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One row. Of torch, times and the largest difference are left out where it is missing."""
     random = np.random.default_rng(n_kv)
 
     def draw(*shape: int) -> Floats:
@@ -89,12 +91,16 @@ def measure(n_kv: int, options: argparse.Namespace) -> dict[str, float | None]:
         ways["torch"] = torch
     with blas_threads(options.threads):
         ms = interleaved(ways, options.seconds)
-    difference = None if torch is None else float(np.max(np.abs(split() - np.asarray(torch()))))
-    return {
+    row = {
         "n_kv": n_kv,
-        "split_ms": ms["split"],
-        "torch_ms": ms.get("torch"),
-        "stream_ms": ms["stream"],
+        "rounds": len(ms["split"]),
+        "ms": {way: asdict(spread(ms[way])) for way in ms},
+    }
+    if torch is None:
+        return row
+    difference = float(np.max(np.abs(split() - np.asarray(torch()))))
+    return row | {
+        "split_over_torch": asdict(gain(ms["torch"], ms["split"])),
         "difference": difference,
     }
 
@@ -115,22 +121,33 @@ def torch_way(q: Floats, k: Floats, v: Floats, threads: int) -> Way | None:
     return way
 
 
-def print_table(rows: list[dict[str, float | None]], options: argparse.Namespace) -> None:
+def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(
         f"decode, {options.heads} heads, {options.kv_heads} KV heads, {options.head_dim} wide, "
-        f"{options.threads} threads, torch {torch_version() or 'is not installed'}; ms\n"
+        f"{options.threads} threads, torch {torch_version() or 'is not installed'}; median ms of "
+        "some rounds, ± half of the middle half\n"
     )
-    print(f"{'n_kv':>7} {'split':>9} {'torch':>9} {'K, V read':>9} {'torch/split':>11} difference")
+    print(f"{'n_kv':>7} rounds {'split':>12} {'K, V read':>12} {'torch':>12}  split against torch")
     for row in rows:
-        torch, split = row["torch_ms"], row["split_ms"]
-        assert split is not None
-        cells = ["-", "-", "-"]
-        if torch is not None:
-            cells = [f"{torch:.3f}", f"{torch / split:.2f} x", f"{row['difference']:.1e}"]
-        print(
-            f"{row['n_kv']:>7} {split:>9.3f} {cells[0]:>9} {row['stream_ms']:>9.3f} "
-            f"{cells[1]:>11} {cells[2]:>10}"
-        )
+        cells = " ".join(f"{shown(row['ms'].get(way)):>12}" for way in ("split", "stream", "torch"))
+        print(f"{row['n_kv']:>7} {row['rounds']:>6} {cells}  {against_torch(row)}")
+
+
+def shown(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "-"
+    half = (spread["high"] - spread["low"]) / 2 / spread["median"]
+    return f"{spread['median']:.3f} ±{half:.0%}"
+
+
+def against_torch(row: dict[str, Any]) -> str:
+    if "split_over_torch" not in row:
+        return "-"
+    found = row["split_over_torch"]
+    return (
+        f"{found['ratio']:.2f} x ({found['low']:.2f} to {found['high']:.2f}), {found['word']}; "
+        f"differs by {row['difference']:.1e}"
+    )
 
 
 if __name__ == "__main__":

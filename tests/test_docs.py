@@ -34,8 +34,8 @@ def block(name: str) -> list[str]:
 COMMAND = f"""#!{sys.executable}
 import sys
 if "bench" in sys.argv:
-    from gguf_fuse.measuring import bench, timing
-    bench.N_TOKENS, bench.N_KV, timing.BUDGET_S = bench.N_TOKENS[:1], bench.N_KV[:1], 0.0
+    from gguf_fuse.measuring import bench
+    bench.FULL = bench.Extent(bench.FULL.n_tokens[:1], bench.FULL.n_kv[:1], 0.0, 0.0)
 from gguf_fuse.cli import main
 main()
 """

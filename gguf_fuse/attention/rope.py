@@ -10,6 +10,8 @@ import numpy as np
 
 from .shapes import Doubles, Floats, Ints, expect_shape
 
+_SMALLEST = 1e-30  # of what is divided by, or whose logarithm is taken
+
 
 @dataclass(frozen=True, eq=False)
 class Rope:
@@ -41,8 +43,15 @@ class Rope:
             expect_shape("freq_factors", self.freq_factors, (self.n_rot // 2,))
         if self.ext_factor != 0 and self.n_ctx_orig <= 0:
             raise ValueError(f"n_ctx_orig: expected > 0 for YaRN, got {self.n_ctx_orig}")
-        if self.layout in ("mrope", "imrope") and sum(self.sections) <= 0:
+        if self.layout in ("mrope", "imrope") and (
+            sum(self.sections) <= 0 or min(self.sections) < 0
+        ):
             raise ValueError(f"sections: expected a positive sum, got {self.sections}")
+        for name in ("freq_base", "freq_scale", "beta_fast", "beta_slow"):
+            if not _SMALLEST <= getattr(self, name) <= 1 / _SMALLEST:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.ext_factor != 0 and self.freq_base == 1:
+            raise ValueError("freq_base: expected another number than 1 for YaRN")
 
 
 def context_attn_factor(

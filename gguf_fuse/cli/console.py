@@ -1,5 +1,7 @@
 """What all commands print with: the console, tables, one progress bar, and how a failure ends."""
 
+from __future__ import annotations
+
 import functools
 import json
 import os
@@ -7,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -16,6 +18,9 @@ from rich.text import Text
 
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.plan import NothingToDo
+
+if TYPE_CHECKING:
+    from gguf_fuse.measuring.gain import Gain
 
 EXIT_ERROR = 1
 EXIT_NOTHING_TO_DO = 3
@@ -81,6 +86,12 @@ def text(content: str = "", style: str = "") -> Text:
 def ms(value: float) -> str:
     """Milliseconds, to three digits."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def gained(gain: Gain) -> str:
+    """Percent faster, and the interval of that."""
+    percent = [f"{100 * ratio - 100:+.1f}" for ratio in (gain.ratio, gain.low, gain.high)]
+    return f"{percent[0]}% ({percent[1]} to {percent[2]})"
 
 
 def table(columns: Iterable[Column | str], rows: Iterable[Iterable[RenderableType]]) -> Table:

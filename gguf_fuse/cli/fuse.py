@@ -14,7 +14,7 @@ from rich.text import Text
 import gguf_fuse
 from gguf_fuse.choices import OnMismatch
 from gguf_fuse.cli.console import failing, text
-from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result
+from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.plan import Layer, Plan
@@ -77,12 +77,7 @@ def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
 
 def _notes(result: gguf_fuse.Result) -> Iterator[Text]:
     """What to know of a fused file, and what to run next."""
-    if not result.source.is_canonical:
-        yield text(
-            "unfuse will give back every tensor and key, but not this file bit for bit: it is "
-            "not laid out as llama.cpp writes files",
-            "yellow",
-        )
+    yield from layout_notes(result.source)
     if result.files and result.source.is_model:
         paths = [result.source.path, str(result.files[0])]
         dashes = ["--"] if any(path.startswith("-") for path in paths) else []

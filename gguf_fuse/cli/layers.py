@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.filesize import decimal
@@ -11,8 +11,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import gguf_fuse
-from gguf_fuse.cli.console import number, printer, table
+from gguf_fuse.cli.console import number, printer, table, text
 from gguf_fuse.format.header import Header
+from gguf_fuse.format.layout import is_canonical, nonzero_padding
 from gguf_fuse.planning.fusions import FUSIONS, QKV
 from gguf_fuse.planning.plan import Layer, Plan, Status
 
@@ -78,6 +79,19 @@ def print_result(
     out.print(escape(_result_line(result, verb, dry_run)), highlight=False)
     for note in notes:
         out.print(note, highlight=False, soft_wrap=True)
+
+
+def layout_notes(source: Header) -> Iterator[Text]:
+    """What of this file unfuse will not give back."""
+    if is_canonical(source):
+        return
+    yield text(
+        "unfuse will give back every tensor and key, but not this file bit for bit: it is not laid "
+        "out as llama.cpp writes files",
+        "yellow",
+    )
+    if n_bytes := nonzero_padding(source):
+        yield text(f"{n_bytes} bytes of padding are not zero and will not come back", "yellow")
 
 
 def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:

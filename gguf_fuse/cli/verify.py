@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,21 +17,25 @@ from rich.table import Column
 from rich.text import Text
 
 import gguf_fuse
+from gguf_fuse.choices import MOST_TOKENS
 from gguf_fuse.cli import console
 from gguf_fuse.cli.console import ms, number, text
 from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
 from gguf_fuse.machine import COMPUTE_THREADS
+from gguf_fuse.models.names import attention_layers, other_layers
+from gguf_fuse.planning.fusions import FUSIONS
 
 if TYPE_CHECKING:
     from gguf_fuse.verifying.report import Check, Judgement, LayerReport, Structure, Timing
 
-_MOST = 1 << 24  # tokens, cells or sequences: more is a slip of the keyboard
+_FUSED = tuple(fusion.fused for fusion in FUSIONS)
+
 _MOST_PROBLEMS = 20  # more are alike, and JSON has them all
 
 
 def _count(words: str) -> Any:
-    return typer.Option(min=1, max=_MOST, help=words)
+    return typer.Option(min=1, max=MOST_TOKENS, help=words)
 
 
 @console.failing
@@ -37,18 +43,21 @@ def verify(
     original: Annotated[Path, existing_file("ORIGINAL", "The file before.")],
     fused: Annotated[Path, existing_file("FUSED", "The file after.")],
     layers: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Layers to compute: 0,5-7 or all, or 4x for 4 spread evenly; auto is all of a "
-            "small model, 4x of a large one. Bytes are compared in all layers."
+            "small model, 4x of a large one. Bytes are compared in all layers.",
+            show_default="auto",
         ),
-    ] = "auto",
+    ] = None,
     n_prompt: Annotated[int, _count("Tokens of the prompt.")] = 48,
     n_decode: Annotated[int, _count("Decode steps.")] = 4,
     n_seqs: Annotated[int, _count("Sequences, of different lengths.")] = 3,
     n_kv: Annotated[int, _count("Cells in the cache before decoding.")] = 1000,
     threads: ComputeThreads = COMPUTE_THREADS,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random activations.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=sys.maxsize, help="Of the random activations.")
+    ] = 0,
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Compare the bytes, compute nothing.")
     ] = False,
@@ -57,18 +66,21 @@ def verify(
     ] = False,
     n_gpu_layers: Annotated[
         int | None,
-        typer.Option(
-            "-ngl", min=0, help="Layers that llama.cpp puts on a GPU.", show_default="all"
-        ),
+        typer.Option("-ngl", min=0, help="Layers llama.cpp puts on a GPU.", show_default="all"),
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Every check and its limit, and the time taken.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
     from gguf_fuse.verifying.layers import parse_layers
 
+    if structure_only and layers is not None:
+        raise typer.BadParameter("--structure-only computes nothing: leave out --layers")
     try:
-        choice = parse_layers(layers)
+        choice = parse_layers(layers or "auto")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from error
     with console.progress_bar(quiet) as bar:
@@ -87,15 +99,17 @@ def verify(
             on_progress=bar.advance,
         )
         report = gguf_fuse.verify(original, fused, options)
+    if report.exchanged:
+        what = f"{original} is the fused file, {fused} the original: verified that way round"
+        print(f"gguf-fuse: {console.one_line(what)}", file=sys.stderr)
     if as_json:
         console.print_json(_json(report))
     elif not quiet:
-        console.print_parts(_parts(report))
+        console.print_parts(_parts(report, verbose))
     if not report.ok:
-        problems = [*report.structure.problems, *_number_problems(report)]
-        problems += [report.llama.problem] if report.llama and report.llama.problem else []
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        console.fail(f"verification failed: {problems[0]}{more}", console.EXIT_NOT_VERIFIED)
+        console.fail(_failure(report), console.EXIT_NOT_VERIFIED)
+    if not (as_json or quiet):
+        _print_verdict(report)
 
 
 def _json(report: gguf_fuse.Report) -> dict[str, Any]:
@@ -103,10 +117,24 @@ def _json(report: gguf_fuse.Report) -> dict[str, Any]:
     times: dict[str, Any] = {}
     if timing is not None:
         times = {"layer": timing.layer, "n_tokens": timing.n_tokens, "n_kv": timing.n_kv}
-        times |= {f"{name}_ms": round(value, 4) for name, value in timing.ms.items()}
+        times |= {f"{name}_ms": round(taken.median, 4) for name, taken in timing.ms.items()}
+        times["fused_is"] = timing.gain.word
     return {
         "ok": report.ok,
-        "structure": {"ok": structure.ok, "problems": list(structure.problems)},
+        "original": report.original.path,
+        "fused": report.fused.path,
+        "exchanged": report.exchanged,
+        "same_file": report.same_file,
+        "tensors_in": len(report.original.tensors),
+        "tensors_out": len(report.fused.tensors),
+        "bytes_compared": structure.n_bytes,
+        "layers_fused": structure.n_fused,
+        "layers_fused_experts": structure.n_fused_experts,
+        "structure": {
+            "ok": structure.ok,
+            "problems": list(structure.problems),
+            "notes": list(structure.notes),
+        },
         "layers": [_layer_json(layer) for layer in report.layers],
         "llama": report.llama and _llama_json(report.llama),
         "timing": times | {"structure_s": round(structure.seconds, 3)},
@@ -118,14 +146,13 @@ def _layer_json(layer: LayerReport) -> dict[str, Any]:
         name: {"error": _finite(check.error), "limit": _finite(check.limit), "ok": check.ok}
         for name, check in layer.checks.items()
     }
-    remark = layer.problem or layer.note
-    note = {"note": remark} if remark else {}
+    note = {"note": layer.note} if layer.note else {}
     return {"layer": layer.layer, "ok": layer.ok, "checks": checks} | note
 
 
 def _llama_json(llama: Judgement) -> dict[str, Any]:
-    known = llama.difference is not None and math.isfinite(llama.difference)
-    return {"ok": llama.problem is None, **asdict(llama)} | ({} if known else {"difference": None})
+    difference = None if llama.difference is None else _finite(llama.difference)
+    return {"ok": llama.problem is None, **asdict(llama), "difference": difference}
 
 
 def _finite(value: float) -> float | None:
@@ -133,29 +160,109 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
-    """For people: bytes, numbers, time, and what is wrong."""
-    yield from _structure_lines(report.structure)
-    if report.layers:
+def _parts(report: gguf_fuse.Report, verbose: bool) -> Iterator[RenderableType]:
+    """What comes before the verdict: details, what to know, and what is wrong."""
+    if verbose and not report.same_file:
+        yield _structure_line(report.structure)
         yield from _number_parts(report)
         if report.timing is not None:
             yield from _timing_lines(report.timing)
-    if report.llama is not None:
-        yield _llama_line(report.llama)
+    yield from (text(note, "yellow") for note in report.structure.notes)
+    notes: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.note:  # each note once, with the layers that it is about
+            notes.setdefault(layer.note, []).append(layer.layer)
+    yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
+    problems = _problems(report)
+    if len(problems) > 1:  # a single one is told at the end
+        yield from (text(problem, "red") for problem in problems[:_MOST_PROBLEMS])
+    if len(problems) > _MOST_PROBLEMS:
+        yield text(f"and {len(problems) - _MOST_PROBLEMS} more (--json has all)", "red")
 
 
-def _structure_lines(structure: Structure) -> Iterator[Text]:
+def _print_verdict(report: gguf_fuse.Report) -> None:
+    """In one sentence. In a pipe that is one line, however long the name."""
+    out = console.printer()
+    whole = not out.is_terminal and "COLUMNS" not in os.environ
+    out.print(text(_verdict(report)), highlight=False, soft_wrap=whole)
+
+
+def _verdict(report: gguf_fuse.Report) -> str:
+    original, fused = report.original, report.fused
+    if report.same_file:
+        both = dict.fromkeys((original.path, fused.path))
+        return f"{' and '.join(both)}: the same file twice, so nothing was compared."
+    sentence = f"Identical: {len(original.tensors)} tensors and all metadata, byte for byte"
+    parts = [sentence, *_fused_in(report), *_computed(report), *_judged(report.llama)]
+    return f"{'; '.join(parts)}. Safe to use {fused.path}."
+
+
+def _fused_in(report: gguf_fuse.Report) -> list[str]:
+    """What is fused, where it is not that which was expected."""
+    if report.structure.n_fused or report.structure.n_fused_experts:
+        return []
+    made = any(f".{name}." in t.name for t in report.fused.tensors for name in _FUSED)
+    return ["both are fused alike" if made else "neither is fused"]
+
+
+def _computed(report: gguf_fuse.Report) -> list[str]:
+    """How far the numbers go, which the bytes already settle."""
+    if not report.layers:
+        return ["attention not computed"]
+    whole = [layer for layer in report.layers if layer.checks and not layer.note]
+    n_partly = sum(bool(layer.checks) for layer in report.layers) - len(whole)
+    tensors = report.original.tensors
+    n_layers = len(attention_layers(tensors)) + len(other_layers(tensors))
+    partly = any(layer.note for layer in report.layers)
+    line = "attention PARTLY computed" if partly else "attention computed"
+    line += f" in {len(whole)} of {n_layers} layers"
+    line += f", projections alone in {n_partly}" if n_partly else ""
+    checks = [check for layer in report.layers for check in layer.checks.values()]
+    if checks:
+        worst = max(checks, key=lambda check: check.error)
+        line += f", largest error {worst.error:.1e} of a limit of {worst.limit:.1e}"
+    return [line]
+
+
+def _judged(llama: Judgement | None) -> list[str]:
+    if llama is None:
+        return []
+    if llama.difference == 0:
+        return [f"identical log-probabilities in llama.cpp on {llama.device}"]
+    return [
+        f"log-probabilities in llama.cpp on {llama.device} differ by up to {llama.difference:.2g}, "
+        f"limit {llama.limit:.2g}: twice what the batch size makes in the original"
+    ]
+
+
+def _failure(report: gguf_fuse.Report) -> str:
+    first, *others = _problems(report)
+    more = f" (and {len(others)} more)" if others else ""
+    (advice,) = _fused_in(report) or [f"do not use {report.fused.path}"]
+    return f"verification failed: {first}{more}; {advice}"
+
+
+def _problems(report: gguf_fuse.Report) -> list[str]:
+    return [
+        *report.structure.problems,
+        *(
+            f"{layer.layer}: {name}: error {check.error:.2e}, limit {check.limit:.2e}"
+            for layer in report.layers
+            for name, check in layer.checks.items()
+            if not check.ok
+        ),
+        *([report.llama.problem] if report.llama and report.llama.problem else []),
+    ]
+
+
+def _structure_line(structure: Structure) -> Text:
     layers, n_experts = _n_layers(structure.n_fused, "fused layer"), structure.n_fused_experts
     layers += f" of attention, {n_experts} of experts" if n_experts else ""
     speed = decimal(int(structure.n_bytes / max(structure.seconds, 1e-9)))
-    yield _mark(structure.ok).append(
+    return _mark(structure.ok).append(
         f" structure: {layers}; {decimal(structure.n_bytes)} of tensors compared in "
         f"{structure.seconds:.2f} s ({speed}/s)"
     )
-    problems = structure.problems
-    yield from (text(f"  {problem}", "red") for problem in problems[:_MOST_PROBLEMS])
-    if len(problems) > _MOST_PROBLEMS:
-        yield text(f"  and {len(problems) - _MOST_PROBLEMS} more (--json has all)", "red")
 
 
 def _n_layers(n: int, words: str = "layer") -> str:
@@ -167,6 +274,8 @@ def _mark(ok: bool) -> Text:
 
 
 def _number_parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
+    if not report.layers:
+        return
     ok = all(layer.ok for layer in report.layers)
     partly = ok and any(layer.note for layer in report.layers)
     mark = text("PARTLY", "yellow") if partly else _mark(ok)
@@ -176,12 +285,6 @@ def _number_parts(report: gguf_fuse.Report) -> Iterator[RenderableType]:
         yield text()
         yield _checks_table(computed)
         yield text()
-    yield from (text(line, "red") for line in _number_problems(report))
-    notes: dict[str, list[str]] = {}
-    for layer in report.layers:
-        if layer.note:  # each note once, with the layers that it is about
-            notes.setdefault(layer.note, []).append(layer.layer)
-    yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
 
 
 def _numbers_line(computed: Sequence[LayerReport], n_left: int) -> str:
@@ -219,32 +322,16 @@ def _of_limit(check: Check) -> float:
     return check.error / check.limit if math.isfinite(check.error) else math.inf
 
 
-def _number_problems(report: gguf_fuse.Report) -> Iterator[str]:
-    for layer in report.layers:
-        if layer.problem:
-            yield f"{layer.layer}: {layer.problem}"
-        for name, check in layer.checks.items():
-            if not check.ok:
-                yield f"{layer.layer}: {name}: error {check.error:.2e}, limit {check.limit:.2e}"
-
-
-def _llama_line(llama: Judgement) -> Text:
-    if llama.problem:
-        return _mark(False).append(f" {llama.problem}", "red")
-    if llama.difference == 0:
-        return _mark(True).append(f" llama.cpp on {llama.device}: identical log-probabilities")
-    return _mark(True).append(
-        f" llama.cpp on {llama.device}: log-probabilities differ by up to {llama.difference:.2g}, "
-        f"limit {llama.limit:.2g}: twice what the batch size makes in the original"
-    )
-
-
 def _timing_lines(timing: Timing) -> Iterator[Text]:
     tokens = "1 token" if timing.n_tokens == 1 else f"{timing.n_tokens} tokens"
-    times = {name: f"{ms(value)} ms" for name, value in timing.ms.items()}
+    times = {
+        name: f"{ms(taken.median)} ms ({ms(taken.low)} to {ms(taken.high)})"
+        for name, taken in timing.ms.items()
+    }
+    word = timing.gain.word
     yield text(
         f"time in {timing.layer}, {tokens} at once: projections {times['separate']} separate, "
-        f"{times['fused']} fused"
+        f"{times['fused']} fused: {word}; medians, and the middle half in brackets"
     )
     if "split" in times:
         yield text(

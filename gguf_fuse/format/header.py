@@ -18,6 +18,7 @@ MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_PAIRS = 1 << 16  # no real file comes near; bounds what a damaged one can cost
 MAX_DECODED_BYTES = 1 << 23  # of one value that somebody asks for
+MAX_DECODED_ELEMENTS = 1 << 20  # of an array; as Python's numbers they take 36 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,13 @@ class Metadata(Mapping[str, Any]):
         self._byte_order = byte_order
 
     def __getitem__(self, key: str) -> Any:
-        """The value. Raises GGUFError if it takes more than MAX_DECODED_BYTES."""
+        """The value. Raises GGUFError if it is larger than MAX_DECODED_BYTES or _ELEMENTS allow."""
         span = self.spans[key]
+        if span.length > MAX_DECODED_ELEMENTS:
+            raise GGUFError(
+                f"{self._source.path}: metadata key {key!r} has {span.length} elements, too many "
+                f"to look at (the limit is {MAX_DECODED_ELEMENTS})"
+            )
         return decode(self._bytes(key, span.value), span.type, struct_prefix(self._byte_order))[0]
 
     def __iter__(self) -> Iterator[str]:
@@ -118,8 +124,9 @@ class Metadata(Mapping[str, Any]):
 class Header:
     """Everything before the tensor data, checked against the size of the file.
 
-    path: the file that was asked for, as messages name it. data_start: bytes from the start of the
-    file. shards: of a model in several files, their headers in order.
+    path: the file that was asked for, as messages name it. end: where the tensor list ends;
+    data_start: the same, padded; both in bytes from the start of the file. shards: of a model in
+    several files, their headers in order.
     """
 
     path: str
@@ -129,6 +136,7 @@ class Header:
     alignment: int
     metadata: Metadata
     tensors: tuple[TensorInfo, ...]
+    end: int
     data_start: int
     shards: tuple[Header, ...] = ()
 
@@ -149,22 +157,6 @@ class Header:
     def is_model(self) -> bool:
         """No LoRA adapter and no importance matrix."""
         return self.metadata.get("general.type") not in ("adapter", "imatrix")
-
-    @property
-    def is_canonical(self) -> bool:
-        """Laid out as llama.cpp and gguf-py write: tensors as they are listed, nothing after.
-
-        Only such a file comes back bit for bit; of others all values do. What lies in the padding
-        between tensors is not looked at.
-        """
-        return all(file._is_canonical_file for file in self.files)
-
-    @property
-    def _is_canonical_file(self) -> bool:
-        offsets = [tensor.offset for tensor in self.tensors]
-        ends = [align(tensor.offset + tensor.n_bytes, self.alignment) for tensor in self.tensors]
-        length = self.source.n_bytes - self.data_start
-        return [*offsets, length] == [0, *ends]
 
     @property
     def files(self) -> tuple[Header, ...]:

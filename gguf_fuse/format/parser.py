@@ -23,16 +23,20 @@ from gguf_fuse.format.header import (
     TensorInfo,
     align,
 )
+from gguf_fuse.format.not_gguf import START_BYTES, again, complaint
 from gguf_fuse.format.source import GGUFError, OpenSource, Segment, Source, opened
 from gguf_fuse.format.types import TYPES, type_name
 from gguf_fuse.format.values import INTEGERS, SCALAR_BYTES, ByteOrder, ValueType, struct_prefix
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4  # GGML_MAX_DIMS
-MAX_KEY_BYTES = 65535  # the specification's limit; tensor names are held to it as well
+MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the zero that ends a name in C
+MAX_KEY_BYTES = 65535  # the specification's limit
 MAX_ARRAY_DEPTH = 8
-# No real file comes near these; they bound the time that a damaged one can take.
-MAX_TENSORS = 1 << 18
+# No real file comes near these; they bound the time and memory that a damaged one can take.
+MAX_ALIGNMENT = 1 << 24
+MAX_TENSORS = 1 << 16  # the largest models have some 5,000
+MAX_ALL_KEYS = 1 << 24  # bytes of all keys together
 MAX_STRINGS = 1 << 22  # in arrays of the metadata; the largest vocabularies have half a million
 MAX_NESTED_ARRAYS = 1 << 17
 # Pairs up to SHORT_PAIR bytes are kept, MAX_KEPT bytes of them; others are read when asked for.
@@ -109,19 +113,16 @@ class _Parser:
             version=version,
             byte_order=self.byte_order,
             alignment=alignment,
+            end=self.at,
             metadata=metadata,
             tensors=self._tensors(entries, data_start, alignment),
             data_start=data_start,
         )
 
     def _version(self) -> int:
-        if self.file_bytes == 0:
-            self.fail("not a GGUF file: it is empty; download or copy it again")
-        start = self.file.read(0, min(_FIXED_HEADER_BYTES, self.file_bytes))
-        if start.startswith(b"version https://git-lfs"):
-            self.fail("not a GGUF file but a Git LFS pointer to one; run git lfs pull")
+        start = self.file.read(0, min(START_BYTES, self.file_bytes))
         if not start.startswith(MAGIC):
-            self.fail(f"not a GGUF file: it begins with {start[:4]!r} instead of {MAGIC!r}")
+            self.fail(complaint(self.source.path, start))
         self._skip(len(MAGIC))
         raw = self._take(4)
         # A version is a small number: swapped, its low half is zero.
@@ -139,21 +140,24 @@ class _Parser:
     def _check_count(self, count: int, least_bytes: int, what: str, most: int) -> None:
         left = self.file_bytes - self.at
         if count * least_bytes > left:
-            self.fail(
-                f"the header says {count} {what}, more than the {left} bytes after it can hold: "
-                "the file is truncated or damaged; download or copy it again"
+            self._fail_cut(
+                f"the header says {count} {what}, more than the {left} bytes after it can hold"
             )
         if count > most:
             self.fail(f"the header says {count} {what}; at most {most} are supported")
 
     def _metadata(self, n_pairs: int) -> Metadata:
         spans: dict[str, PairSpan] = {}
+        n_key_bytes = 0
         for index in range(n_pairs):
             start = self.at
             self.place = f"metadata pair {index + 1} of {n_pairs}"
-            key = self._name("key")
+            key = self._name("key", MAX_KEY_BYTES)
             if key in spans:
                 self.fail(f"metadata key {key!r} appears twice")
+            n_key_bytes += self.at - start - 8
+            if n_key_bytes > MAX_ALL_KEYS:
+                self.fail(f"metadata keys of more than {MAX_ALL_KEYS} bytes are not supported")
             self.place = f"metadata key {key!r}"
             value_type = self._value_type()
             value, element, length = self.at, None, 0
@@ -225,8 +229,11 @@ class _Parser:
         alignment = int(metadata[key])
         if alignment == 0 or alignment & (alignment - 1):
             self.fail(f"{key} is {alignment}, not a power of two")
-        if alignment > self.file_bytes:
-            self.fail(f"{key} is {alignment}, more than the file's {self.file_bytes} bytes")
+        if alignment > min(self.file_bytes, MAX_ALIGNMENT):
+            most = f"more than the file's {self.file_bytes} bytes"
+            if alignment <= self.file_bytes:
+                most = f"at most {MAX_ALIGNMENT} is supported"
+            self.fail(f"{key} is {alignment}, {most}")
         return alignment
 
     def _check_known_keys(self, metadata: Metadata) -> None:
@@ -255,7 +262,7 @@ class _Parser:
         entries: dict[str, _Entry] = {}
         for index in range(n_tensors):
             self.place = f"tensor {index + 1} of {n_tensors}"
-            name = self._name("name")
+            name = self._name("name", MAX_NAME_BYTES)
             if name in entries:
                 self.fail(f"tensor {name!r} appears twice")
             self.place = f"tensor {name!r}"
@@ -263,8 +270,6 @@ class _Parser:
             if n_dims > MAX_DIMS:
                 self.fail(f"{self.place} has {n_dims} dimensions; at most {MAX_DIMS} are allowed")
             ne = tuple(self._unpack(self.u64) for _ in range(n_dims))
-            if 0 in ne:
-                self.fail(f"{self.place} has a dimension of 0: {list(ne)}")
             entries[name] = _Entry(name, ne, self._unpack(self.u32), self._unpack(self.u64))
         return list(entries.values())
 
@@ -277,15 +282,20 @@ class _Parser:
                     f"tensor {name!r} lies at offset {offset}, not a multiple of the alignment "
                     f"{alignment}"
                 )
-        by_offset = sorted(entries, key=lambda entry: entry.offset)
-        sizes = {
-            entry.name: self._placed_bytes(entry, after, data_start)
-            for entry, after in zip_longest(by_offset, by_offset[1:])
-        }
+        sizes = self._sizes(entries, data_start)
         return tuple(
             TensorInfo(*entry, Segment(self.source, data_start + entry.offset, sizes[entry.name]))
             for entry in entries
         )
+
+    def _sizes(self, entries: list[_Entry], data_start: int) -> dict[str, int]:
+        """Bytes of every tensor's data, by name; one without elements lies in nobody's way."""
+        sizes = {entry.name: 0 for entry in entries}
+        filled = [entry for entry in entries if 0 not in entry.ne]
+        filled.sort(key=lambda entry: entry.offset)
+        for entry, after in zip_longest(filled, filled[1:]):
+            sizes[entry.name] = self._placed_bytes(entry, after, data_start)
+        return sizes
 
     def _placed_bytes(self, entry: _Entry, after: _Entry | None, data_start: int) -> int:
         """Size of a tensor's data, which must fit before the next tensor and the file's end."""
@@ -294,14 +304,14 @@ class _Parser:
         n_bytes = self._n_bytes(entry, max(limit - offset, 0))
         end = data_start + offset + n_bytes
         if end > self.file_bytes and n_bytes:
-            self.fail(
-                f"tensor {name!r} ends at byte {end}, the file at byte {self.file_bytes}: it "
-                "is truncated or damaged; download or copy it again"
+            self._fail_cut(
+                f"tensor {name!r} of {type_name(type_id)} ends at byte {end}, the file at byte "
+                f"{self.file_bytes}"
             )
         if after is not None and offset + max(n_bytes, 1) > limit:
             self.fail(
-                f"tensor {name!r} ({n_bytes} bytes at offset {offset}) overlaps {after.name!r} "
-                f"at offset {limit}"
+                f"tensor {name!r} ({n_bytes} bytes of {type_name(type_id)} at offset {offset}) "
+                f"overlaps {after.name!r} at offset {limit}"
             )
         if n_bytes == 0:
             self.fail(f"tensor {name!r} of the unknown {type_name(type_id)} has no data")
@@ -319,14 +329,13 @@ class _Parser:
             )
         return math.prod(entry.ne) // block * block_bytes
 
-    def _name(self, what: str) -> str:
+    def _name(self, what: str, most: int) -> str:
         length = self._unpack(self.u64)
         if length == 0:
             self.fail(f"{self.place} has an empty {what}")
-        if length > MAX_KEY_BYTES:
+        if length > most:
             self.fail(
-                f"the {what} of {self.place} is {length} bytes long; at most {MAX_KEY_BYTES} are "
-                "allowed"
+                f"the {what} of {self.place} is {length} bytes long; at most {most} are allowed"
             )
         data = self._take(length)
         try:
@@ -358,10 +367,10 @@ class _Parser:
 
     def _check_end(self, end: int) -> None:
         if end > self.file_bytes:
-            self.fail(
-                f"{self.place} runs to byte {end}, the file ends at byte {self.file_bytes}: it is "
-                "truncated or damaged; download or copy it again"
-            )
+            self._fail_cut(f"{self.place} runs to byte {end}, the file to byte {self.file_bytes}")
+
+    def _fail_cut(self, problem: str) -> NoReturn:
+        self.fail(f"{problem}: it is truncated or damaged; {again(self.source.path)}")
 
     def fail(self, problem: str) -> NoReturn:
         raise GGUFError(f"{self.source.path}: {problem}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header
+from gguf_fuse.format.layout import refuse_unaccounted
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 
@@ -80,6 +81,7 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
     name = ShardName.parse(header.path)
     number = _number(header)
     if name is None or name.count != count:
+        refuse_unaccounted(header)  # shards put together with cat: that tells more
         _fail(
             header,
             f"is shard {number} of {count}, so its name must end in {_ending(number, count)}: the "

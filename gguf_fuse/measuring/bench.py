@@ -6,8 +6,9 @@ Axis names are those of `attention`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,26 @@ from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.machine import COMPUTE_THREADS, free_bytes
-from gguf_fuse.measuring.timing import interleaved
+from gguf_fuse.measuring.gain import Gain, Spread, gain, spread
+from gguf_fuse.measuring.timing import Times, Ways, interleaved
 from gguf_fuse.models.names import attention_layers
 from gguf_fuse.models.spec import read_spec
-from gguf_fuse.progress import OnProgress, OnStart, ignore
-
-N_TOKENS = (1, 8, 64, 512)
-N_KV = tuple(512 << doubling for doubling in range(8))  # 512 to 65536
 
 STREAM_BYTES = 4 << 20  # one call reads so much: more or less was slower, measured on two machines
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The sizes that are timed, and how many seconds the projections and the decodes may take."""
+
+    n_tokens: tuple[int, ...]
+    n_kv: tuple[int, ...]
+    projection_s: float
+    decode_s: float
+
+
+FULL = Extent((1, 8, 64, 512), tuple(512 << doubling for doubling in range(8)), 11, 40)
+QUICK = Extent((1, 64), (512, 4096, 16384), 3, 12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,65 +60,63 @@ DEFAULT_SHAPE = Shape()
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectionRow:
-    n_tokens: int
-    separate_ms: float
-    fused_ms: float
+class Row:
+    """What one size took. size: tokens of a projection, or cells that one token attends to.
+
+    Ways of a projection: separate, fused; of decode: expand, broadcast, split, and stream, which is
+    K and V merely read once, the roofline.
+    """
+
+    size: int
+    ms: Times
+
+    def spread(self, way: str) -> Spread:
+        return spread(self.ms[way])
+
+    def gain(self, before: str, after: str) -> Gain:
+        return gain(self.ms[before], self.ms[after])
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One query token over n_kv cells; stream_ms: K and V merely read once, the roofline."""
-
-    n_kv: int
-    expand_ms: float
-    broadcast_ms: float
-    split_ms: float
-    stream_ms: float
-
-
-@dataclass(frozen=True)
 class Bench:
-    """source: where the shape is from. left_out: values of n_kv that the free memory forbids."""
+    """What is timed: one attention layer, whose shape is from `source`; the data are random."""
 
     source: str
     shape: Shape
     threads: int
-    projection: tuple[ProjectionRow, ...]
-    decode: tuple[DecodeRow, ...]
-    left_out: tuple[int, ...]
+    extent: Extent
+    left_out: tuple[int, ...]  # values of n_kv that the free memory forbids
+
+    def projection(self) -> Iterator[Row]:
+        """Each row as soon as it is done."""
+        weight = _random(sum(self.shape.rows), self.shape.n_embd)  # [q + k + v rows, n_embd]
+        for n_tokens, seconds in _shares(self.extent.n_tokens, self.extent.projection_s):
+            yield Row(n_tokens, self._timed(_projection_ways(self, weight, n_tokens), seconds))
+
+    def decode(self) -> Iterator[Row]:
+        """Each row as soon as it is done."""
+        for n_kv, seconds in _shares(self.extent.n_kv, self.extent.decode_s):
+            yield Row(n_kv, self._timed(_decode_ways(self, n_kv), seconds))
+
+    def _timed(self, ways: Ways, seconds: float) -> Times:
+        with blas_threads(self.threads):
+            return interleaved(ways, seconds)
 
 
-def bench(
-    model: Path | None = None,
-    *,
-    threads: int = COMPUTE_THREADS,
-    on_start: OnStart = ignore,
-    on_progress: OnProgress = ignore,
+def prepare(
+    model: Path | None = None, *, threads: int = COMPUTE_THREADS, extent: Extent = FULL
 ) -> Bench:
-    """Time one attention layer of the shape that `model` has, or of DEFAULT_SHAPE; data are random.
+    """A benchmark of the shape that `model` has, or of DEFAULT_SHAPE.
 
     Raises GGUFError where the model has no layer whose attention is modelled.
     """
     source, shape = "default shape", DEFAULT_SHAPE
     if model is not None:
         source, shape = shape_of(read_model(model))
-    random = np.random.default_rng(0)
-    fitting = [n_kv for n_kv in N_KV if _decode_bytes(shape, n_kv) <= free_bytes()]
-    projection, decode = [], []
-    with blas_threads(threads):
-        on_start("projections", len(N_TOKENS))
-        weight = _random(random, sum(shape.rows), shape.n_embd)  # [q + k + v rows, n_embd]
-        for n_tokens in N_TOKENS:
-            projection.append(_bench_projection(shape, weight, n_tokens, random))
-            on_progress(1)
-        del weight
-        on_start("decode", len(fitting))
-        for n_kv in fitting:
-            decode.append(_bench_decode(shape, n_kv, threads, random))
-            on_progress(1)
-    left_out = tuple(n_kv for n_kv in N_KV if n_kv not in fitting)
-    return Bench(source, shape, threads, tuple(projection), tuple(decode), left_out)
+    free = free_bytes()
+    left_out = tuple(n_kv for n_kv in extent.n_kv if _decode_bytes(shape, n_kv) > free)
+    fitting = tuple(n_kv for n_kv in extent.n_kv if n_kv not in left_out)
+    return Bench(source, shape, threads, replace(extent, n_kv=fitting), left_out)
 
 
 def shape_of(header: Header) -> tuple[str, Shape]:
@@ -126,35 +136,37 @@ def shape_of(header: Header) -> tuple[str, Shape]:
     )
 
 
-def _bench_projection(
-    shape: Shape, weight: Floats, n_tokens: int, random: np.random.Generator
-) -> ProjectionRow:
+def _shares(sizes: Sequence[int], seconds: float) -> Iterator[tuple[int, float]]:
+    """Each size with its share of the seconds, by its root: long ones get more time for fewer
+    rounds, and what the short ones leave.
+    """
+    ends = time.perf_counter() + seconds
+    for at, size in enumerate(sizes):
+        yield size, (ends - time.perf_counter()) * size**0.5 / sum(n**0.5 for n in sizes[at:])
+
+
+def _projection_ways(bench: Bench, weight: Floats, n_tokens: int) -> Ways:
     """Both ways read the same bytes; as three weights they are views of the one."""
-    x = _random(random, 1, n_tokens, shape.n_embd)  # [1, n_tokens, n_embd]
-    separate = tuple(Linear(part.T) for part in split_rows(weight.T, shape.rows))
-    ms = interleaved(
-        {
-            "separate": functools.partial(Projections(shape.rows, separate).project, x),
-            "fused": functools.partial(Projections(shape.rows, (Linear(weight),)).project, x),
-        }
-    )
-    return ProjectionRow(n_tokens, ms["separate"], ms["fused"])
+    x, rows = _random(1, n_tokens, bench.shape.n_embd), bench.shape.rows  # [1, n_tokens, n_embd]
+    separate = tuple(Linear(part.T) for part in split_rows(weight.T, rows))
+    return {
+        "separate": functools.partial(Projections(rows, separate).project, x),
+        "fused": functools.partial(Projections(rows, (Linear(weight),)).project, x),
+    }
 
 
-def _bench_decode(shape: Shape, n_kv: int, threads: int, random: np.random.Generator) -> DecodeRow:
-    q = _random(random, 1, shape.n_head, 1, shape.head_dim)  # [1, n_head, 1, head_dim]
-    k = _random(random, 1, shape.n_head_kv, n_kv, shape.head_dim)  # [1, n_head_kv, n_kv, head_dim]
-    v = _random(random, 1, shape.n_head_kv, n_kv, shape.head_dim_v)  # [..., n_kv, head_dim_v]
+def _decode_ways(bench: Bench, n_kv: int) -> Ways:
+    shape, threads = bench.shape, bench.threads
+    q = _random(1, shape.n_head, 1, shape.head_dim)  # [1, n_head, 1, head_dim]
+    k = _random(1, shape.n_head_kv, n_kv, shape.head_dim)  # [1, n_head_kv, n_kv, head_dim]
+    v = _random(1, shape.n_head_kv, n_kv, shape.head_dim_v)  # [1, n_head_kv, n_kv, head_dim_v]
     call = (q, k, v, None, AttentionParams(scale=shape.head_dim**-0.5))
-    ms = interleaved(
-        {
-            "expand": functools.partial(attend.expanded_attention, *call),
-            "broadcast": functools.partial(attend.broadcast_attention, *call),
-            "split": functools.partial(split.split_attention, *call, n_threads=threads),
-            "stream": functools.partial(stream, (k, v), threads),
-        }
-    )
-    return DecodeRow(n_kv, ms["expand"], ms["broadcast"], ms["split"], ms["stream"])
+    return {
+        "expand": functools.partial(attend.expanded_attention, *call),
+        "broadcast": functools.partial(attend.broadcast_attention, *call),
+        "split": functools.partial(split.split_attention, *call, n_threads=threads),
+        "stream": functools.partial(stream, (k, v), threads),
+    }
 
 
 def stream(arrays: Sequence[Floats], threads: int) -> None:
@@ -180,5 +192,7 @@ def _decode_bytes(shape: Shape, n_kv: int) -> int:
     return 4 * n_kv * (cell * (1 + group) + 2 * shape.n_head)
 
 
-def _random(random: np.random.Generator, *shape: int) -> Floats:
-    return random.standard_normal(shape, dtype=np.float32)
+def _random(*shape: int) -> Floats:
+    """Numbers that repeat after a million: to draw them all would take longer than to time them."""
+    drawn = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)  # flat
+    return np.resize(drawn, shape)

@@ -12,12 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gguf_fuse.format.source import GGUFError
-from gguf_fuse.models.keys import Keys
-
-
-class NotModelled(GGUFError):
-    """The file is sound, but this attention is not one that the table describes."""
+from gguf_fuse.models.keys import Keys, NotModelled
 
 
 @dataclass(frozen=True, slots=True)

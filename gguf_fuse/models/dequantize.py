@@ -14,9 +14,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.types import BF16, F16, F32, type_name
 from gguf_fuse.format.values import ByteOrder
+from gguf_fuse.models.keys import NotModelled
 
 _WORDS = {F32: "f4", F16: "f2", BF16: "u2"}
 FLOATS = tuple(_WORDS)
@@ -50,7 +50,7 @@ def read_values(header: Header, name: str) -> NDArray[np.float32] | None:
 def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:
     """The values of a tensor of this file, from its bytes.
 
-    Raises GGUFError for a type that gguf-py cannot dequantize, or whose blocks are not read from
+    Raises NotModelled for a type that gguf-py cannot dequantize, or whose blocks are not read from
     big-endian files.
     """
     shape = tensor.ne[::-1]
@@ -62,7 +62,7 @@ def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.f
         blocks = np.frombuffer(data, np.uint8)
         if header.byte_order == "big":
             if known.name not in _HALVES:
-                raise GGUFError(f"{place}: {known.name} is not read from big-endian files")
+                raise NotModelled(f"{place}: {known.name} is not read from big-endian files")
             blocks = blocks.reshape(-1, GGML_QUANT_SIZES[known][1]).copy()  # [n_blocks, bytes]
             for at in _HALVES[known.name]:
                 blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
@@ -70,7 +70,7 @@ def dequantized(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.f
             # By rows: gguf-py then takes a few at a time, and needs less memory on the way.
             values: NDArray[np.float32] = quants.dequantize(blocks.reshape(*shape[:-1], -1), known)
             return values
-    raise GGUFError(f"{place}: gguf-py cannot dequantize {type_name(tensor.type)}")
+    raise NotModelled(f"{place}: gguf-py cannot dequantize {type_name(tensor.type)}")
 
 
 def decode_floats(data: bytes, float_type: int, order: ByteOrder) -> NDArray[np.float32]:

@@ -21,6 +21,10 @@ def integer(header: Header, key: str, layer: int) -> int | None:
     return value if type(value) is int else None
 
 
+class NotModelled(GGUFError):
+    """The file is sound, but this attention is not one that `attention_table` describes."""
+
+
 class Keys:
     """The metadata that a layer's attention is read from; keys stand without "<architecture>."."""
 
@@ -35,7 +39,7 @@ class Keys:
     def number(self, key: str, default: float | None = None, index: int | None = None) -> float:
         """The value for layer `index`, or this layer's.
 
-        Raises GGUFError for what is no number, or missing without a default.
+        Raises GGUFError for what is no number, NotModelled for what is missing without a default.
         """
         raw = self.raw(key)
         if raw is None:
@@ -59,7 +63,7 @@ class Keys:
         raise GGUFError(f"{self.header.path}: {problem}")
 
     def fail_missing(self, key: str) -> NoReturn:
-        self.fail(f"metadata key {self.prefix + key!r} is missing")
+        raise NotModelled(f"{self.header.path}: metadata key {self.prefix + key!r} is missing")
 
     @property
     def n_layer(self) -> int:
@@ -97,5 +101,8 @@ class Keys:
 
     @property
     def rope_sections(self) -> tuple[int, ...]:
-        value = self.raw("rope.dimension_sections")
-        return (*value, 0, 0, 0, 0)[:4] if isinstance(value, list) else (0, 0, 0, 0)
+        key = "rope.dimension_sections"
+        value = self.raw(key) or []
+        if not isinstance(value, list) or any(type(n) is not int for n in value):
+            self.fail(f"metadata key {self.prefix + key!r}: integers are expected, not {value!r}")
+        return (*value, 0, 0, 0, 0)[:4]

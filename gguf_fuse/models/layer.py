@@ -21,9 +21,9 @@ from gguf_fuse.attention.rope import apply_rope
 from gguf_fuse.attention.shapes import Floats, Ints
 from gguf_fuse.attention.softmax import AttentionParams
 from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError
-from gguf_fuse.models.attention_table import NotModelled, Temperature
+from gguf_fuse.models.attention_table import Temperature
 from gguf_fuse.models.dequantize import read_values
+from gguf_fuse.models.keys import NotModelled
 from gguf_fuse.models.names import ATTENTION_PARTS, FUSED_ATTENTION
 from gguf_fuse.models.spec import AttentionSpec, read_spec
 
@@ -121,13 +121,16 @@ def read_projections(
     """The weights of Q, K and V of layer `name`, dequantized to float32; of any architecture.
 
     fused_rows is asked where the layer is fused. v_is_k: K stands in where V is missing. Raises
-    NotModelled where the layer does not have all three, GGUFError where they cannot be read, and
-    as fused_rows does.
+    NotModelled where the layer does not have all three in the shapes that llama.cpp knows,
+    GGUFError where they cannot be read, and as fused_rows does.
     """
     fused = _linear(header, f"{name}.{FUSED_ATTENTION}")
     if fused is not None:
         q_rows, k_rows, v_rows = fused_rows(header, name)
-        biases = [read_values(header, f"{name}.{part}.bias") for part in ATTENTION_PARTS]
+        biases = [
+            _bias(header, f"{name}.{part}", n_rows)
+            for part, n_rows in zip(ATTENTION_PARTS, (q_rows, k_rows, v_rows), strict=True)
+        ]
         present = [bias for bias in biases if bias is not None]
         # Beside a fused weight all three or none (llama-graph.cpp, build_qkv).
         if fused.bias is None and len(present) == len(biases):
@@ -146,20 +149,20 @@ def read_projections(
 def read_layer(header: Header, name: str, fused_rows: FusedRows) -> AttentionLayer:
     """Layer `name` of the file, without attn_output, dequantized to float32.
 
-    Reads no other layer's bytes. Raises as `read_spec` and `read_projections`, GGUFError if the
+    Reads no other layer's bytes. Raises as `read_spec` and `read_projections`, NotModelled if the
     weights do not have the shapes that the metadata asks for.
     """
     spec = read_spec(header, name)
     _require_known(header, spec)
     projections = read_projections(header, name, fused_rows, v_is_k=spec.rules.v_is_k)
     if projections.rows != spec.rows:
-        raise GGUFError(
+        raise NotModelled(
             f"{header.path}: {name}: Q, K and V have {projections.rows} rows, the metadata asks "
             f"for {spec.rows}"
         )
     sinks = read_values(header, f"{name}.attn_sinks.weight")
     if sinks is None and spec.rules.sinks == "required":
-        raise GGUFError(f"{header.path}: {name} has no attn_sinks.weight")
+        raise NotModelled(f"{header.path}: {name} has no attn_sinks.weight")
     params = AttentionParams(spec.scale, spec.softcap, spec.rules.max_alibi_bias, sinks)
     layer = AttentionLayer(spec, projections, _norms(header, spec), params)
     _require_shapes(header, layer)
@@ -169,7 +172,7 @@ def read_layer(header: Header, name: str, fused_rows: FusedRows) -> AttentionLay
 def _require_shapes(header: Header, layer: AttentionLayer) -> None:
     def expect(place: str, array: Floats | None, *shapes: tuple[int, ...]) -> None:
         if array is not None and array.shape not in shapes:
-            raise GGUFError(
+            raise NotModelled(
                 f"{header.path}: {spec.name}.{place} has shape {array.shape}, the metadata asks "
                 f"for {shapes[0]}"
             )
@@ -179,7 +182,6 @@ def _require_shapes(header: Header, layer: AttentionLayer) -> None:
     all_rows = (sum(spec.rows),) if projections.fused else spec.rows
     for part, linear, rows in zip(parts, projections.linears, all_rows, strict=True):
         expect(f"{part}.weight", linear.weight, (rows, spec.n_embd))
-        expect(f"{part}.bias", linear.bias, (rows,))
     expect("attn_sinks.weight", layer.params.sinks, (spec.n_head,))
     n_heads = (spec.n_head, spec.n_head_kv)
     for part, norm, n_head in zip("qk", layer.norms or (), n_heads, strict=False):
@@ -217,10 +219,20 @@ def _linear(header: Header, name: str) -> Linear | None:
     scale = read_values(header, f"{name}.scale")
     if weight is None:
         return None
-    if weight.ndim != 2:
-        raise GGUFError(f"{header.path}: {name}.weight has {weight.ndim} dimensions, not 2")
-    one = None if scale is None else float(scale.reshape(-1)[0])
-    return Linear(weight, one, read_values(header, f"{name}.bias"))
+    n_rows, n_embd = (1, 1, *weight.shape)[-2:]
+    if weight.size != n_rows * n_embd:
+        raise NotModelled(f"{header.path}: {name}.weight has {weight.ndim} dimensions, not 2")
+    if scale is not None and scale.size != 1:
+        raise NotModelled(f"{header.path}: {name}.scale has {scale.size} values, not 1")
+    one = None if scale is None else float(scale.reshape(1)[0])
+    return Linear(weight.reshape(n_rows, n_embd), one, _bias(header, name, n_rows))
+
+
+def _bias(header: Header, name: str, n_rows: int) -> Floats | None:
+    bias = read_values(header, f"{name}.bias")
+    if bias is not None and (bias.size != n_rows or bias.shape[-1:] != (n_rows,)):
+        raise NotModelled(f"{header.path}: {name}.bias has shape {bias.shape}, not {(n_rows,)}")
+    return None if bias is None else bias.reshape(n_rows)
 
 
 def _norms(header: Header, spec: AttentionSpec) -> tuple[Norm, Norm] | None:
@@ -234,5 +246,5 @@ def _norms(header: Header, spec: AttentionSpec) -> tuple[Norm, Norm] | None:
         return None
     if q.weight is None or k.weight is None:
         absent = places[0 if q.weight is None else 1]
-        raise GGUFError(f"{header.path}: {absent}.weight is missing")
+        raise NotModelled(f"{header.path}: {absent}.weight is missing")
     return q, k

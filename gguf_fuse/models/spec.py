@@ -15,9 +15,9 @@ from gguf_fuse.attention.rope import Rope, context_attn_factor
 from gguf_fuse.attention.shapes import Floats
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.models.attention_table import TABLE, NotModelled, Rules, Temperature, WindowRule
+from gguf_fuse.models.attention_table import TABLE, Rules, Temperature, WindowRule
 from gguf_fuse.models.dequantize import read_values
-from gguf_fuse.models.keys import Keys
+from gguf_fuse.models.keys import Keys, NotModelled
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,9 +59,8 @@ def read_spec(header: Header, name: str) -> AttentionSpec:
     Raises NotModelled where the table has no such attention, GGUFError where a key is missing or
     of the wrong type.
     """
-    rules, keys = _rules_of(header, name)
     try:
-        return _spec(rules, keys, name)
+        return _spec(*_rules_of(header, name), name)
     except (ValueError, TypeError, ArithmeticError) as error:
         # Numbers that no model has: no heads, an odd rotation, a negative length.
         raise GGUFError(f"{header.path}: {name}: the metadata of attention: {error}") from error
@@ -111,6 +110,8 @@ def _spec(rules: Rules, keys: Keys, name: str) -> AttentionSpec:
         raise NotModelled(f"{keys.header.path}: {name} has no attention heads")
     if spec.n_head % spec.n_head_kv:
         keys.fail(f"{name}: {spec.n_head} heads cannot share {spec.n_head_kv} K and V heads")
+    if spec.rope is not None and spec.rope.n_rot > spec.head_dim:
+        keys.fail(f"{name}: RoPE turns {spec.rope.n_rot} of {spec.head_dim} elements of a head")
     return spec
 
 

@@ -132,26 +132,30 @@ def _joins(one: _Candidate) -> tuple[list[plan.Join], str | None]:
         if reason:
             return [], reason
         if not shared:
-            ne = fusion.with_rows(ne, sum(fusion.rows(part.ne) for part in parts))
+            n_rows = sum(fusion.rows(part.ne, suffix) for part in parts)
+            ne = fusion.with_rows(ne, n_rows, suffix)
         joins.append(plan.Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
     return joins, None
 
 
 def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> str | None:
     """Why weights, or biases, cannot be laid end to end."""
-    n_dims, label = fusion.dims_of(suffix), "bias " if suffix == "bias" else ""
+    label = "bias " if suffix == "bias" else ""
     for part in parts:
-        if len(part.ne) != n_dims:
-            return f"{part.name} has {len(part.ne)} dimensions, not {n_dims}"
+        if not fusion.fits(part.ne, suffix):
+            return f"{part.name} has {len(part.ne)} dimensions, not {fusion.dims_of(suffix)}"
+        if 0 in part.ne:
+            return f"{part.name} has no elements"
     if len({part.type for part in parts}) > 1:
         return f"{label}types differ: {', '.join(type_name(part.type) for part in parts)}"
     if not is_known(parts[0].type):
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
         return f"row lengths differ: {plan.listed(part.ne[0] for part in parts)}"
-    if fusion is GATE_UP and len({part.ne for part in parts}) > 1:
+    alike = {part.ne if fusion is GATE_UP else len(part.ne) for part in parts}
+    if len(alike) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
-    return fusion.too_many(parts[0].ne)
+    return fusion.too_many(parts[0].ne, suffix)
 
 
 def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: plan.Join) -> str | None:
@@ -161,8 +165,12 @@ def _misfit_biases(one: _Candidate, parts: Sequence[TensorInfo], weight: plan.Jo
     lengths = tuple(part.ne[0] for part in parts)
     if lengths != weight.rows:
         return f"biases of {plan.listed(lengths)} elements for {plan.listed(weight.rows)} rows"
-    if one.fusion.n_slices(parts[0].ne) != one.fusion.n_slices(weight.ne):
-        return f"biases of {parts[0].ne[-1]} experts for {weight.ne[-1]}"
+    n_biases, n_slices = (
+        one.fusion.n_slices(ne, suffix)
+        for ne, suffix in ((parts[0].ne, "bias"), (weight.ne, "weight"))
+    )
+    if n_biases != n_slices:
+        return f"biases of {n_biases} experts for {n_slices}"
     if not one.reads.biases:
         return f"llama.cpp's loader for {one.row.name} adds no fused bias"
     return None
@@ -317,6 +325,6 @@ def _joined(join: plan.Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
         return (join.parts[0].data,)
-    n = join.fusion.n_slices(join.ne)
+    n = join.fusion.n_slices(join.ne, join.suffix)
     sized = [(part.data, part.n_bytes // n) for part in join.parts]
     return tuple(data.part(at * size, size) for at in range(n) for data, size in sized)

@@ -29,8 +29,8 @@ _MAX_SLICES = 1 << 12  # llama.cpp has 512 at most; it bounds what a damaged fil
 class Fusion:
     """Tensors of one layer that can be one.
 
-    words: the parts as messages name them. flag: of the command line. n_dims: of a weight; a bias
-    has one less, and both have their rows in the same place from the end.
+    words: the parts as messages name them. flag: of the command line. n_dims: of a weight, trailing
+    ones not counted (ggml takes dimensions that are missing for ones); a bias has one less.
     """
 
     words: str
@@ -54,25 +54,31 @@ class Fusion:
         """Dimensions that a weight or a bias must have."""
         return self.n_dims if suffix == "weight" else self.n_dims - 1
 
-    def axis(self, ne: tuple[int, ...]) -> int:
-        """Which dimension counts the rows: the last but for that of the experts."""
-        return len(ne) - (self.n_dims - 1)
+    def fits(self, ne: tuple[int, ...], suffix: str) -> bool:
+        """Whether a weight or a bias has these dimensions; ones may follow."""
+        n_dims = self.dims_of(suffix)
+        return len(ne) >= n_dims and all(n == 1 for n in ne[n_dims:])
 
-    def rows(self, ne: tuple[int, ...]) -> int:
+    def rows(self, ne: tuple[int, ...], suffix: str = "weight") -> int:
         """Rows of one slice; 1 where there is no such dimension."""
-        return ne[self.axis(ne)] if 0 <= self.axis(ne) < len(ne) else 1
+        return (*ne, 1, 1)[_axis(suffix)]
 
-    def with_rows(self, ne: tuple[int, ...], n_rows: int) -> tuple[int, ...]:
-        return (*ne[: self.axis(ne)], n_rows, *ne[self.axis(ne) + 1 :])
+    def with_rows(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+        return (*ne[: _axis(suffix)], n_rows, *ne[_axis(suffix) + 1 :])
 
-    def n_slices(self, ne: tuple[int, ...]) -> int:
+    def n_slices(self, ne: tuple[int, ...], suffix: str) -> int:
         """How many times the parts take turns: 1, or the number of experts."""
-        return math.prod(ne[self.axis(ne) + 1 :])
+        return math.prod(ne[_axis(suffix) + 1 :])
 
-    def too_many(self, ne: tuple[int, ...]) -> str | None:
+    def too_many(self, ne: tuple[int, ...], suffix: str) -> str | None:
         """Why a tensor is neither joined nor split, if it has more slices than are supported."""
-        n = self.n_slices(ne)
+        n = self.n_slices(ne, suffix)
         return f"{n} experts; at most {_MAX_SLICES} are supported" if n > _MAX_SLICES else None
+
+
+def _axis(suffix: str) -> int:
+    """The dimension that counts the rows."""
+    return 1 if suffix == "weight" else 0
 
 
 QKV = Fusion("Q, K and V", "--fuse-qkv-weights", ATTENTION_PARTS, FUSED_ATTENTION, n_dims=2)

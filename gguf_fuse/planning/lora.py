@@ -107,6 +107,8 @@ def _check_pair(header: Header, pair: Pair) -> None:
     for tensor in (pair.a, pair.b):
         if (n_dims := len(tensor.ne)) != 2:
             raise GGUFError(f"{header.path}: {tensor.name!r} has {n_dims} dimensions, not 2")
+        if 0 in tensor.ne:
+            raise GGUFError(f"{header.path}: {tensor.name!r} has no elements: {list(tensor.ne)}")
         if not is_known(tensor.type):
             raise Refused(
                 f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}, which this "

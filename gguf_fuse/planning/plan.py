@@ -80,8 +80,12 @@ class Join:
     fusion: Fusion = QKV
 
     @property
+    def suffix(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
     def rows(self) -> tuple[int, ...]:
-        return tuple(self.fusion.rows(part.ne) for part in self.parts)
+        return tuple(self.fusion.rows(part.ne, self.suffix) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,12 +51,12 @@ class Split:
         if self.shared:
             parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]
         else:
-            slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne)
-            row = slice_bytes // fusion.rows(tensor.ne)  # bytes
+            slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne, self.suffix)
+            row = slice_bytes // fusion.rows(tensor.ne, self.suffix)  # bytes
             starts, parts = range(0, tensor.n_bytes, slice_bytes), []
             for name, n_rows, end in zip(names, self.rows, accumulate(self.rows), strict=True):
                 data = [tensor.data.part(at + (end - n_rows) * row, n_rows * row) for at in starts]
-                ne = fusion.with_rows(tensor.ne, n_rows)
+                ne = fusion.with_rows(tensor.ne, n_rows, self.suffix)
                 parts.append(PlannedTensor(name, ne, tensor.type, tuple(data)))
         return list(zip(self.positions or [None] * len(parts), parts, strict=True))
 
@@ -169,13 +169,13 @@ def _check_split(header: Header, split: Split) -> None:
             f"{place} is of {of_type}, whose rows this gguf-py does not know; a newer one may"
         )
     in_blocks = split.suffix == "bias" and blocked(tensor.type)
-    if len(tensor.ne) != fusion.dims_of(split.suffix) or in_blocks:
+    if not fusion.fits(tensor.ne, split.suffix) or 0 in tensor.ne or in_blocks:
         dimensions = list(tensor.ne)
         raise Refused(f"{place} of {of_type} with dimensions {dimensions} has no rows to split")
-    n_rows = fusion.rows(tensor.ne)
+    n_rows = fusion.rows(tensor.ne, split.suffix)
     if sum(rows) != n_rows or min(rows) < 1:
         record.damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
-    if too_many := fusion.too_many(tensor.ne):
+    if too_many := fusion.too_many(tensor.ne, split.suffix):
         raise Refused(f"{place} has {too_many}")
 
 
@@ -212,7 +212,7 @@ def _halves(header: Header, weight: TensorInfo) -> tuple[int, ...]:
 
 def _rows_by_heads(header: Header, layer: str, weight: TensorInfo) -> tuple[int, ...]:
     row = loader_of(header, layer)
-    n_rows = weight.ne[-1] if weight.ne else 1
+    n_rows = QKV.rows(weight.ne)
     if row.equal_rows and n_rows % 3 == 0:
         return (n_rows // 3,) * 3
     index = int(layer.rsplit(".", 1)[1])

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.types import is_known, type_name
 
 # What can be fused: the fused name, the parts, and how many dimensions of a weight stand behind
 # its rows: the experts'.
@@ -35,18 +36,26 @@ class FusedTensor:
     @property
     def ne(self) -> tuple[int, ...]:
         first = self.parts[0].ne
-        at = len(first) - 1 - self.n_outer
+        at = self._at
         return first if self.shared else (*first[:at], sum(self.rows), *first[at + 1 :])
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple((1, 1, *part.ne)[-1 - self.n_outer] for part in self.parts)
+        return tuple((*part.ne, 1, 1)[self._at] for part in self.parts)
 
     @property
     def n_experts(self) -> int:
         """How many times the parts take turns; 1 where there are no experts."""
-        first = self.parts[0].ne
-        return 1 if self.shared else math.prod(first[len(first) - self.n_outer :])
+        return 1 if self.shared else math.prod(self.parts[0].ne[self._at + 1 :])
+
+    def beside_rows(self, part: TensorInfo) -> tuple[int, ...]:
+        """The dimensions in which all parts must be equal."""
+        return part.ne if self.shared else (*part.ne[: self._at], *part.ne[self._at + 1 :])
+
+    @property
+    def _at(self) -> int:
+        """The dimension of the rows; a bias has no row length before it."""
+        return int(self.name.endswith(".weight"))
 
 
 def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list[str]]:
@@ -76,11 +85,26 @@ def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list
 
 
 def _shape_problem(made: FusedTensor) -> str | None:
-    """Why experts cannot be compared one by one."""
-    n_dims = {len(part.ne) for part in made.parts}
-    wanted = made.n_outer + 1 + made.name.endswith(".weight")  # a bias has no row length
-    if not made.shared and made.n_outer and n_dims != {wanted}:
-        return f"{made.name}: is fused, but the original's parts have no experts"
+    """Why parts cannot be compared with their rows in the fused tensor."""
+    first = made.parts[0]
+    for part in made.parts:
+        if problem := None if made.shared else _rows_problem(made, part):
+            return f"{made.name}: is fused, but {problem}"
+        if made.beside_rows(part) != made.beside_rows(first):
+            dimensions = f"{list(part.ne)}, {first.name} {list(first.ne)}"
+            return f"{made.name}: is fused, but {part.name} is {dimensions}"
     if made.n_experts > MAX_EXPERTS:
         return f"{made.name}: {made.n_experts} experts; at most {MAX_EXPERTS} can be compared"
+    return None
+
+
+def _rows_problem(made: FusedTensor, part: TensorInfo) -> str | None:
+    # Without a row length before the rows of a bias. Trailing ones are no dimensions in ggml.
+    wanted = made.n_outer + 1 + made.name.endswith(".weight")
+    if made.n_outer and len(part.ne) < wanted:
+        return "the original's parts have no experts"
+    if len(part.ne) < wanted or 0 in part.ne or math.prod(part.ne[wanted:]) != 1:
+        return f"{part.name} is {list(part.ne)}, which has no rows to compare"
+    if not is_known(part.type):
+        return f"the rows of {type_name(part.type)} are not known"
     return None

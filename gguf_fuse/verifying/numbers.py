@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -11,8 +10,9 @@ from gguf_fuse.attention.threads import blas_threads
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.machine import free_bytes
-from gguf_fuse.models.attention_table import NotModelled
+from gguf_fuse.models.keys import NotModelled
 from gguf_fuse.models.layer import read_layer, read_projections
+from gguf_fuse.planning.plan import Refused
 from gguf_fuse.planning.unfuse import attention_rows
 from gguf_fuse.verifying.report import LayerReport, Timing, VerifyOptions
 from gguf_fuse.verifying.trial import Trial, Weights
@@ -25,8 +25,9 @@ def compare_numbers(
 ) -> tuple[tuple[LayerReport, ...], Timing | None]:
     """A report of each layer, and how long the first takes that can be computed.
 
-    Memory holds the weights of one layer of each file at a time. Raises GGUFError where a layer
-    needs more memory than is free.
+    The two must have the same metadata and tensors, but for what is fused. Memory holds the weights
+    of one layer of each file at a time. Raises GGUFError where a layer needs more memory than is
+    free, where a file cannot be read any more, and for metadata of ORIGINAL that no model has.
     """
     options.on_start("computing", len(names))
     reports: list[LayerReport] = []
@@ -43,43 +44,48 @@ def compare_numbers(
 def _compare_layer(
     original: Header, fused: Header, name: str, options: VerifyOptions, timed: bool
 ) -> tuple[LayerReport, Timing | None]:
-    try:
-        before, note = _read(original, name)
-    except GGUFError as error:
-        note = f"numbers not computed: {_reason(error, original)}"
+    before, note = _read(original, name)
+    if before is None:
         return LayerReport(name, {}, note), None
     _require_memory(original, name, before, options)
-    try:
-        trial = Trial(before, _read_like(before, fused, name), options)
-        found = trial.checks()
-        checks = {way: check for way, check in found.items() if check is not None}
-        notes = [] if note is None else [note]
-        if missing := sorted(found.keys() - checks.keys()):
-            notes.append(f"not checked: {', '.join(missing)}: {_VAGUE}")
-        report = LayerReport(name, checks, "; ".join(notes) or None)
-        return report, trial.timing(name) if timed else None
-    except (GGUFError, ValueError) as error:
-        # ORIGINAL was read: what fails now is the other file's fault.
-        problem = f"the fused file's layer cannot be computed: {_reason(error, fused)}"
-        return LayerReport(name, {}, note, problem), None
+    trial = Trial(before, _read_like(before, fused, name), options)
+    found = trial.checks()
+    checks = {way: check for way, check in found.items() if check is not None}
+    notes = [] if note is None else [note]
+    if missing := sorted(found.keys() - checks.keys()):
+        notes.append(f"not checked: {', '.join(missing)}: {_VAGUE}")
+    report = LayerReport(name, checks, "; ".join(notes) or None)
+    return report, trial.timing(name) if timed else None
 
 
-def _read(header: Header, name: str) -> tuple[Weights, str | None]:
-    """ORIGINAL's layer, and a note where its attention cannot be computed."""
+def _read(header: Header, name: str) -> tuple[Weights | None, str | None]:
+    """ORIGINAL's layer as far as it is modelled, and a note on what is not."""
     try:
-        layer = read_layer(header, name, attention_rows)
+        layer = read_layer(header, name, _rows)
         return Weights(layer.projections, layer), None
-    except GGUFError as error:
-        why = "not modelled" if isinstance(error, NotModelled) else "cannot be computed"
-        note = f"attention {why}, projections only: {_reason(error, header)}"
-    return Weights(read_projections(header, name, attention_rows), None), note
+    except NotModelled as error:
+        note = f"attention not modelled, projections only: {_reason(error, header)}"
+    try:
+        return Weights(read_projections(header, name, _rows), None), note
+    except NotModelled as error:
+        return None, f"numbers not computed: {_reason(error, header)}"
+
+
+def _rows(header: Header, name: str) -> Sequence[int]:
+    """Of ORIGINAL's layer that is fused already."""
+    try:
+        return attention_rows(header, name)
+    except Refused as error:  # fused by another tool, and its metadata do not tell where
+        raise NotModelled(str(error)) from error
 
 
 def _read_like(before: Weights, header: Header, name: str) -> Weights:
     """FUSED's layer, split where ORIGINAL's rows end: FUSED's own record is not believed."""
-    layer = None if before.layer is None else read_layer(header, name, attention_rows)
-    own = layer.projections if layer else read_projections(header, name, attention_rows)
-    return Weights(replace(own, rows=before.projections.rows), layer)
+    rows = before.projections.rows
+    if before.layer is None:
+        return Weights(read_projections(header, name, lambda *_: rows), None)
+    layer = read_layer(header, name, lambda *_: rows)
+    return Weights(layer.projections, layer)
 
 
 def _reason(error: Exception, header: Header) -> str:

@@ -6,15 +6,15 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.layout import misplaced, nonzero_padding
 from gguf_fuse.format.source import Segment, in_turn, opened
 from gguf_fuse.format.types import type_name
-from gguf_fuse.planning.record import VERSION_KEY
 from gguf_fuse.verifying.fused import FORMS, FusedTensor, find_fused
 from gguf_fuse.verifying.metadata import compare_metadata, order_problems, own_problems
 from gguf_fuse.verifying.report import Structure, VerifyOptions
@@ -24,11 +24,12 @@ BLOCK_BYTES = 256 * 1024  # two of them stay in the L2 cache between reading and
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Bytes that must be equal, of a tensor or a metadata pair (its place).
+    """Bytes that must be equal, of a tensor or a metadata pair (its place names the part too).
 
     unit: "row", "element" of a tensor of one dimension, "byte" of a metadata pair.
     """
 
+    name: str
     place: str
     original: Segment
     fused: Segment
@@ -44,32 +45,81 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     """Every tensor and every metadata value of both files, byte for byte.
 
     What is fused, and where its rows must come from, follows from ORIGINAL's tensors alone: the
-    record in FUSED's metadata is checked, not believed. Memory does not grow with the files.
-    Raises GGUFError for a file that cannot be read, or that changes meanwhile.
+    record in FUSED's metadata is checked, not believed. FUSED must be laid out as llama.cpp wants
+    it. Memory does not grow with the files. Raises GGUFError for a file that cannot be read, or
+    that changes meanwhile.
     """
     started = time.perf_counter()
     made, unlike_fused = find_fused(original, fused)
-    long_pairs, unequal = compare_metadata(original, fused)
     ranges, misfits = _ranges(original, fused, made)
-    problems = []
-    if VERSION_KEY in original.metadata and VERSION_KEY not in fused.metadata:
-        problems.append("the first file is the fused one, the second is not: ORIGINAL comes first")
-    problems += [
+    listing = [*_listing_problems(original, fused, made), *misfits]
+    weights = [tensor.name for tensor in made if tensor.name.endswith(".weight")]
+    n_fused = sum(name.endswith(f".{FORMS[0][0]}.weight") for name in weights)
+    counts = (n_fused, len(weights) - n_fused)
+    if unrelated := _unrelated(original, fused, {part.name for part in ranges}, listing):
+        return Structure((unrelated,), *counts)
+    long_pairs, unequal = compare_metadata(original, fused)
+    ranges[:0] = [
+        _Range(key, f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()
+    ]
+    n_bytes = sum(part.n_bytes for part in ranges)
+    options.on_start("comparing", n_bytes)
+    differing = _compare_data(original, fused, ranges, options)
+    problems = [
         *unlike_fused,
         *_format_problems(original, fused),
         *unequal,
         *own_problems(original, fused, made),
-        *_listing_problems(original, fused, made),
-        *misfits,
+        *listing,
+        *_layout_problems(fused),
     ]
-    ranges[:0] = [_Range(f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()]
-    n_bytes = sum(part.n_bytes for part in ranges)
-    options.on_start("comparing", n_bytes)
-    problems += _compare_data(original, fused, ranges, options)
-    weights = [tensor.name for tensor in made if tensor.name.endswith(".weight")]
-    n_fused = sum(name.endswith(f".{FORMS[0][0]}.weight") for name in weights)
-    n_others, seconds = len(weights) - n_fused, time.perf_counter() - started
-    return Structure(tuple(problems), n_fused, n_others, n_bytes, seconds)
+    return Structure(
+        (*problems, *_told(original, fused, differing)),
+        *counts,
+        n_bytes=n_bytes,
+        computable=not problems,
+        notes=tuple(f"the original: {fault}" for fault in misplaced(original)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _unrelated(
+    original: Header, fused: Header, alike: Collection[str], listing: Sequence[str]
+) -> str | None:
+    """That these are no two files of one model, in one line instead of all that follows from it.
+
+    alike: names of the tensors that are there, and as they should be.
+    """
+    a, b = original.architecture, fused.architecture
+    if a != b:
+        return f"two different models: architecture {a!r}, but {b!r} in the fused file"
+    n_tensors = len(fused.tensors)
+    if not _are_most(n_tensors - len(alike), n_tensors):
+        return None
+    return (
+        f"two different models: {n_tensors - len(alike)} of {n_tensors} tensors differ in name, "
+        f"type or shape; {listing[0]}"
+    )
+
+
+def _told(original: Header, fused: Header, differing: Sequence[tuple[_Range, int]]) -> list[str]:
+    """The same of the data: each range with its first byte that differs, or one line for all."""
+    told = (_data_problem(original, fused, part, at) for part, at in differing)
+    n, n_tensors = len({part.name for part, _ in differing}), len(fused.tensors)
+    if not _are_most(n, n_tensors):
+        return list(told)
+    return [f"two different models: {n} of {n_tensors} tensors hold other data; {next(told)}"]
+
+
+def _are_most(n: int, n_tensors: int) -> bool:
+    return n > max(n_tensors // 2, 3)
+
+
+def _layout_problems(fused: Header) -> list[str]:
+    problems = misplaced(fused)
+    if not problems and (n_bytes := nonzero_padding(fused)):
+        problems.append(f"{n_bytes} bytes of padding between the fused file's tensors are not zero")
+    return problems
 
 
 def _format_problems(original: Header, fused: Header) -> list[str]:
@@ -154,14 +204,16 @@ def _tensor_ranges(tensor: TensorInfo, source: FusedTensor) -> Iterator[_Range]:
             place += f" of expert {expert}"
         before = part.data.part(expert * n_bytes, n_bytes)
         after = tensor.data.part(start, n_bytes)
-        yield _Range(place, before, after, unit, -(-n_bytes * source.n_experts // n_units))
+        yield _Range(
+            tensor.name, place, before, after, unit, -(-n_bytes * source.n_experts // n_units)
+        )
         start += 0 if source.shared else n_bytes
 
 
 def _compare_data(
     original: Header, fused: Header, ranges: Sequence[_Range], options: VerifyOptions
-) -> list[str]:
-    """By threads with two buffers each -> a problem per range that differs."""
+) -> list[tuple[_Range, int]]:
+    """By threads with two buffers each -> the ranges that differ, and in which byte first."""
     first: dict[int, int] = {}  # by range: the first byte that differs
     lock = threading.Lock()
 
@@ -189,7 +241,7 @@ def _compare_data(
         in_turn(blocks, options.threads, work)
         for file in files.values():
             file.refuse_changed()
-    return [_data_problem(original, fused, ranges[at], first[at]) for at in sorted(first)]
+    return [(ranges[at], first[at]) for at in sorted(first)]
 
 
 def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:

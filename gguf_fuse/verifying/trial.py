@@ -16,6 +16,7 @@ from gguf_fuse.attention import attend, masks, split
 from gguf_fuse.attention.projections import Linear, Projections, apply_gate, split_rows
 from gguf_fuse.attention.shapes import Floats, Ints, group_heads
 from gguf_fuse.attention.softmax import AttentionParams
+from gguf_fuse.measuring.gain import gain, spread
 from gguf_fuse.measuring.timing import interleaved
 from gguf_fuse.models import layer
 from gguf_fuse.models.layer import AttentionLayer, Heads
@@ -279,7 +280,10 @@ class Trial:
             heads = self.decode_heads(cells)[1]
             for decode, way in self.decodes.items():
                 ways[decode] = functools.partial(self.fused.decode, heads, cells, way)
-        return Timing(name, self.options.n_seqs, max(self.contexts), interleaved(ways, 0.5))
+        times = interleaved(ways, 0.5)
+        ms = {way: spread(taken) for way, taken in times.items()}
+        gained = gain(times["separate"], times["fused"])
+        return Timing(name, self.options.n_seqs, max(self.contexts), ms, gained)
 
 
 def _lengths(longest: int, n_seqs: int) -> list[int]:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from dataclasses import replace
 
+from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
+from gguf_fuse.format.source import opened
 from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
+from gguf_fuse.verifying.fused import find_fused
 from gguf_fuse.verifying.layers import choose_layers
 from gguf_fuse.verifying.llama import judge
 from gguf_fuse.verifying.numbers import compare_numbers
-from gguf_fuse.verifying.report import LayerReport, Report, VerifyOptions
+from gguf_fuse.verifying.report import LayerReport, Report, Structure, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
 
 
-def verify(original: Path, fused: Path, options: VerifyOptions | None = None) -> Report:
+def verify(
+    original: str | os.PathLike[str],
+    fused: str | os.PathLike[str],
+    options: VerifyOptions | None = None,
+) -> Report:
     """Does FUSED hold what ORIGINAL holds, and compute what it computes? Each may be a shard.
 
     Structure is exact and of all layers: a fused tensor is Q, K and V end to end, or the gate and
     up of each expert in turn, and all else is the same. Numbers are those of attention, of some
-    layers; see `trial`.
+    layers; see `trial`. They are computed where the files differ in nothing but data at most.
+    With options.llama, llama.cpp computes with both: see `llama`.
 
-    With options.llama, llama.cpp computes with both, too: see `llama`.
-
-    Raises GGUFError for a file that cannot be read, or a layer that ORIGINAL does not have, Refused
-    for adapters and importance matrices.
+    Raises GGUFError for a file that cannot be read, or is not at the end what it was, or a layer
+    that ORIGINAL does not have, Refused for adapters and importance matrices.
     """
     options = options or VerifyOptions()
     before, after = read_model(original), read_model(fused)
@@ -34,14 +41,29 @@ def verify(original: Path, fused: Path, options: VerifyOptions | None = None) ->
                 f"{header.path}: general.type is {header.metadata['general.type']!r}: verify "
                 "compares models; unfuse gives the original bytes back, which cmp can compare"
             )
-    names: list[str] = []
-    others: list[str] = []  # that nobody chose because they have no attention that is known here
-    if not options.structure_only:
-        names = choose_layers(before, options.layers)
-        others = other_layers(before.tensors) if options.layers.numbers is None else []
+    exchanged = bool(find_fused(after, before)[0]) and not find_fused(before, after)[0]
+    if exchanged:
+        before, after = after, before
+    names = [] if options.structure_only else choose_layers(before, options.layers)
+    report = Report(before, after, Structure(()), exchanged=exchanged)
+    if report.same_file:
+        return report
     structure = compare_structure(before, after, options)
-    layers, timing = compare_numbers(before, after, names, options)
+    report = replace(report, structure=structure)
+    if structure.computable and not options.structure_only:
+        layers, timing = compare_numbers(before, after, names, options)
+        others = _not_computed(before, options)
+        report = replace(report, layers=(*layers, *others), timing=timing)
+    if options.llama:
+        report = replace(report, llama=judge(before, after, options))
+    with opened([*before.sources, *after.sources]):
+        pass  # a file that is not any more what was compared is not verified
+    return report
+
+
+def _not_computed(original: Header, options: VerifyOptions) -> list[LayerReport]:
+    """Layers that nobody chose because they have no attention that is known here."""
+    if options.layers.numbers is not None:
+        return []
     note = "no Q, K and V of its own, but other attention (MLA, linear) or none: bytes only"
-    not_computed = [LayerReport(name, {}, note) for name in others]
-    judged = judge(before, after, options) if options.llama else None
-    return Report(structure, (*layers, *not_computed), timing, judged)
+    return [LayerReport(name, {}, note) for name in other_layers(original.tensors)]

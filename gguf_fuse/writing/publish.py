@@ -11,12 +11,13 @@ import contextlib
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from gguf_fuse.choices import Reflink
+from gguf_fuse.choices import MOST_THREADS, Reflink, require_count, require_word
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.machine import COPY_THREADS
@@ -45,7 +46,7 @@ class Options:
     sync: wait until the data is on the disk, so that the files survive a power failure. reflink:
     whether to share blocks with the source where the file system can; "always" fails where it
     cannot. on_flush: called when the last wait for the disk begins. split_max_size (bytes of data),
-    split_max_tensors: cut the output into shards.
+    split_max_tensors: cut the output into shards. Raises GGUFError for a value that cannot be.
     """
 
     dry_run: bool = False
@@ -58,6 +59,14 @@ class Options:
     on_flush: Callable[[], None] = ignore
     split_max_size: int | None = None
     split_max_tensors: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count("threads", self.threads, MOST_THREADS)
+        require_word("reflink", self.reflink, Reflink)
+        for option in ("split_max_size", "split_max_tensors"):
+            value = getattr(self, option)
+            if value is not None:
+                require_count(option, value, sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def three_bytes() -> Content:
     return b"GGU"
 
 
-@evil("not a GGUF file", "PK")
+@evil("not a GGUF file", "zip", "convert_hf_to_gguf.py")
 def a_zip_file() -> Content:
     return b"PK\3\4" + bytes(100)
 
@@ -302,6 +302,11 @@ def alignment_2_30() -> Content:
     return valid().key("general.alignment", UINT32, 2**30)
 
 
+@evil("general.alignment", str(2**28), f"at most {2**24}")
+def alignment_of_256_mb_in_a_file_as_long() -> Content:
+    return head_of(valid().key("general.alignment", UINT32, 2**28), 2**29)
+
+
 @evil("general.alignment", str(2**31))
 def alignment_2_31() -> Content:
     return valid().key("general.alignment", UINT32, 2**31)
@@ -432,16 +437,6 @@ def dimension_count_all_ones() -> Content:
     return valid().tensor(Q, n_dims=2**32 - 1)
 
 
-@evil(repr(Q), "dimension of 0", "[32, 0]")
-def dimension_0() -> Content:  # L18586, ggml#1517
-    return valid().tensor(Q, ne=(32, 0))
-
-
-@evil(repr(Q), "[0]")
-def dimension_0_of_an_unknown_type() -> Content:
-    return valid().tensor(Q, ne=(0,), type=999)
-
-
 @evil(repr(Q), "truncated")
 def dimension_2_63() -> Content:
     return valid().tensor(Q, ne=(2**63, 2))
@@ -545,9 +540,14 @@ def key_with_terminal_escapes() -> Content:
     return valid().key(EVIL_NAME, 13, b"")
 
 
-@evil("dimensions")
+@evil("tensor 2 of 10", "60000 bytes", "at most 63")
 def tensor_name_of_60000_bytes() -> Content:
-    return valid().tensor(Q, name="blk." * 15000, n_dims=5)
+    return valid().tensor(Q, name="blk." * 15000)
+
+
+@evil("tensor 2 of 10", "64 bytes", "at most 63")
+def tensor_name_of_64_bytes() -> Content:
+    return valid().tensor(Q, name="x" * 64)
 
 
 @evil("13")

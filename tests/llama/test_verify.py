@@ -49,7 +49,7 @@ def test_a_fault_makes_other_probabilities(model: Model, fault: Fault) -> None:
     fault(contents)
     done = gguf_fuse("verify", original, contents.write(), "--structure-only", "--llama")
     assert done.returncode == 4
-    line = "FAILED llama.cpp computes other log-probabilities from the fused file: they differ by "
+    line = "llama.cpp computes other log-probabilities from the fused file: they differ by up to "
     assert line in done.stdout
     assert "limit 0; first after the prompt" in done.stdout
     assert "blk.1.attn_qkv.weight: " in done.stderr
@@ -70,7 +70,6 @@ def test_a_loader_that_refuses_or_crashes_is_a_result(
     fused = fused_copy(original, any_architecture=True)
     done = gguf_fuse("verify", original, fused, "--structure-only", "--llama")
     assert done.returncode == 4
-    assert "ok structure" in done.stdout
     assert re.match(f"gguf-fuse: verification failed: {words}", done.stderr)
 
 

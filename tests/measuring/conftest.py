@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,15 @@ from typer.testing import CliRunner
 
 from gguf_fuse.cli import app
 from gguf_fuse.measuring import bench as benchmark
-from gguf_fuse.measuring import timing
-from gguf_fuse.measuring.bench import Bench, DecodeRow, ProjectionRow, Shape
+from gguf_fuse.measuring.bench import Bench, Extent, Row, Shape
+
+MOMENT = Extent((1, 3), (64, 100), 0.0, 0.0)
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark of a moment."""
-    monkeypatch.setattr(benchmark, "N_TOKENS", (1, 3))
-    monkeypatch.setattr(benchmark, "N_KV", (64, 100))
-    monkeypatch.setattr(timing, "BUDGET_S", 0.0)
+    monkeypatch.setattr(benchmark, "FULL", MOMENT)
     monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 8, (32, 16, 16)))
 
 
@@ -27,7 +27,23 @@ def run_bench(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
-def some_result() -> Bench:
-    projection = (ProjectionRow(1, 1.0, 1.0), ProjectionRow(8, 2.0, 1.0))
-    decode = tuple(DecodeRow(n, 8.0 * n, 2.0 * n, 1.0 * n, 0.5 * n) for n in (512, 1024))
-    return Bench("default shape", Shape(), 2, projection, decode, (2048,))
+class Timed(Bench):
+    """A benchmark whose times are known: nine rounds, and what all of them took."""
+
+    def projection(self) -> Iterator[Row]:
+        for n_tokens, separate in zip(self.extent.n_tokens, (1.0, 2.0), strict=True):
+            yield row(n_tokens, separate=separate, fused=1.0)
+
+    def decode(self) -> Iterator[Row]:
+        for n in self.extent.n_kv:
+            yield row(n, expand=8.0 * n, broadcast=2.0 * n, split=1.0 * n, stream=0.5 * n)
+
+
+def row(size: int, **ms: float) -> Row:
+    """Nine rounds, all alike."""
+    return Row(size, {way: [each] * 9 for way, each in ms.items()})
+
+
+def timed() -> Timed:
+    extent = Extent((1, 8), (512, 1024), 0.0, 0.0)
+    return Timed("default shape", Shape(), 2, extent, left_out=(2048,))

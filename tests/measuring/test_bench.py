@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,37 +19,114 @@ import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.attention import attend, split
 from gguf_fuse.attention.projections import Projections
+from gguf_fuse.cli import app
 from gguf_fuse.cli.bench import projection_verdict
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.measuring import bench as benchmark
-from gguf_fuse.measuring.bench import DecodeRow, ProjectionRow, Shape, bench, shape_of
+from gguf_fuse.measuring.bench import FULL, QUICK, Bench, Extent, Row, Shape, prepare, shape_of
+from gguf_fuse.measuring.timing import Times, Ways
 from tests.conftest import blas_threads, fused_copy
-from tests.measuring.conftest import run_bench, some_result
+from tests.measuring.conftest import MOMENT, Timed, row, run_bench, timed
 
 Model = Callable[..., Path]
 
 
 def test_rows_are_what_was_asked_for(short: None) -> None:
-    result = bench(threads=2)
-    assert [row.n_tokens for row in result.projection] == [1, 3]
-    assert [row.n_kv for row in result.decode] == [64, 100]
-    for row in (*map(asdict, result.projection), *map(asdict, result.decode)):
-        assert min(row.values()) > 0
+    layer = prepare(threads=2, extent=MOMENT)
+    projection, decode = list(layer.projection()), list(layer.decode())
+    assert [row.size for row in projection] == [1, 3]
+    assert [row.size for row in decode] == [64, 100]
+    for times in (each.ms for each in (*projection, *decode)):
+        assert min(map(min, times.values())) > 0
 
 
-@pytest.mark.parametrize("columns", [34, 40, 60, 100])
+def show(monkeypatch: pytest.MonkeyPatch, layer: Bench, *arguments: str | Path) -> Any:
+    """What the command does with this benchmark."""
+    monkeypatch.setattr(benchmark, "prepare", lambda *arguments, **named: layer)
+    return run_bench(*arguments)
+
+
+class Wide(Timed):
+    def decode(self) -> Iterator[Row]:
+        yield row(65536, expand=1234.0, broadcast=123.0, split=12.3, stream=9.1)
+
+
+@pytest.mark.parametrize("columns", [34, 40, 60, 80, 100])
 def test_no_digit_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    row = DecodeRow(65536, 1234.0, 123.0, 12.3, 9.1)
-    result = replace(some_result(), decode=(row,))
-    monkeypatch.setattr(benchmark, "bench", lambda *arguments, **named: result)
     monkeypatch.setenv("COLUMNS", str(columns))
-    shown = run_bench().stdout.splitlines()
+    layer = Wide("default shape", Shape(), 2, MOMENT, left_out=())
+    shown = show(monkeypatch, layer).stdout.splitlines()
     assert max(map(len, shown)) <= columns
     (line,) = (line.split() for line in shown if line.startswith("65536"))
-    assert line in (
-        ["65536", "1234", "12.3", "74%"],
-        ["65536", "1234", "123", "12.3", "9.1", "100.3", "x", "74%"],
-    )
+    wide = "65536 1234 ±0% 123 ±0% 12.3 ±0% 9.1 ±0% 100.3 x 74%".split()
+    assert line == (wide if columns >= 80 else ["65536", "1234", "12.3", "74%"])
+
+
+def test_each_row_is_shown_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also into a pipe: the first row can be read while the second is being timed."""
+    reader, writer = os.pipe()
+    seen: list[str] = []
+
+    class Watched(Timed):
+        def decode(self) -> Iterator[Row]:
+            for each in super().decode():
+                yield each
+                seen.append(os.read(reader, 1 << 16).decode())
+
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", pipe)
+        patched.setattr(benchmark, "prepare", lambda *arguments, **named: Watched(*fields))
+        fields = ("default shape", Shape(), 2, Extent((1, 8), (512, 1024), 0, 0), ())
+        app(["bench"], standalone_mode=False)
+    os.close(reader)
+    assert "\n  512 " in seen[0]
+    assert "\n 1024 " not in seen[0]
+    assert seen[1].startswith(" 1024 ")
+
+
+@pytest.mark.parametrize(
+    ("decode", "told"),
+    [
+        ({"split": [1.0] * 9, "stream": [0.5] * 9}, ["8.0", "x", "50%"]),
+        ({"split": [1.0] * 9, "stream": [0.5, 0.7, 0.9] * 3}, ["8.0", "x", "noisy"]),
+        ({"split": [1.0, 8.0, 20.0] * 3, "stream": [0.5] * 9}, ["none", "seen", "6%"]),
+        ({"split": [1.0] * 4, "stream": [0.5] * 4}, ["none", "seen", "noisy"]),
+    ],
+)
+def test_noise_is_not_told_as_fact(
+    monkeypatch: pytest.MonkeyPatch, decode: dict[str, list[float]], told: list[str]
+) -> None:
+    rounds = len(decode["split"])
+    ms = {"expand": [8.0] * rounds, "broadcast": [2.0] * rounds, **decode}
+
+    class Noisy(Timed):
+        def decode(self) -> Iterator[Row]:
+            yield Row(512, ms)
+
+    layer = Noisy("default shape", Shape(), 2, Extent((1, 8), (512,), 0, 0), ())
+    shown = show(monkeypatch, layer).stdout
+    (line,) = (line.split() for line in shown.splitlines() if line.startswith("  512"))
+    assert line[-len(told) :] == told
+    assert ("noisy: reading itself varied" in shown) == (told[-1] == "noisy")
+    assert ("±?" in shown) == (rounds == 4)
+
+
+@pytest.mark.parametrize("extent", [FULL, QUICK])
+def test_the_time_is_shared_by_the_rows(extent: Extent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine so slow that no row is done early: all shares together are the whole."""
+    now, total = 0.0, extent.decode_s
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: now))
+    for _, share in benchmark._shares(extent.n_kv, total):
+        assert share >= total / 50
+        now += share
+    assert now == pytest.approx(total)
+    assert extent.projection_s + extent.decode_s <= (18 if extent is QUICK else 55)
+
+
+def test_nothing_to_show_is_wrong_usage() -> None:
+    outcome = run_bench("-q")
+    assert outcome.exit_code == 2
+    assert "-q leaves nothing to show" in " ".join(outcome.stderr.split())
 
 
 WAYS = {  # by what is timed: who is called, and a time to tell them apart
@@ -64,7 +144,8 @@ def test_every_column_is_what_it_says(
     short: None, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(benchmark, "DEFAULT_SHAPE", Shape(32, 4, 2, 8, 6, (32, 16, 12)))
-    monkeypatch.setattr(benchmark, "N_KV", (64, 600))  # `attend.attention` would split the 600
+    # `attend.attention` would split the 600
+    monkeypatch.setattr(benchmark, "FULL", Extent((1, 3), (64, 600), 0.0, 0.0))
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     for module, name, _ in WAYS.values():
 
@@ -73,22 +154,24 @@ def test_every_column_is_what_it_says(
 
         monkeypatch.setattr(module, name, spy)
 
-    def time_nothing(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    def time_nothing(ways: Ways, seconds: float) -> Times:
         assert set(blas_threads()) == {threads}
         for name, way in ways.items():
             way()
             called, arguments, _ = calls[-1]
             assert called == WAYS[name][1]
             assert called != "project" or arguments[0].fused == (name == "fused")
-        return {name: WAYS[name][2] for name in ways}
+        return {name: [WAYS[name][2]] for name in ways}
 
     monkeypatch.setattr(benchmark, "interleaved", time_nothing)
     with threadpoolctl.threadpool_limits(3, user_api="blas"):
         outcome = run_bench("--json", "--threads", str(threads))
     assert outcome.exit_code == 0, outcome.exception
     value = json.loads(outcome.stdout)
-    assert value["projection"][1] == asdict(ProjectionRow(3, 1.0, 2.0))
-    assert value["decode"][1] == asdict(DecodeRow(600, 3.0, 4.0, 5.0, 6.0))
+    projection, decode = value["projection"][1], value["decode"][1]
+    assert (projection["n_tokens"], decode["n_kv"]) == (3, 600)
+    told = {way: (projection | decode)[f"{way}_ms"] for way in WAYS}
+    assert told == {way: ms for way, (_, _, ms) in WAYS.items()}
 
     (_, expand, _), (_, broadcast, _), (_, split, named), (_, streamed, _) = calls[-4:]
     assert named == {"n_threads": threads}
@@ -131,9 +214,9 @@ def test_too_long_contexts_are_left_out(short: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         benchmark, "free_bytes", lambda: benchmark._decode_bytes(benchmark.DEFAULT_SHAPE, 64)
     )
-    result = bench(threads=1)
-    assert [row.n_kv for row in result.decode] == [64]
-    assert result.left_out == (100,)
+    layer = prepare(threads=1, extent=MOMENT)
+    assert [row.size for row in layer.decode()] == [64]
+    assert layer.left_out == (100,)
     assert "left out, not enough free memory: n_kv 100" in run_bench("--threads", "1").stdout
 
 
@@ -170,16 +253,33 @@ def test_streaming_ends_with_its_last_thread(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [100, 100, 100]
 
 
-def test_json_is_as_documented(short: None) -> None:
-    value = json.loads(run_bench("--json", "--threads", "2").stdout)
-    assert set(value) == {"source", "shape", "threads", "projection", "decode", "left_out"}
-    assert (value["source"], value["threads"]) == ("default shape", 2)
-    shape = benchmark.DEFAULT_SHAPE
-    assert value["shape"] == asdict(shape) | {"rows": list(shape.rows)}
-    assert value["left_out"] == []
-    assert {tuple(row) for row in value["projection"]} == {("n_tokens", "separate_ms", "fused_ms")}
-    assert {tuple(row) for row in value["decode"]} == {
-        ("n_kv", "expand_ms", "broadcast_ms", "split_ms", "stream_ms")
+def test_json_is_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = json.loads(show(monkeypatch, timed(), "--json").stdout)
+    shape = Shape()
+    assert value.pop("processor")
+    assert value.pop("projection")[1] == {
+        "n_tokens": 8,
+        "rounds": 9,
+        "separate_ms": 2.0,
+        "separate_quartiles_ms": [2.0, 2.0],
+        "fused_ms": 1.0,
+        "fused_quartiles_ms": [1.0, 1.0],
+        "gain": {"ratio": 2.0, "low": 2.0, "high": 2.0, "word": "faster"},
+    }
+    row = value.pop("decode")[0]
+    assert [row[f"{way}_ms"] for way in ("expand", "broadcast", "split", "stream")] == [
+        4096.0,
+        1024.0,
+        512.0,
+        256.0,
+    ]
+    assert (row["n_kv"], row["rounds"], row["noisy"]) == (512, 9, False)
+    assert row["gain"] == {"ratio": 8.0, "low": 8.0, "high": 8.0, "word": "faster"}
+    assert value == {
+        "source": "default shape",
+        "shape": asdict(shape) | {"rows": list(shape.rows)},
+        "threads": 2,
+        "left_out": [2048],
     }
 
 
@@ -193,11 +293,15 @@ def test_table_says_where_fusing_gains_nothing(short: None, model: Model) -> Non
 @pytest.mark.parametrize(
     ("separate", "expected"),
     [
-        ((1.0, 1.04), "here, in numpy, fusing gains nothing (within 5%) at n_tokens 1, 8"),
-        ((1.2, 1.0), "fusing gains at n_tokens 1; gains nothing (within 5%) at n_tokens 8"),
-        ((0.8, 1.2), "fusing gains at n_tokens 8; costs at n_tokens 1"),
+        ((1.0, 1.04), "no difference seen at n_tokens 1, 8"),
+        ((1.2, 1.0), "faster at n_tokens 1; no difference seen at n_tokens 8"),
+        ((0.8, 1.2), "faster at n_tokens 8; slower at n_tokens 1"),
     ],
 )
 def test_the_verdict_follows_the_measurement(separate: tuple[float, float], expected: str) -> None:
-    rows = [ProjectionRow(n, ms, 1.0) for n, ms in zip((1, 8), separate, strict=True)]
-    assert expected in projection_verdict(rows)
+    noise = np.array([0.95, 0.97, 1.0, 1.03, 1.05])
+    rows = [
+        Row(n, {"separate": list(ms * noise), "fused": list(noise)})
+        for n, ms in zip((1, 8), separate, strict=True)
+    ]
+    assert projection_verdict(rows) == f"here, in numpy, fused is: {expected}"

@@ -18,8 +18,8 @@ from gguf_fuse.attention.projections import Linear
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.models import layer
-from gguf_fuse.models.attention_table import NotModelled
 from gguf_fuse.models.dequantize import read_values
+from gguf_fuse.models.keys import NotModelled
 from gguf_fuse.models.layer import AttentionLayer
 from gguf_fuse.planning.unfuse import attention_rows
 from tests.attention.cases import join_heads
@@ -145,8 +145,30 @@ def test_a_weight_that_must_be_there(write: Callable[..., Path]) -> None:
     path = write("llama")
     with pytest.raises(NotModelled, match=r"\.gguf: blk\.1 has no attn_v\.weight of its own"):
         _one(edited(path, {"blk.1.attn_v.weight"}))
-    with pytest.raises(GGUFError, match=r"blk\.1\.attn_q\.weight has 3 dimensions, not 2"):
-        _one(edited(path, put={"blk.1.attn_q.weight": zeros(1, 64, 64)}))
+    with pytest.raises(NotModelled, match=r"blk\.1\.attn_q\.weight has 3 dimensions, not 2"):
+        _one(edited(path, put={"blk.1.attn_q.weight": zeros(2, 64, 64)}))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (63,), (64, 1), (2, 64)])
+def test_a_bias_has_one_value_for_each_row(write: Callable[..., Path], shape: Any) -> None:
+    path = edited(write("qwen2"), put={"blk.1.attn_q.bias": zeros(*shape)})
+    with pytest.raises(NotModelled, match=r"blk\.1\.attn_q\.bias has shape .*, not \(64,\)"):
+        _one(path)
+
+
+def test_trailing_ones_are_no_dimensions(write: Callable[..., Path]) -> None:
+    path = write("qwen2")
+    plain, header = _one(path), read_header(path)
+    added = {
+        name: values.reshape(1, *values.shape)
+        for name in ("blk.1.attn_q.weight", "blk.1.attn_q.bias")
+        if (values := read_values(header, name)) is not None
+    }
+    linear = _one(edited(path, put=added)).projections.linears[0]
+    expected = plain.projections.linears[0]
+    assert linear.bias is not None and expected.bias is not None
+    assert np.array_equal(linear.weight, expected.weight)
+    assert np.array_equal(linear.bias, expected.bias)
 
 
 def test_whole_rows_are_normed_with_a_bias(write: Callable[..., Path]) -> None:
@@ -198,9 +220,14 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "keys", "error", "reason"),
     [
-        ("llama", {"attention.head_count": None}, GGUFError, "head_count' is missing"),
+        ("llama", {"attention.head_count": None}, NotModelled, "head_count' is missing"),
         ("llama", {"embedding_length": "64"}, GGUFError, "a number is expected"),
-        ("llama", {"attention.head_count_kv": 4}, GGUFError, r"\(64, 32, 32\) rows, the metadata"),
+        (
+            "llama",
+            {"attention.head_count_kv": 4},
+            NotModelled,
+            r"\(64, 32, 32\) rows, the metadata",
+        ),
         ("llama", {"attention.head_count_kv": 3}, GGUFError, "4 heads cannot share 3"),
         (
             "llama",
@@ -211,15 +238,18 @@ def test_a_recurrent_layer_is_no_attention(tmp_path: Path) -> None:
         ("llama", {"attention.head_count": 0}, NotModelled, "no attention heads"),
         ("llama", {"attention.key_length": -16}, GGUFError, "metadata of attention"),
         ("llama", {"rope.dimension_count": 15}, GGUFError, "n_rot: expected an even number"),
-        ("llama", {"embedding_length": 32}, GGUFError, r"attn_q.weight has shape \(64, 64\)"),
+        ("llama", {"embedding_length": 32}, NotModelled, r"attn_q.weight has shape \(64, 64\)"),
         ("gemma3", {"attention.sliding_window_pattern": "x"}, GGUFError, "metadata of attention"),
         (
             "mimo2",
             {"attention.sliding_window_pattern": None},
-            GGUFError,
+            NotModelled,
             r"metadata key 'mimo2\.attention\.sliding_window_pattern' is missing",
         ),
         ("qwen35", {"rope.dimension_sections": None}, GGUFError, "sections: expected"),
+        ("qwen35", {"rope.dimension_sections": [2.0, 1.0]}, GGUFError, r"sections': integers are"),
+        ("llama", {"rope.dimension_count": 32}, GGUFError, "RoPE turns 32 of 16 elements"),
+        ("llama", {"rope.freq_base": -1.0}, GGUFError, "freq_base: expected a positive number"),
         ("gemma3", {"attention.key_length_swa": 8}, NotModelled, "key_length_swa: unequal"),
         ("llama", {"rope.scaling.type": "ntk"}, GGUFError, "rope.scaling.type' is 'ntk'"),
         ("gemma4", {"attention.shared_kv_layers": 1}, NotModelled, "from another layer"),

@@ -19,7 +19,7 @@ from gguf_fuse.format.parser import read_header
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import llama_judge, pack
-from tests.compare import assert_fused, metadata, needs_llama_cpp, sha256
+from tests.compare import assert_fused, assert_judged_equal, metadata, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, shuffled, zeros
 from tests.models.random_model import ModelSpec, write_random_model
@@ -134,6 +134,33 @@ def test_on_mismatch_error_comes_before_nothing_to_fuse(model: Model) -> None:
         dry(original, on_mismatch="error")
 
 
+def with_ones(path: Path, n: int) -> Path:
+    """The same file with n trailing ones in the dimensions of Q, K and V."""
+    header = read_header(path)
+    parts = [t for t in header.tensors if ".attn_qkv" not in t.name and ".attn_" in t.name]
+    arrays = {t.name: np.frombuffer(t.read(), np.float32) for t in parts}
+    shapes = {t.name: (1,) * n + t.ne[::-1] for t in parts}
+    return edited(path, put={name: arrays[name].reshape(shapes[name]) for name in arrays})
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_trailing_ones_are_nothing(model: Model, n: int, architecture: str) -> None:
+    """As in ggml; the fused weight (and bias) has them too, so that they come back."""
+    original = with_ones(model(architecture=architecture, n_layer=2), n)
+    header = read_header(original)
+    assert header.by_name["blk.0.attn_k.weight"].ne[2:] == (1,) * n
+    assert reasons(original) == [None, None]
+    fused = fused_copy(original)
+    by_name = read_header(fused).by_name
+    assert by_name["blk.0.attn_qkv.weight"].ne[2:] == (1,) * n
+    if architecture == "qwen2":
+        assert by_name["blk.0.attn_qkv.bias"].ne[1:] == (1,) * n
+    assert sha256(unfused_copy(fused)) == sha256(original)
+    if llama_judge.available():
+        assert_judged_equal(original, fused)
+
+
 def reasons(path: Path) -> list[str | None]:
     header = read_header(path)
     layers = fusion.examine(header, TensorInfo.read)
@@ -157,10 +184,25 @@ LEFT: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"blk.0.attn_k.bias": zeros(63)},
         "biases of 64, 63, 64 elements for 64, 64, 64 rows",
     ),
-    "bias dimensions": (
+    "a trailing one": (
         set(),
         {"blk.0.attn_k.bias": zeros(1, 64)},
-        "blk.0.attn_k.bias has 2 dimensions, not 1",
+        "bias dimensions differ: [64], [64, 1], [64]",
+    ),
+    "biases that are no vectors": (
+        set(),
+        {f"blk.0.attn_{part}.bias": zeros(2, 64) for part in "qkv"},
+        "blk.0.attn_q.bias has 2 dimensions, not 1",
+    ),
+    "a bias without dimensions": (
+        set(),
+        {"blk.0.attn_k.bias": zeros()},
+        "blk.0.attn_k.bias has 0 dimensions, not 1",
+    ),
+    "no elements": (
+        set(),
+        {"blk.0.attn_v.weight": zeros(0, 64), "blk.0.attn_v.bias": zeros(0)},
+        "blk.0.attn_v.weight has no elements",
     ),
     "no V": ({"blk.0.attn_v.weight"}, {}, "no attn_v.weight"),
     "row lengths": (

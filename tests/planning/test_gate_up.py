@@ -238,6 +238,22 @@ def test_layer_is_left_with_the_reason(
     assert sha256(unfused_copy(fused)) == sha256(original)
 
 
+def test_trailing_ones_are_nothing(model: Model) -> None:
+    original = model(**experts("granite_swa"))
+    header, put = read_header(original), {}
+    for tensor in header.tensors:
+        if ".ffn_gate_exps." in tensor.name or ".ffn_up_exps." in tensor.name:
+            values = np.frombuffer(tensor.read(), np.float32)
+            put[tensor.name] = values.reshape(1, *tensor.ne[::-1])
+    original = edited(original, put=put)
+    fused = fused_copy(original, fusions=(GATE_UP,))
+    plain = read_header(model("plain.gguf", **experts("granite_swa"))).by_name
+    made = read_header(fused).by_name["blk.0.ffn_gate_up_exps.weight"]
+    n_embd, n_rows, n_experts = plain["blk.0.ffn_gate_exps.weight"].ne
+    assert made.ne == (n_embd, 2 * n_rows, n_experts, 1)
+    assert sha256(unfused_copy(fused)) == sha256(original)
+
+
 def test_bias_shapes(model: Model) -> None:
     source = model(architecture="gpt-oss")
     put = {f"{name}.bias": zeros(4, 127) for name in (GATE, UP)}

@@ -116,7 +116,7 @@ def test_every_decode_step_counts(
         return out * np.float32(1.1) if next(steps) == wrong else out
 
     monkeypatch.setattr(split, "split_attention", faulty)
-    monkeypatch.setattr(trial, "interleaved", lambda ways, budget: {})
+    monkeypatch.setattr(trial, "interleaved", lambda ways, budget: {way: [1.0] for way in ways})
     (report,) = check(original, fused_copy(original), n_decode=3, threads=3).layers
     assert [name for name, found in report.checks.items() if not found.ok] == ["decode_split"]
 
@@ -143,13 +143,13 @@ def test_each_way_is_timed_under_its_own_name(
 
     taken: dict[str, str] = {}
 
-    def time_nothing(ways: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
+    def time_nothing(ways: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Any]:
         assert set(blas_threads()) == {QUICK.threads}
         for name, way in ways.items():
             calls.clear()
             way()
             taken[name] = calls[0]
-        return dict.fromkeys(ways, 1.0)
+        return {way: [1.0] for way in ways}
 
     monkeypatch.setattr(trial, "interleaved", time_nothing)
     with threadpoolctl.threadpool_limits(3, user_api="blas"):
