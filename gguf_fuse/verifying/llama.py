@@ -27,17 +27,21 @@ class _Answer:
     device: str
 
 
+def require_wheel() -> None:
+    """Raises GGUFError where `judge` could not run llama.cpp."""
+    if not available():
+        raise GGUFError(
+            "--llama needs xllamacpp, which is not installed: pip install 'gguf-fuse[llama]'"
+        )
+
+
 def judge(original: Header, fused: Header, options: VerifyOptions) -> Judgement:
     """Run each file in a process of its own, FUSED with the tokens that ORIGINAL generates.
 
     On a CPU the rows must be the same, bit for bit. A GPU computes a fused tensor in other tiles:
     there the limit is twice what ORIGINAL itself differs by when its prompt is computed in smaller
-    batches. Raises GGUFError where llama.cpp is not there or does not run ORIGINAL.
+    batches. Raises GGUFError where llama.cpp does not run ORIGINAL.
     """
-    if not available():
-        raise GGUFError(
-            "--llama needs xllamacpp, which is not installed: pip install 'gguf-fuse[llama]'"
-        )
     options.on_start("llama.cpp", 3)
     tokens = random.Random(options.seed)
     prompt = [tokens.randrange(n_vocab(original)) for _ in range(N_PROMPT)]

@@ -12,7 +12,7 @@ from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.verifying.fused import find_fused
 from gguf_fuse.verifying.layers import choose_layers
-from gguf_fuse.verifying.llama import judge
+from gguf_fuse.verifying.llama import judge, require_wheel
 from gguf_fuse.verifying.numbers import compare_numbers
 from gguf_fuse.verifying.report import LayerReport, Report, Structure, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
@@ -31,9 +31,11 @@ def verify(
     With options.llama, llama.cpp computes with both: see `llama`.
 
     Raises GGUFError for a file that cannot be read, or is not at the end what it was, or a layer
-    that ORIGINAL does not have, Refused for adapters and importance matrices.
+    that ORIGINAL does not have, or without xllamacpp; Refused for adapters and importance matrices.
     """
     options = options or VerifyOptions()
+    if options.llama:
+        require_wheel()  # before anything long
     before, after = read_model(original), read_model(fused)
     for header in (before, after):
         if not header.is_model:
