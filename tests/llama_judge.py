@@ -15,7 +15,6 @@ import http.client
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -26,30 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from gguf_fuse.llama import worker
+from gguf_fuse.llama.process import LoadFailed, available, first_complaint
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+__all__ = ["LoadFailed", "available"]  # for all who ask the judge
+
 CacheType = Literal["f16", "f32", "bf16", "q8_0"]
 FlashAttention = Literal["auto", "on", "off"]
-
-
-class LoadFailed(Exception):
-    """llama.cpp refused the file or crashed on it.
-
-    `reason` is its own last word on stderr; `signal` names what killed the process ("SIGSEGV",
-    "SIGABRT"; "timeout" if it hung), or is None where it ended by itself.
-    """
-
-    def __init__(self, reason: str, signal: str | None = None) -> None:
-        super().__init__(f"{signal}: {reason}" if signal else reason)
-        self.reason = reason
-        self.signal = signal
-
-
-def available() -> bool:
-    """Whether xllamacpp is installed; nothing is imported."""
-    return importlib.util.find_spec("xllamacpp") is not None
 
 
 def log_probabilities(
@@ -156,10 +142,6 @@ def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float =
     _run({"task": "rewrite", "src": str(src), "dst": str(dst)}, timeout)
 
 
-# Exit status of the process where llama.cpp said no; any other but 0 is a fault of this module.
-_REFUSED = 3
-
-
 def _ask(request: dict[str, Any], timeout: float) -> NDArray[np.float32]:
     """The numbers that `request` is answered with, all in one row; raises what `_run` does."""
     import numpy as np
@@ -189,15 +171,16 @@ def _run(request: dict[str, Any], timeout: float) -> None:
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "stderr"
         status = _forked({**request, "log": str(log), "timeout": timeout})
-        complaints = log.read_bytes()
+        complaints = log.read_text(errors="replace")
+    reason = first_complaint(complaints)
     if status == -signal.SIGALRM:
-        raise LoadFailed(_reason(complaints), "timeout")
+        raise LoadFailed(reason, "timeout")
     if status < 0:
-        raise LoadFailed(_reason(complaints), signal.Signals(-status).name)
-    if status == _REFUSED:
-        raise LoadFailed(_reason(complaints))
+        raise LoadFailed(reason, signal.Signals(-status).name)
+    if status == worker.REFUSED:
+        raise LoadFailed(reason)
     if status:
-        raise RuntimeError(f"the judge itself failed:\n{complaints.decode('utf-8', 'replace')}")
+        raise RuntimeError(f"the judge itself failed:\n{complaints}")
 
 
 def _forked(request: dict[str, Any]) -> int:
@@ -225,22 +208,6 @@ def _dismiss() -> None:
         judge.communicate()
 
 
-# What the log puts in front of a message: time since the start, and the level.
-_TIMESTAMP = re.compile(r"^[\d.]+ [A-Z] ")
-_ERROR = re.compile(r"^[\d.]+ E |^error: ")
-_ASSERTION = re.compile(r"GGML_ASSERT|GGML_ABORT")
-
-
-def _reason(stderr: bytes) -> str:
-    """The first thing that llama.cpp complained about: what follows is only its consequence."""
-    lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    for complaint in (_ASSERTION, _ERROR):
-        for line in lines:
-            if complaint.search(line):
-                return _TIMESTAMP.sub("", line)
-    return _TIMESTAMP.sub("", lines[-1]) if lines else "no message"
-
-
 # --- in the process of its own -----------------------------------------------------------------
 
 
@@ -266,6 +233,8 @@ def _serve(request: dict[str, Any]) -> NoReturn:
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
+        ggml = _ggml()  # llama.cpp tells why on stderr, by a thread of its own
+        getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
     except BaseException:
         traceback.print_exc()
     # Skip what runs at exit: a crash there is none of the file's.
@@ -289,18 +258,9 @@ def _answer(request: dict[str, Any]) -> None:
 def _server(request: dict[str, Any]) -> Any:
     import xllamacpp
 
-    params = xllamacpp.CommonParams()
-    params.model.path = request["path"]
-    params.n_ctx = request["n_ctx"]
-    params.n_parallel = 1
-    params.n_gpu_layers = 0
+    params = worker.parameters(request["path"], request["n_ctx"], request["n_threads"], 0)
     params.warmup = False
-    params.fit_params = False
-    # Keep what lies outside a sliding window: else llama.cpp starts over instead of decoding.
-    params.swa_full = True
     params.check_tensors = True
-    params.cpuparams.n_threads = request["n_threads"]
-    params.cpuparams_batch.n_threads = request["n_threads"]
     cache_type = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{request['cache_type'].upper()}")
     params.cache_type_k = cache_type
     params.cache_type_v = cache_type
@@ -318,57 +278,14 @@ def _server(request: dict[str, Any]) -> Any:
         adapter.path = request["lora"]
         adapter.scale = 1.0
         params.lora_adapters = [adapter]
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError:
-        # It tells why on stderr, by a thread of its own.
-        ggml = _ggml()
-        getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
-        sys.exit(_REFUSED)
+    return worker.start(params)
 
 
 def _rows(server: Any, request: dict[str, Any]) -> list[array.array[float]]:
-    tokens: list[int] = request["tokens"]
-    rows = [_row(server, tokens[:n], cached=False) for n in request["prefixes"]]
-    rows.append(_row(server, tokens, cached=False))
-    given: list[int] | None = request["continuation"]
-    steps = request["n_predict"] if given is None else len(given)
-    for step in range(steps):
-        greedy = max(range(len(rows[-1])), key=rows[-1].__getitem__)
-        tokens = [*tokens, greedy if given is None else given[step]]
-        rows.append(_row(server, tokens, cached=True))
-    return rows
-
-
-def _row(server: Any, tokens: list[int], *, cached: bool) -> array.array[float]:
-    """The log-probabilities after `tokens`: [n_vocab].
-
-    The server gives none for a sampled token that ends inside a UTF-8 character. What is sampled
-    does not matter here, so it is forced to be another token until one does; the probabilities
-    are taken before that.
-    """
-    for forced in [*dict.fromkeys(tokens), 13, 65, 100, 300]:
-        answer = server.handle_completions(
-            {
-                "prompt": tokens,
-                "n_predict": 1,
-                "logprobs": 1 << 30,
-                "temperature": 0,
-                "logit_bias": [[forced, 1e9]],
-                "cache_prompt": cached,
-            }
-        )
-        if "choices" not in answer:
-            _refuse(json.dumps(answer)[:500])
-        if answer["choices"][0]["logprobs"] is None:
-            continue
-        n_evaluated = answer["timings"]["prompt_n"]
-        if n_evaluated != (1 if cached else len(tokens)):
-            _refuse(f"{n_evaluated} of {len(tokens)} tokens were evaluated")
-        ranked = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        by_token = sorted((entry["id"], entry["logprob"]) for entry in ranked)
-        return array.array("f", (logprob for _, logprob in by_token))
-    _refuse("no token was found whose probabilities the server gives")
+    tokens, given = request["tokens"], request["continuation"]
+    rows = [worker.row(server, tokens[:n], cached=False) for n in request["prefixes"]]
+    steps = [None] * request["n_predict"] if given is None else given
+    return rows + worker.log_probabilities(server, tokens, steps)
 
 
 def _image_row(server: Any, image: str) -> array.array[float]:
@@ -386,7 +303,7 @@ def _image_row(server: Any, image: str) -> array.array[float]:
         }
     )
     if "choices" not in answer:
-        _refuse(json.dumps(answer)[:500])
+        worker.refuse(json.dumps(answer)[:500])
     ranked = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     by_token = sorted((entry["id"], entry["logprob"]) for entry in ranked)
     return array.array("f", (logprob for _, logprob in by_token))
@@ -406,16 +323,11 @@ def _embeddings(server: Any, tokens: list[int]) -> list[array.array[float]]:
     response = connection.getresponse()
     answer = response.read()
     if response.status != http.client.OK:
-        _refuse(answer.decode("utf-8", "replace")[:500])
+        worker.refuse(answer.decode("utf-8", "replace")[:500])
     (result,) = json.loads(answer)
     if len(result["embedding"]) != len(tokens):
-        _refuse(f"{len(result['embedding'])} of {len(tokens)} tokens were evaluated")
+        worker.refuse(f"{len(result['embedding'])} of {len(tokens)} tokens were evaluated")
     return [array.array("f", row) for row in result["embedding"]]
-
-
-def _refuse(reason: str) -> NoReturn:
-    print(f"error: {reason}", file=sys.stderr)
-    sys.exit(_REFUSED)
 
 
 class _InitParams(ctypes.Structure):
@@ -469,19 +381,19 @@ def _rewrite(src: str, dst: str) -> None:
     data = ctypes.c_void_p()
     file = ggml.gguf_init_from_file(src.encode(), _InitParams(False, ctypes.pointer(data)))
     if not file:
-        _refuse(f"llama.cpp cannot read {src}")
+        worker.refuse(f"llama.cpp cannot read {src}")
     # What the reader gives cannot be written as it is: its tensors point nowhere. A new context
     # takes the alignment only from a file, so the metadata goes through one without tensors.
     empty = ggml.gguf_init_empty()
     ggml.gguf_set_kv(empty, file)
     if not ggml.gguf_write_to_file(empty, dst.encode(), False):
-        _refuse(f"llama.cpp cannot write {dst}")
+        worker.refuse(f"llama.cpp cannot write {dst}")
     copy = ggml.gguf_init_from_file(dst.encode(), _InitParams(True, None))
     for index in range(ggml.gguf_get_n_tensors(file)):
         name = ggml.gguf_get_tensor_name(file, index)
         ggml.gguf_add_tensor(copy, ggml.ggml_get_tensor(data, name))
     if not ggml.gguf_write_to_file(copy, dst.encode(), False):
-        _refuse(f"llama.cpp cannot write {dst}")
+        worker.refuse(f"llama.cpp cannot write {dst}")
 
 
 if __name__ == "__main__":

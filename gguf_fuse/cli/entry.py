@@ -12,6 +12,7 @@ import typer
 from gguf_fuse import __version__
 from gguf_fuse.cli.batch import batch
 from gguf_fuse.cli.bench import bench
+from gguf_fuse.cli.compare import compare
 from gguf_fuse.cli.demo import demo
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.inspect import inspect
@@ -42,6 +43,7 @@ _EXAMPLES = {  # in the order of --help
     verify: "verify model-Q4_0.gguf model-Q4_0-fused.gguf",
     bench: "bench model-Q4_0.gguf --plot decode.png",
     batch: "batch models/ --out fused/",
+    compare: "compare model-Q4_0.gguf model-Q4_0-fused.gguf -p 512 -n 128",
     demo: "demo --keep demo-files",
 }
 for _command, _example in _EXAMPLES.items():

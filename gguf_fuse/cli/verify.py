@@ -6,6 +6,8 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +27,7 @@ from gguf_fuse.models.names import attention_layers, other_layers
 from gguf_fuse.planning.fusions import FUSIONS
 
 if TYPE_CHECKING:
-    from gguf_fuse.verifying.report import Check, LayerReport, Structure, Timing
+    from gguf_fuse.verifying.report import Check, Judgement, LayerReport, Structure, Timing
 
 _FUSED = tuple(fusion.fused for fusion in FUSIONS)
 
@@ -59,6 +61,13 @@ def verify(
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Compare the bytes, compute nothing.")
     ] = False,
+    llama: Annotated[
+        bool, typer.Option("--llama", help="Run both in llama.cpp, too: are the answers the same?")
+    ] = False,
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option("-ngl", min=0, help="Layers llama.cpp puts on a GPU.", show_default="all"),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Every check and its limit, and the time taken.")
     ] = False,
@@ -84,6 +93,8 @@ def verify(
             threads=threads,
             seed=seed,
             structure_only=structure_only,
+            llama=llama,
+            n_gpu_layers=n_gpu_layers,
             on_start=bar.start,
             on_progress=bar.advance,
         )
@@ -125,6 +136,7 @@ def _json(report: gguf_fuse.Report) -> dict[str, Any]:
             "notes": list(structure.notes),
         },
         "layers": [_layer_json(layer) for layer in report.layers],
+        "llama": report.llama and _llama_json(report.llama),
         "timing": times | {"structure_s": round(structure.seconds, 3)},
     }
 
@@ -136,6 +148,11 @@ def _layer_json(layer: LayerReport) -> dict[str, Any]:
     }
     note = {"note": layer.note} if layer.note else {}
     return {"layer": layer.layer, "ok": layer.ok, "checks": checks} | note
+
+
+def _llama_json(llama: Judgement) -> dict[str, Any]:
+    difference = None if llama.difference is None else _finite(llama.difference)
+    return {"ok": llama.problem is None, **asdict(llama), "difference": difference}
 
 
 def _finite(value: float) -> float | None:
@@ -176,7 +193,7 @@ def _verdict(report: gguf_fuse.Report) -> str:
         both = dict.fromkeys((original.path, fused.path))
         return f"{' and '.join(both)}: the same file twice, so nothing was compared."
     sentence = f"Identical: {len(original.tensors)} tensors and all metadata, byte for byte"
-    parts = [sentence, *_fused_in(report), *_computed(report)]
+    parts = [sentence, *_fused_in(report), *_computed(report), *_judged(report.llama)]
     return f"{'; '.join(parts)}. Safe to use {fused.path}."
 
 
@@ -207,6 +224,17 @@ def _computed(report: gguf_fuse.Report) -> list[str]:
     return [line]
 
 
+def _judged(llama: Judgement | None) -> list[str]:
+    if llama is None:
+        return []
+    if llama.difference == 0:
+        return [f"identical log-probabilities in llama.cpp on {llama.device}"]
+    return [
+        f"log-probabilities in llama.cpp on {llama.device} differ by up to {llama.difference:.2g}, "
+        f"limit {llama.limit:.2g}: twice what the batch size makes in the original"
+    ]
+
+
 def _failure(report: gguf_fuse.Report) -> str:
     first, *others = _problems(report)
     more = f" (and {len(others)} more)" if others else ""
@@ -223,6 +251,7 @@ def _problems(report: gguf_fuse.Report) -> list[str]:
             for name, check in layer.checks.items()
             if not check.ok
         ),
+        *([report.llama.problem] if report.llama and report.llama.problem else []),
     ]
 
 

@@ -46,6 +46,8 @@ class VerifyOptions:
     threads: int = COMPUTE_THREADS
     seed: int = 0
     structure_only: bool = False
+    llama: bool = False  # run both files in llama.cpp, too
+    n_gpu_layers: int | None = None  # of llama.cpp; None is its own choice
     on_start: OnStart = ignore
     on_progress: OnProgress = ignore
 
@@ -56,6 +58,8 @@ class VerifyOptions:
             require_count(option, getattr(self, option), MOST_TOKENS)
         require_count("threads", self.threads, MOST_THREADS)
         require_count("seed", self.seed, sys.maxsize, least=0)
+        if self.n_gpu_layers is not None:
+            require_count("n_gpu_layers", self.n_gpu_layers, MOST_TOKENS, least=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,16 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What llama.cpp makes of the two files. difference: the largest of two log-probabilities."""
+
+    device: str
+    problem: str | None
+    difference: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """exchanged: FUSED was given first, ORIGINAL second."""
 
@@ -127,11 +141,13 @@ class Report:
     structure: Structure
     layers: tuple[LayerReport, ...] = ()
     timing: Timing | None = None
+    llama: Judgement | None = None
     exchanged: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.structure.ok and all(report.ok for report in self.layers)
+        judged = self.llama is None or self.llama.problem is None
+        return judged and self.structure.ok and all(report.ok for report in self.layers)
 
     @property
     def same_file(self) -> bool:

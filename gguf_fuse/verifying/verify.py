@@ -11,6 +11,7 @@ from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.verifying.fused import find_fused
 from gguf_fuse.verifying.layers import choose_layers
+from gguf_fuse.verifying.llama import judge, require_wheel
 from gguf_fuse.verifying.numbers import compare_numbers
 from gguf_fuse.verifying.report import LayerReport, Report, Structure, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
@@ -22,11 +23,14 @@ def verify(original: AnyPath, fused: AnyPath, options: VerifyOptions | None = No
     Structure is exact and of all layers: a fused tensor is Q, K and V end to end, or the gate and
     up of each expert in turn, and all else is the same. Numbers are those of attention, of some
     layers; see `trial`. They are computed where the files differ in nothing but data at most.
+    With options.llama, llama.cpp computes with both: see `llama`.
 
     Raises GGUFError for a file that cannot be read, or is not at the end what it was, or a layer
-    that ORIGINAL does not have, Refused for adapters and importance matrices.
+    that ORIGINAL does not have, or without xllamacpp; Refused for adapters and importance matrices.
     """
     options = options or VerifyOptions()
+    if options.llama:
+        require_wheel()  # before anything long
     before, after = read_model(original), read_model(fused)
     for header in (before, after):
         if not header.is_model:
@@ -47,6 +51,8 @@ def verify(original: AnyPath, fused: AnyPath, options: VerifyOptions | None = No
         layers, timing = compare_numbers(before, after, names, options)
         others = _not_computed(before, options)
         report = replace(report, layers=(*layers, *others), timing=timing)
+    if options.llama:
+        report = replace(report, llama=judge(before, after, options))
     with opened([*before.sources, *after.sources]):
         pass  # a file that is not any more what was compared is not verified
     return report
