@@ -19,6 +19,7 @@ from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
+from gguf_fuse.planning.tensor_extra import TensorExtra
 
 
 def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
@@ -45,12 +46,14 @@ def examine(
 
     In the order of the fusions, then of the layers. read: for scales, which must be equal.
     """
-    layers = []
+    layers, extra = [], TensorExtra.of(header)
     for fusion in fusions:
         siblings = _siblings(header, fusion)
         for name in fusion.layers(header.tensors):
             row = loader_of(header, name)
-            layers.append(_decide(_Candidate(header, name, fusion, row, siblings[name], read)))
+            layers.append(
+                _decide(_Candidate(header, name, fusion, row, siblings[name], read, extra))
+            )
     return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
 
 
@@ -84,6 +87,7 @@ class _Candidate:
     row: Architecture
     siblings: Sequence[str]
     read: plan.Read
+    extra: TensorExtra
 
     def tensor(self, name: str) -> TensorInfo | None:
         return self.header.by_name.get(f"{self.layer}.{name}")
@@ -108,7 +112,7 @@ def _decide(one: _Candidate) -> plan.Layer:
         return layer(plan.Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
     joins, why_not = _joins(one)
     why_not = why_not or _unequal_rows(one, rows) or _in_the_way(one)
-    why_not = why_not or _norms_in_the_way(one, rows)
+    why_not = why_not or _norms_in_the_way(one, rows) or one.extra.why_not_joined(joins)
     if why_not:
         return layer(plan.Status.MISMATCH, reason=why_not)
     return layer(plan.Status.FUSABLE, joins=tuple(joins))
@@ -176,7 +180,7 @@ def _not_shared(one: _Candidate, parts: Sequence[TensorInfo], suffix: str) -> st
             return f"{part.name} is not one float32"
     if len({part.ne for part in parts}) > 1:
         return f"{suffix}s have different dimensions"
-    if len({one.read(part) for part in parts}) > 1:
+    if not plan.same_data(parts, one.read):
         return f"{suffix}s differ: a fused tensor has one"
     return None
 

@@ -14,10 +14,9 @@ bit of a mantissa changes, and the way back is exact. Ranks whose ratios are no 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +26,12 @@ from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.types import is_known, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import dequantized
-from gguf_fuse.planning.plan import Refused
+from gguf_fuse.planning.plan import READ_BYTES, Read, Refused
 
 ALPHA_KEY = "adapter.lora.alpha"
 
 A, B = ".lora_a", ".lora_b"
+VALUES = READ_BYTES // 4  # that are computed at once
 WEIGHT = re.compile(r"((?:(?:enc|dec)\.)?blk\.[0-9]{1,6})\.attn_(?:q|k|v|qkv)\.weight")
 
 
@@ -70,9 +70,9 @@ class Block:
     numerator: int
     denominator: int
 
-    def of(self, fused: NDArray[Any]) -> NDArray[Any]:
-        ranks = slice(self.first_rank, self.first_rank + self.rank)
-        return fused[self.first_row : self.first_row + self.n_rows, ranks]
+    @property
+    def ranks(self) -> slice:
+        return slice(self.first_rank, self.first_rank + self.rank)
 
     def scaled(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -162,10 +162,27 @@ def known_rows(pairs: Mapping[str, Pair]) -> dict[str, int]:
     return {part: numbers.pop() for part, numbers in found.items() if len(numbers) == 1}
 
 
-def decoded(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:
-    """Values of a tensor, [ne[1], ne[0]]. Raises Refused for types that cannot be decoded."""
+def in_blocks(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """A matrix in pieces of whole rows, so small that memory does not grow with the adapter."""
+    most = max(1, VALUES // tensor.ne[0])
+    for first in range(0, tensor.ne[1], most):
+        yield rows_of(tensor, first, min(most, tensor.ne[1] - first))
+
+
+def rows_of(tensor: TensorInfo, first: int, n_rows: int) -> TensorInfo:
+    """Some rows of a matrix."""
+    row = tensor.n_bytes // tensor.ne[1]
+    data = tensor.data.part(first * row, n_rows * row)
+    return replace(tensor, ne=(tensor.ne[0], n_rows), data=data)
+
+
+def decoded(header: Header, tensor: TensorInfo, read: Read) -> NDArray[np.float32]:
+    """Values of a matrix, or of a block of it, [ne[1], ne[0]].
+
+    Raises Refused for types that cannot be decoded.
+    """
     try:
-        return dequantized(header, tensor, data)
+        return dequantized(header, tensor, read(tensor.data))
     except GGUFError:
         raise Refused(
             f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}, which cannot be "

@@ -94,7 +94,7 @@ def split_plan(
         if split.suffix == weight
     ]
     restored = {split.tensor.name: split.placed() for split in splits}
-    return record.unfused_plan(header, restored, changed, nothing)
+    return record.unfused_plan(header, restored, changed, (), nothing)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ def _recorded_splits(header: Header) -> list[Split] | None:
         return None
     version = record.version(header, record.RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
-    if version != record.version_of(names):
+    if version != record.version_of(names, record.REPLACED_KEY in header.metadata):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
     fusions = [fusion_of(name) or QKV for name in names]
     n_parts = sum(len(fusion.parts) for fusion in fusions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
@@ -13,7 +14,18 @@ from gguf_fuse.models.dequantize import FLOATS, encode_floats
 from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fuse_adapter import examine
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, is_scaled, place_blocks, read_pairs
+from gguf_fuse.planning.lora import (
+    A,
+    B,
+    Block,
+    Pair,
+    decoded,
+    in_blocks,
+    is_scaled,
+    place_blocks,
+    read_pairs,
+    rows_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +68,7 @@ def unfuse(header: Header, read: plan.Read) -> plan.Plan:
         restored[pair.b.name] = []
         changed.append(plan.Layer(layer, plan.Status.FUSED, (pair.types,), fused.rows))
     nothing = f"the adapter changes no {QKV.fused}"
-    return record.unfused_plan(header, restored, changed, nothing)
+    return record.unfused_plan(header, restored, changed, (), nothing)
 
 
 def _recorded(header: Header) -> list[_Recorded]:
@@ -86,8 +98,8 @@ def _restored(
     for original in originals:
         _check(header, original)
     for original in originals:
-        data = _data(header, original, read)
-        tensor = plan.PlannedTensor(original.name, original.ne, original.type, (data,))
+        data = tuple(_data(header, original, read))
+        tensor = plan.PlannedTensor(original.name, original.ne, original.type, data)
         yield original.position, tensor
 
 
@@ -144,20 +156,25 @@ def _stored(header: Header, original: _Original) -> Segment:
     return pair.part(pair.n_bytes - span.length + start, original.n_bytes)
 
 
-def _data(header: Header, original: _Original, read: plan.Read) -> Segment | plan.Computed:
+def _data(
+    header: Header, original: _Original, read: plan.Read
+) -> Iterator[Segment | plan.Computed]:
     fused, block = original.fused, original.block
+    is_a = fused.name.endswith(A)
     if original.stored != record.NOT_THERE:
-        return _stored(header, original)
+        yield _stored(header, original)
+        return
+    own = rows_of(fused, block.first_rank if is_a else block.first_row, original.ne[1])
     if original.copied:
-        above = block.first_rank * row_bytes(fused.type, fused.ne[0])  # rows of the parts before
-        return fused.data.part(above, original.n_bytes)
+        yield own.data
+        return
 
-    def make() -> bytes:
-        values = decoded(header, fused, read(fused))
-        if fused.name.endswith(A):
-            values = values[block.first_rank : block.first_rank + block.rank]
-        else:
-            values = block.unscaled(block.of(values))
+    def make(rows: TensorInfo) -> bytes:
+        values = decoded(header, rows, read)
+        if not is_a:
+            values = block.unscaled(values[:, block.ranks])
         return encode_floats(values, original.type, header.byte_order)
 
-    return plan.Computed(original.n_bytes, make)
+    for rows in in_blocks(own):
+        n_bytes = rows.ne[1] * row_bytes(original.type, original.ne[0])
+        yield plan.Computed(n_bytes, partial(make, rows))

@@ -49,7 +49,7 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     """
     started = time.perf_counter()
     made, unlike_fused = find_fused(original, fused)
-    long_pairs, unequal = compare_metadata(original, fused)
+    long_pairs, unequal = compare_metadata(original, fused, made)
     ranges, misfits = _ranges(original, fused, made)
     problems = []
     if VERSION_KEY in original.metadata and VERSION_KEY not in fused.metadata:
