@@ -16,6 +16,7 @@ from gguf_fuse.format.source import GGUFError, Segment, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
+from gguf_fuse.planning.base import require_base
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
@@ -151,6 +152,7 @@ def _fuse_plan(
     if base is not None:
         base_header = read_model(base)
         rows = unfusing.base_rows(base_header, Segment.read, any_architecture=any_architecture)
+        require_base(header, base_header, rows)
     if general_type == "imatrix":
         return imatrix.fuse(header, Segment.read, rows=rows)
     from gguf_fuse.planning import fuse_adapter  # numpy, which only adapters need: 0.1 s

@@ -85,10 +85,6 @@ def _decide(
         raise GGUFError(f"{header.path}: {name}: row lengths differ: {plan.listed(lengths)}")
     if known is None:
         return plan.Layer(name, plan.Status.SEPARATE, types, rows, plan.KEPT_SEPARATE)
-    for part, n in own.items():
-        wanted = known.get(part, n)
-        if n != wanted:
-            raise GGUFError(f"{header.path}: {name}.{part} has {n} rows, {wanted} in the base")
     unknown = [part for part in QKV.parts if part not in {*known, *own}]
     if unknown:
         reason = f"the adapter does not tell how many rows {' and '.join(unknown)} has"
