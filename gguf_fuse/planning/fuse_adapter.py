@@ -24,7 +24,7 @@ from gguf_fuse.models.names import layer_order
 from gguf_fuse.planning import lora, plan, record
 from gguf_fuse.planning.fuse import obey_loader, require_fusable
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, in_blocks
+from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, in_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +152,9 @@ def _fused_a(
         if part.type == type_id:
             pieces.append(part.data)
             continue
-        for block in in_blocks(part):
-            make = partial(_converted, header, block, type_id, read)
-            pieces.append(plan.Computed(block.ne[1] * row, make))
+        for piece in in_pieces(part):
+            make = partial(_converted, header, piece, type_id, read)
+            pieces.append(plan.Computed(piece.ne[1] * row_bytes(type_id, piece.ne[0]), make))
         if part.type not in FLOATS or not _held(header, part, type_id, read)[1]:
             stored.add(part.name)
     n_zeros = (rank - sum(part.ne[1] for part in parts)) * row
@@ -164,8 +164,8 @@ def _fused_a(
     return plan.PlannedTensor(name, (width, rank), type_id, tuple(pieces)), stored
 
 
-def _converted(header: Header, block: TensorInfo, type_id: int, read: plan.Read) -> bytes:
-    return encode_floats(decoded(header, block, read), type_id, header.byte_order)
+def _converted(header: Header, piece: TensorInfo, type_id: int, read: plan.Read) -> bytes:
+    return encode_floats(decoded(header, piece, read), type_id, header.byte_order)
 
 
 def _fused_b(
@@ -223,8 +223,8 @@ def _held(
     if type_id not in FLOATS:
         return False, False
     order, comes_back = header.byte_order, part.type in FLOATS
-    for rows in in_blocks(part):
-        values = decoded(header, rows, read)
+    for piece in in_pieces(part):
+        values = decoded(header, piece, read)
         scaled: NDArray[Any] = block.scaled(values) if block else values
         held = decode_floats(encode_floats(scaled, type_id, order), type_id, order)
         held = held.reshape(values.shape)
@@ -236,7 +236,7 @@ def _held(
             return False, False
         if comes_back:
             back = block.unscaled(held) if block else held
-            comes_back = encode_floats(back, part.type, order) == read(rows.data)
+            comes_back = encode_floats(back, part.type, order) == read(piece.data)
     return True, comes_back
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.format.types import is_known, type_name
+from gguf_fuse.format.types import is_known, row_bytes, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import dequantized
 from gguf_fuse.planning.plan import READ_BYTES, Read, Refused
@@ -31,7 +31,7 @@ from gguf_fuse.planning.plan import READ_BYTES, Read, Refused
 ALPHA_KEY = "adapter.lora.alpha"
 
 A, B = ".lora_a", ".lora_b"
-VALUES = READ_BYTES // 4  # that are computed at once
+VALUES = READ_BYTES // 4  # that are computed at once; whole blocks of any type
 WEIGHT = re.compile(r"((?:(?:enc|dec)\.)?blk\.[0-9]{1,6})\.attn_(?:q|k|v|qkv)\.weight")
 
 
@@ -162,11 +162,23 @@ def known_rows(pairs: Mapping[str, Pair]) -> dict[str, int]:
     return {part: numbers.pop() for part, numbers in found.items() if len(numbers) == 1}
 
 
-def in_blocks(tensor: TensorInfo) -> Iterator[TensorInfo]:
+def in_rows(tensor: TensorInfo) -> Iterator[TensorInfo]:
     """A matrix in pieces of whole rows, so small that memory does not grow with the adapter."""
     most = max(1, VALUES // tensor.ne[0])
     for first in range(0, tensor.ne[1], most):
         yield rows_of(tensor, first, min(most, tensor.ne[1] - first))
+
+
+def in_pieces(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """The same; where a row is longer than that, in pieces of a row."""
+    for rows in in_rows(tensor):
+        if rows.ne[0] <= VALUES:
+            yield rows
+            continue
+        for first in range(0, rows.ne[0], VALUES):
+            n = min(VALUES, rows.ne[0] - first)
+            start, n_bytes = (row_bytes(rows.type, count) for count in (first, n))
+            yield replace(rows, ne=(n, 1), data=rows.data.part(start, n_bytes))
 
 
 def rows_of(tensor: TensorInfo, first: int, n_rows: int) -> TensorInfo:

@@ -20,7 +20,8 @@ from gguf_fuse.planning.lora import (
     Block,
     Pair,
     decoded,
-    in_blocks,
+    in_pieces,
+    in_rows,
     is_scaled,
     place_blocks,
     read_pairs,
@@ -169,12 +170,14 @@ def _data(
         yield own.data
         return
 
-    def make(rows: TensorInfo) -> bytes:
-        values = decoded(header, rows, read)
-        if not is_a:
-            values = block.unscaled(values[:, block.ranks])
+    def make_a(piece: TensorInfo) -> bytes:
+        return encode_floats(decoded(header, piece, read), original.type, header.byte_order)
+
+    def make_b(rows: TensorInfo) -> bytes:
+        values = block.unscaled(decoded(header, rows, read)[:, block.ranks])
         return encode_floats(values, original.type, header.byte_order)
 
-    for rows in in_blocks(own):
-        n_bytes = rows.ne[1] * row_bytes(original.type, original.ne[0])
-        yield plan.Computed(n_bytes, partial(make, rows))
+    for piece in in_pieces(own) if is_a else in_rows(own):
+        width = piece.ne[0] if is_a else block.rank
+        n_bytes = piece.ne[1] * row_bytes(original.type, width)
+        yield plan.Computed(n_bytes, partial(make_a if is_a else make_b, piece))
