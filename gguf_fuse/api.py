@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_fuse.choices import OnMismatch, Reflink, require_word
-from gguf_fuse.format.header import Header, TensorInfo
+from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import refuse_unaccounted
 from gguf_fuse.format.shards import read_model
-from gguf_fuse.format.source import AnyPath, GGUFError, opened
+from gguf_fuse.format.source import AnyPath, GGUFError, Segment, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
+from gguf_fuse.planning.base import require_base
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
@@ -130,8 +131,8 @@ def _examine(header: Header) -> tuple[Layer, ...]:
 
         return fuse_adapter.examine(header)
     if general_type == "imatrix":
-        return imatrix.examine(header, TensorInfo.read)
-    return fusing.examine(header, TensorInfo.read, fusions=FUSIONS)
+        return imatrix.examine(header, Segment.read)
+    return fusing.examine(header, Segment.read, fusions=FUSIONS)
 
 
 def _fuse_plan(
@@ -143,9 +144,7 @@ def _fuse_plan(
                 f"{header.path}: --base is for LoRA adapters and importance matrices; this file "
                 "is neither"
             )
-        return fusing.fuse(
-            header, TensorInfo.read, fusions=fusions, any_architecture=any_architecture
-        )
+        return fusing.fuse(header, Segment.read, fusions=fusions, any_architecture=any_architecture)
     general_type = header.metadata.get("general.type")
     if QKV not in fusions:
         raise Refused(
@@ -154,12 +153,13 @@ def _fuse_plan(
     rows: Rows | None = None
     if base is not None:
         base_header = read_model(base)
-        rows = unfusing.base_rows(base_header, TensorInfo.read, any_architecture=any_architecture)
+        rows = unfusing.base_rows(base_header, Segment.read, any_architecture=any_architecture)
+        require_base(header, base_header, rows)
     if general_type == "imatrix":
-        return imatrix.fuse(header, TensorInfo.read, rows=rows)
+        return imatrix.fuse(header, Segment.read, rows=rows)
     from gguf_fuse.planning import fuse_adapter  # numpy, which only adapters need: 0.1 s
 
-    return fuse_adapter.fuse(header, TensorInfo.read, rows=rows, any_architecture=any_architecture)
+    return fuse_adapter.fuse(header, Segment.read, rows=rows, any_architecture=any_architecture)
 
 
 def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
@@ -167,7 +167,7 @@ def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
     if general_type == "adapter":
         from gguf_fuse.planning import unfuse_adapter
 
-        return unfuse_adapter.unfuse(header, TensorInfo.read)
+        return unfuse_adapter.unfuse(header, Segment.read)
     if general_type == "imatrix":
         return imatrix.unfuse(header)
     return unfusing.unfuse(header, any_architecture=any_architecture)

@@ -65,7 +65,7 @@ def fuse(
     )
     result = how.carry_out(rewrite, output, dry_run, as_json)
     if result:
-        print_result(result, layer_table(_rows(result.plan)), "fused", dry_run, _notes(result))
+        print_result(result, layer_table(_rows(result.plan)), "fused", dry_run, _notes(result, how))
 
 
 def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
@@ -75,8 +75,15 @@ def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
         yield layer, text(f"left: {fused_tensor(layer)}{layer.reason or 'already fused'}", "yellow")
 
 
-def _notes(result: gguf_fuse.Result) -> Iterator[Text]:
+def _notes(result: gguf_fuse.Result, how: Writing) -> Iterator[Text]:
     """What to know of a fused file, and what to run next."""
+    cut_anew = len(result.outputs) == 1 or how.split_max_size or how.split_max_tensors
+    if result.source.shards and cut_anew:
+        yield text(
+            f"unfuse will give back one file in place of the {len(result.source.shards)} shards; "
+            "to get these, call OUT as they are called",
+            "yellow",
+        )
     yield from layout_notes(result.source)
     if result.files and result.source.is_model:
         paths = [result.source.path, str(result.files[0])]

@@ -63,7 +63,7 @@ def layer_json(layer: Layer, status: str) -> dict[str, Any]:
     return {
         "layer": layer.label,
         "status": status,
-        "reason": "already fused" if was_fused else layer.reason,
+        "reason": layer.reason or ("already fused" if was_fused else None),
         "types": list(layer.types),
         "rows": list(layer.rows),
     }

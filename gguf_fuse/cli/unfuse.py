@@ -1,11 +1,17 @@
 """The command unfuse."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Iterator
+
+from rich.text import Text
 
 import gguf_fuse
 from gguf_fuse.cli.console import failing, text
-from gguf_fuse.cli.layers import layer_table, print_result
+from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
+from gguf_fuse.planning.plan import Layer, Plan
 
 
 @failing
@@ -23,8 +29,11 @@ def unfuse(
     rewrite = functools.partial(gguf_fuse.unfuse, source, output, any_architecture=any_architecture)
     result = how.carry_out(rewrite, output, dry_run, as_json)
     if result:
-        table = layer_table(
-            (layer, text(f"split into {', '.join(layer.fusion.parts)}", "green"))
-            for layer in result.plan.changed
-        )
-        print_result(result, table, "split", dry_run)
+        print_result(result, layer_table(_rows(result.plan)), "split", dry_run)
+
+
+def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
+    for layer in plan.changed:
+        yield layer, text(f"split into {', '.join(layer.fusion.parts)}", "green")
+    for layer in plan.skipped:
+        yield layer, text(f"left: {fused_tensor(layer)}{layer.reason}", "yellow")

@@ -17,6 +17,7 @@ from gguf_fuse.format.values import (
     SCALARS,
     ByteOrder,
     ValueType,
+    array_elements,
     decode,
     encode_string,
     struct_prefix,
@@ -129,6 +130,16 @@ class Metadata(Mapping[str, Any]):
         """Where the pair lies in the file: key, value type and value."""
         span = self.spans[key]
         return Segment(self._source, span.start, span.end - span.start)
+
+    def elements(self, key: str) -> list[bytes] | None:
+        """The bytes of each element; None of what is no array, or one of arrays.
+
+        Raises GGUFError as looking up the value does.
+        """
+        span = self.spans[key]
+        if span.element in (None, ValueType.ARRAY):
+            return None
+        return array_elements(self._bytes(key, span.value), self._byte_order)
 
     def pair_bytes(self, key: str) -> bytes:
         """The bytes of `segment`. Raises GGUFError as looking up the value does."""

@@ -75,10 +75,47 @@ def encode_pair(
     if isinstance(value, (int, str)):
         head = struct.pack(prefix + "I", value_type)
         return encode_string(key, prefix) + head + _encode(value_type, value, prefix)
-    head = struct.pack(prefix + "IIQ", ValueType.ARRAY, value_type, len(value))
+    start = encode_array_start(key, value_type, len(value), byte_order)
     if not isinstance(value, bytes):
         value = b"".join(_encode(value_type, item, prefix) for item in value)
-    return encode_string(key, prefix) + head + value
+    return start + value
+
+
+def encode_array_start(key: str, element: ValueType, length: int, byte_order: ByteOrder) -> bytes:
+    """A metadata pair whose value is an array, up to the first element."""
+    prefix = struct_prefix(byte_order)
+    return encode_string(key, prefix) + struct.pack(
+        prefix + "IIQ", ValueType.ARRAY, element, length
+    )
+
+
+def array_elements(data: bytes, byte_order: ByteOrder) -> list[bytes]:
+    """Of an array of scalars or strings that begins with the data: each element's bytes."""
+    prefix = struct_prefix(byte_order)
+    element, length = struct.unpack_from(prefix + "IQ", data)
+    if element in SCALAR_BYTES:
+        size = SCALAR_BYTES[element]
+        return [data[12 + at * size : 12 + (at + 1) * size] for at in range(length)]
+    elements, at = [], 12
+    for _ in range(length):
+        end = at + 8 + struct.unpack_from(prefix + "Q", data, at)[0]
+        elements.append(data[at:end])
+        at = end
+    return elements
+
+
+def key_of_pair(data: bytes, byte_order: ByteOrder) -> str:
+    """The key of a metadata pair. Raises ValueError where the data is not one pair, and no more."""
+    prefix = struct_prefix(byte_order)
+    try:
+        at = 8 + struct.unpack_from(prefix + "Q", data)[0]
+        key, value_type = data[8:at].decode(), struct.unpack_from(prefix + "I", data, at)[0]
+        end = decode(data, ValueType(value_type), prefix, at + 4)[1]
+    except (struct.error, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if end != len(data):
+        raise ValueError(f"a pair of {end} bytes in {len(data)}")
+    return key
 
 
 def encode_string(text: str, prefix: str) -> bytes:

@@ -11,6 +11,9 @@ ATTENTION_PARTS = ("attn_q", "attn_k", "attn_v")
 FUSED_ATTENTION = "attn_qkv"
 
 LAYER = r"(?:(?:v|a|enc|dec)\.)?blk\.[0-9]{1,6}"  # a regular expression
+# Of encoders in llama.cpp's mmproj files (clip-impl.h), and in Ollama's (s: SAM). No text model of
+# llama.cpp has such tensors (llama-arch.cpp).
+ENCODER_PREFIXES = ("v.", "a.", "mm.", "s.", "audio.", "vision.")
 _LAYER_OF_TENSOR = re.compile(rf"({LAYER})\.")
 
 

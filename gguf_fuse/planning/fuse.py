@@ -16,9 +16,13 @@ from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import F32, blocked, is_known, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer, string
+from gguf_fuse.models.names import ENCODER_PREFIXES
 from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
+from gguf_fuse.planning.tensor_extra import TensorExtra
+
+ENCODER_BESIDE_TEXT = "an encoder lies beside the text model, as Ollama keeps both in one file"
 
 
 def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
@@ -34,6 +38,31 @@ def loader_of(header: Header, layer: str = "blk.0") -> Architecture:
     return projector(found[0] if found else "no projector type", modality)
 
 
+def encoder_beside_text(header: Header) -> str | None:
+    """The first tensor of an encoder in the text model's own file, as Ollama keeps them."""
+    if header.architecture == "clip":
+        return None
+    names = (tensor.name for tensor in header.tensors)
+    return next((name for name in names if name.startswith(ENCODER_PREFIXES)), None)
+
+
+def require_no_encoder(header: Header, any_architecture: bool) -> None:
+    """Raises Refused for a text model with an encoder in its file; no row of the table is for it.
+
+    any_architecture: the text model's layers are done all the same, the encoder's never.
+    """
+    name = encoder_beside_text(header)
+    if name is None or any_architecture:
+        return
+    raise plan.Refused(
+        f"{header.path}: holds an encoder ({name!r}) beside the text model of architecture "
+        f"{header.architecture!r}, as Ollama keeps both in one file; llama.cpp wants the encoder "
+        "in a file of its own (mmproj): convert the model with llama.cpp's convert_hf_to_gguf.py, "
+        "then again with --mmproj, or get the two GGUFs from the hub; --any-architecture does the "
+        "text model's layers all the same"
+    )
+
+
 def examine(
     header: Header,
     read: plan.Read,
@@ -45,13 +74,25 @@ def examine(
 
     In the order of the fusions, then of the layers. read: for scales, which must be equal.
     """
-    layers = []
+    layers, extra = [], TensorExtra.of(header)
     for fusion in fusions:
         siblings = _siblings(header, fusion)
         for name in fusion.layers(header.tensors):
             row = loader_of(header, name)
-            layers.append(_decide(_Candidate(header, name, fusion, row, siblings[name], read)))
+            layers.append(
+                _decide(_Candidate(header, name, fusion, row, siblings[name], read, extra))
+            )
+    if encoder_beside_text(header):
+        layers = [_leave_encoder(layer, any_architecture) for layer in layers]
     return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
+
+
+def _leave_encoder(layer: plan.Layer, any_architecture: bool) -> plan.Layer:
+    """Of a file with an encoder beside the text model, see `require_no_encoder`."""
+    of_text = not layer.name.startswith(ENCODER_PREFIXES)
+    if layer.status is plan.Status.FUSED or (of_text and any_architecture):
+        return layer
+    return replace(layer, status=plan.Status.SEPARATE, reason=ENCODER_BESIDE_TEXT, joins=())
 
 
 def obey_loader(header: Header, layer: plan.Layer, any_architecture: bool) -> plan.Layer:
@@ -59,6 +100,8 @@ def obey_loader(header: Header, layer: plan.Layer, any_architecture: bool) -> pl
     row = loader_of(header, layer.name)
     loader = row.reads(layer.fusion).loader
     if any_architecture or loader is Loader.READS_FUSED or layer.status is plan.Status.FUSED:
+        return layer
+    if layer.reason == ENCODER_BESIDE_TEXT:
         return layer
     reason = f"llama.cpp's loader for {row.name} {loader.phrase(layer.fusion.words)}"
     return replace(layer, status=plan.Status.SEPARATE, reason=reason, joins=())
@@ -84,6 +127,7 @@ class _Candidate:
     row: Architecture
     siblings: Sequence[str]
     read: plan.Read
+    extra: TensorExtra
 
     def tensor(self, name: str) -> TensorInfo | None:
         return self.header.by_name.get(f"{self.layer}.{name}")
@@ -108,7 +152,7 @@ def _decide(one: _Candidate) -> plan.Layer:
         return layer(plan.Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
     joins, why_not = _joins(one)
     why_not = why_not or _unequal_rows(one, rows) or _in_the_way(one)
-    why_not = why_not or _norms_in_the_way(one, rows)
+    why_not = why_not or _norms_in_the_way(one, rows) or one.extra.why_not_joined(joins)
     if why_not:
         return layer(plan.Status.MISMATCH, reason=why_not)
     return layer(plan.Status.FUSABLE, joins=tuple(joins))
@@ -184,7 +228,7 @@ def _not_shared(one: _Candidate, parts: Sequence[TensorInfo], suffix: str) -> st
             return f"{part.name} is not one float32"
     if len({part.ne for part in parts}) > 1:
         return f"{suffix}s have different dimensions"
-    if len({one.read(part) for part in parts}) > 1:
+    if not plan.same_data(parts, one.read):
         return f"{suffix}s differ: a fused tensor has one"
     return None
 
@@ -256,6 +300,7 @@ def fuse(
     loaders says), NothingToDo where no layer can be fused.
     """
     require_model(header)
+    require_no_encoder(header, any_architecture)
     layers = examine(header, read, fusions=fusions, any_architecture=any_architecture)
     flags = " and ".join(fusion.flag for fusion in FUSIONS)
     record.refuse_twice(header, f"; to fuse more of it, unfuse it and give {flags} at once", layers)
@@ -281,7 +326,8 @@ def require_fusable(header: Header, layers: tuple[plan.Layer, ...], nothing: str
     if any(layer.status is plan.Status.FUSABLE for layer in layers):
         return
     for layer in layers:
-        if layer.status is plan.Status.SEPARATE and layer.reason != plan.KEPT_SEPARATE:
+        by_loader = layer.reason not in (plan.KEPT_SEPARATE, ENCODER_BESIDE_TEXT)
+        if layer.status is plan.Status.SEPARATE and by_loader:
             refuse_loader(header, loader_of(header, layer.name), layer.fusion)
     raise plan.NothingToDo(header, f"nothing to fuse: {plan.summary(layers) or nothing}", layers)
 

@@ -24,7 +24,7 @@ from gguf_fuse.models.names import layer_order
 from gguf_fuse.planning import lora, plan, record
 from gguf_fuse.planning.fuse import obey_loader, require_fusable
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.lora import A, B, Block, Pair, decoded
+from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, in_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,6 @@ def _decide(
         raise GGUFError(f"{header.path}: {name}: row lengths differ: {plan.listed(lengths)}")
     if known is None:
         return plan.Layer(name, plan.Status.SEPARATE, types, rows, plan.KEPT_SEPARATE)
-    for part, n in own.items():
-        wanted = known.get(part, n)
-        if n != wanted:
-            raise GGUFError(f"{header.path}: {name}.{part} has {n} rows, {wanted} in the base")
     unknown = [part for part in QKV.parts if part not in {*known, *own}]
     if unknown:
         reason = f"the adapter does not tell how many rows {' and '.join(unknown)} has"
@@ -106,7 +102,7 @@ def fuse(
 ) -> plan.Plan:
     """The plan of the adapter for the fused base.
 
-    read: the data of a tensor. rows: as for `examine`.
+    read: a range of the file. rows: as for `examine`.
 
     Raises Refused where rows of a missing part are not known or the base would not read the
     result, NothingToDo where no layer can be fused, GGUFError as `examine` does.
@@ -117,7 +113,7 @@ def fuse(
     require_fusable(header, layers, "the adapter changes no attn_q, attn_k or attn_v")
     fusable = (layer for layer in layers if layer.status is plan.Status.FUSABLE)
     fused = [_fused_layer(header, layer, read) for layer in fusable]
-    names, arrays = [made.b.name.removesuffix(B) for made in fused], _record(header, fused, read)
+    names, arrays = [made.b.name.removesuffix(B) for made in fused], _record(header, fused)
     return record.fused_plan(header, layers, _fused_tensors(header, fused), names, *arrays)
 
 
@@ -130,7 +126,7 @@ def _fused_layer(header: Header, layer: plan.Layer, read: plan.Read) -> _FusedLa
     ranks, scaled = [rank for rank in own_ranks if rank], lora.is_scaled(header)
     rank = lora.fused_rank(ranks) if scaled else sum(ranks)
     blocks = lora.place_blocks(layer.rows, own_ranks, rank, scaled)
-    placed = [(part, block) for part, block in zip(b_parts, blocks, strict=True) if part]
+    placed = list(zip(b_parts, blocks, strict=True))
     name = f"{layer.name}.{QKV.fused}.weight"
     b, b_stored = _fused_b(header, name + B, placed, (rank, sum(layer.rows)), read)
     a, a_stored = _fused_a(header, name + A, [part for part in a_parts if part], rank, read)
@@ -156,38 +152,47 @@ def _fused_a(
         if part.type == type_id:
             pieces.append(part.data)
             continue
-        make = partial(_converted, header, part, type_id, read)
-        pieces.append(plan.Computed(part.ne[1] * row, make))
+        for piece in in_pieces(part):
+            make = partial(_converted, header, piece, type_id, read)
+            pieces.append(plan.Computed(piece.ne[1] * row_bytes(type_id, piece.ne[0]), make))
         if part.type not in FLOATS or not _held(header, part, type_id, read)[1]:
             stored.add(part.name)
     n_zeros = (rank - sum(part.ne[1] for part in parts)) * row
-    if n_zeros:
-        pieces.append(plan.Computed(n_zeros, partial(bytes, n_zeros)))
+    for at in range(0, n_zeros, plan.READ_BYTES):
+        n_bytes = min(plan.READ_BYTES, n_zeros - at)
+        pieces.append(plan.Computed(n_bytes, partial(bytes, n_bytes)))
     return plan.PlannedTensor(name, (width, rank), type_id, tuple(pieces)), stored
 
 
-def _converted(header: Header, tensor: TensorInfo, type_id: int, read: plan.Read) -> bytes:
-    return encode_floats(decoded(header, tensor, read(tensor)), type_id, header.byte_order)
+def _converted(header: Header, piece: TensorInfo, type_id: int, read: plan.Read) -> bytes:
+    return encode_floats(decoded(header, piece, read), type_id, header.byte_order)
 
 
 def _fused_b(
     header: Header,
     name: str,
-    parts: Sequence[tuple[TensorInfo, Block]],
+    parts: Sequence[tuple[TensorInfo | None, Block]],
     ne: tuple[int, int],
     read: plan.Read,
 ) -> tuple[plan.PlannedTensor, set[str]]:
     """Blocks on the diagonal; and the names of the parts whose original must be recorded."""
-    type_id, stored = _choose_b(header, parts, read)
+    there = [(part, block) for part, block in parts if part is not None]
+    type_id, stored = _choose_b(header, there, read)
+    row = row_bytes(type_id, ne[0])
 
-    def make() -> bytes:
-        b = np.zeros(ne[::-1], np.float32)
-        for tensor, block in parts:
-            block.of(b)[:] = block.scaled(decoded(header, tensor, read(tensor)))
+    def make(part: TensorInfo | None, block: Block, n_rows: int) -> bytes:
+        b = np.zeros((n_rows, ne[0]), np.float32)
+        if part is not None:
+            b[:, block.ranks] = block.scaled(decoded(header, part, read))
         return encode_floats(b, type_id, header.byte_order)
 
-    data = plan.Computed(ne[1] * row_bytes(type_id, ne[0]), make)
-    return plan.PlannedTensor(name, ne, type_id, (data,)), stored
+    pieces, most = [], max(1, lora.VALUES // ne[0])
+    for part, block in parts:
+        for first in range(0, block.n_rows, most):
+            n_rows = min(most, block.n_rows - first)
+            own = part and lora.rows_of(part, first, n_rows)
+            pieces.append(plan.Computed(n_rows * row, partial(make, own, block, n_rows)))
+    return plan.PlannedTensor(name, ne, type_id, tuple(pieces)), stored
 
 
 def _choose_b(
@@ -217,17 +222,22 @@ def _held(
     """
     if type_id not in FLOATS:
         return False, False
-    order, data = header.byte_order, read(part)
-    values = decoded(header, part, data)
-    scaled: NDArray[Any] = block.scaled(values) if block else values
-    held = decode_floats(encode_floats(scaled, type_id, order), type_id, order)
-    held = held.reshape(values.shape)
-    if type_id == F32:
-        fits = np.array_equal(np.isfinite(held), np.isfinite(values))
-    else:
-        fits = np.array_equal(held, scaled, equal_nan=True)
-    back = block.unscaled(held) if block else held
-    return fits, part.type in FLOATS and encode_floats(back, part.type, order) == data
+    order, comes_back = header.byte_order, part.type in FLOATS
+    for piece in in_pieces(part):
+        values = decoded(header, piece, read)
+        scaled: NDArray[Any] = block.scaled(values) if block else values
+        held = decode_floats(encode_floats(scaled, type_id, order), type_id, order)
+        held = held.reshape(values.shape)
+        if type_id == F32:
+            fits = np.array_equal(np.isfinite(held), np.isfinite(values))
+        else:
+            fits = np.array_equal(held, scaled, equal_nan=True)
+        if not fits:
+            return False, False
+        if comes_back:
+            back = block.unscaled(held) if block else held
+            comes_back = encode_floats(back, part.type, order) == read(piece.data)
+    return True, comes_back
 
 
 def _fused_tensors(header: Header, fused: Sequence[_FusedLayer]) -> Iterator[plan.PlannedTensor]:
@@ -244,15 +254,18 @@ def _fused_tensors(header: Header, fused: Sequence[_FusedLayer]) -> Iterator[pla
             yield new
 
 
-def _record(header: Header, fused: Sequence[_FusedLayer], read: plan.Read) -> Iterator[record.Pair]:
-    types, positions, stored, originals = [], [], [], bytearray()
+def _record(header: Header, fused: Sequence[_FusedLayer]) -> Iterator[record.Pair]:
+    types, positions, stored, originals, n_bytes = [], [], [], list[Segment](), 0
     for made in fused:
         for part in made.parts:
             types.append(part.type if part else record.NOT_THERE)
             positions.append(header.position[part.name] if part else record.NOT_THERE)
-            whole = read(part) if part and part.name in made.stored else b""
-            stored.append(len(originals) if whole else record.NOT_THERE)
-            originals += whole
+            if part is None or part.name not in made.stored:
+                stored.append(record.NOT_THERE)
+                continue
+            stored.append(n_bytes)
+            originals.append(part.data)
+            n_bytes += part.n_bytes
     yield record.ROWS_KEY, ValueType.UINT64, [n for made in fused for n in made.rows]
     ranks = [a.ne[1] if a else 0 for made in fused for a in made.parts[: len(QKV.parts)]]
     yield record.RANKS_KEY, ValueType.UINT64, ranks
@@ -260,4 +273,4 @@ def _record(header: Header, fused: Sequence[_FusedLayer], read: plan.Read) -> It
     yield record.POSITIONS_KEY, ValueType.INT64, positions
     yield record.STORED_KEY, ValueType.INT64, stored
     if originals:
-        yield record.ORIGINALS_KEY, ValueType.UINT8, bytes(originals)
+        yield record.ORIGINALS_KEY, ValueType.UINT8, originals

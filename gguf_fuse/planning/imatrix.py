@@ -17,7 +17,17 @@ from gguf_fuse.models.names import attention_layers
 from gguf_fuse.planning import record
 from gguf_fuse.planning.fuse import joined_plan, require_fusable
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.plan import KEPT_SEPARATE, Join, Layer, Plan, Read, Rows, Status, refuse_any
+from gguf_fuse.planning.plan import (
+    KEPT_SEPARATE,
+    Join,
+    Layer,
+    Plan,
+    Read,
+    Rows,
+    Status,
+    refuse_any,
+    same_data,
+)
 from gguf_fuse.planning.record import POSITIONS_KEY
 from gguf_fuse.planning.unfuse import Split, split_plan
 
@@ -39,7 +49,7 @@ def examine(header: Header, read: Read, *, rows: Rows | None = None) -> tuple[La
 def fuse(header: Header, read: Read, *, rows: Rows | None = None) -> Plan:
     """The plan of the matrix for the fused model.
 
-    read: the data of a tensor. rows: layers that the model has fused; None: all of them.
+    read: a range of the file. rows: layers that the model has fused; None: all of them.
 
     Raises Refused where entries of Q, K and V differ, NothingToDo where no layer has all three,
     GGUFError as `examine` does.
@@ -101,7 +111,7 @@ def _decide(header: Header, layer: str, read: Read, rows: Rows | None) -> Layer:
     joins = []
     for end in ENTRY:
         parts = tuple(header.by_name[f"{layer}.{part}.weight{end}"] for part in QKV.parts)
-        if len({part.ne for part in parts}) > 1 or len({read(part) for part in parts}) > 1:
+        if len({part.ne for part in parts}) > 1 or not same_data(parts, read):
             reason = f"{end[1:]} of attn_q, attn_k and attn_v differ, though they see one input"
             return Layer(layer, Status.MISMATCH, types, (), reason)
         joins.append(Join(f"{layer}.{QKV.fused}.weight{end}", parts[0].ne, parts, shared=True))

@@ -66,6 +66,8 @@ class Architecture:
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
     gated_q: bool = False
+    # Its layers that predict further tokens (MTP) are read fused alone.
+    mtp_needs_fused: bool = False
     # Norms of whole rows of Q and K, where the file has them, abort beside a fused tensor.
     row_norms_abort: bool = False
 
@@ -104,6 +106,13 @@ _NO_BIASES = {"gemma4"}
 _NO_SCALES = {"gemma3n", "hrm_text", "kimi-linear", "mimo2"}
 _ROW_NORMS_ABORT = {"jina-bert-v2"}  # bert.cpp reshapes a view of the fused result
 _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
+# Layers that predict further tokens (nextn_predict_layers), as graph_mtp in src/models/*.cpp of
+# llama-cpp-python 0.3.36's llama.cpp reads them; read, not run. mimo2 asserts a fused attn_qkv
+# ("MIMO2 MTP requires fused attn_qkv"). build_qkv, which takes both, is called for cohere2moe,
+# glm4moe, hy_v3, nemotron_h_moe, qwen3next, qwen35, qwen35moe and step35. The loaders of
+# exaone-moe, exaone4, bailingmoe2 and glm4 skip those layers. None wants them separate that reads
+# the others fused.
+_MTP_NEEDS_FUSED = {"mimo2"}
 
 # Loaders that look for ffn_gate_up_exps.weight first (create_tensor_gate_up_exps, or gemma4's own
 # code); all others want gate and up separate. None reads a bias of the fused tensor. A scale of
@@ -156,6 +165,7 @@ ARCHITECTURES = {
         Reads(loader, proof, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
         _gate_up(name),
         gated_q=name in _GATED_Q,
+        mtp_needs_fused=name in _MTP_NEEDS_FUSED,
         row_norms_abort=name in _ROW_NORMS_ABORT,
     )
     for (loader, proof), names in _ROWS.items()

@@ -14,24 +14,24 @@ bit of a mantissa changes, and the way back is exact. Ranks whose ratios are no 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.format.types import is_known, type_name
+from gguf_fuse.format.types import is_known, row_bytes, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.dequantize import dequantized
-from gguf_fuse.planning.plan import Refused
+from gguf_fuse.planning.plan import READ_BYTES, Read, Refused
 
 ALPHA_KEY = "adapter.lora.alpha"
 
 A, B = ".lora_a", ".lora_b"
+VALUES = READ_BYTES // 4  # that are computed at once; whole blocks of any type
 WEIGHT = re.compile(r"((?:(?:enc|dec)\.)?blk\.[0-9]{1,6})\.attn_(?:q|k|v|qkv)\.weight")
 
 
@@ -70,9 +70,9 @@ class Block:
     numerator: int
     denominator: int
 
-    def of(self, fused: NDArray[Any]) -> NDArray[Any]:
-        ranks = slice(self.first_rank, self.first_rank + self.rank)
-        return fused[self.first_row : self.first_row + self.n_rows, ranks]
+    @property
+    def ranks(self) -> slice:
+        return slice(self.first_rank, self.first_rank + self.rank)
 
     def scaled(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -164,10 +164,39 @@ def known_rows(pairs: Mapping[str, Pair]) -> dict[str, int]:
     return {part: numbers.pop() for part, numbers in found.items() if len(numbers) == 1}
 
 
-def decoded(header: Header, tensor: TensorInfo, data: bytes) -> NDArray[np.float32]:
-    """Values of a tensor, [ne[1], ne[0]]. Raises Refused for types that cannot be decoded."""
+def in_rows(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """A matrix in pieces of whole rows, so small that memory does not grow with the adapter."""
+    most = max(1, VALUES // tensor.ne[0])
+    for first in range(0, tensor.ne[1], most):
+        yield rows_of(tensor, first, min(most, tensor.ne[1] - first))
+
+
+def in_pieces(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """The same; where a row is longer than that, in pieces of a row."""
+    for rows in in_rows(tensor):
+        if rows.ne[0] <= VALUES:
+            yield rows
+            continue
+        for first in range(0, rows.ne[0], VALUES):
+            n = min(VALUES, rows.ne[0] - first)
+            start, n_bytes = (row_bytes(rows.type, count) for count in (first, n))
+            yield replace(rows, ne=(n, 1), data=rows.data.part(start, n_bytes))
+
+
+def rows_of(tensor: TensorInfo, first: int, n_rows: int) -> TensorInfo:
+    """Some rows of a matrix."""
+    row = tensor.n_bytes // tensor.ne[1]
+    data = tensor.data.part(first * row, n_rows * row)
+    return replace(tensor, ne=(tensor.ne[0], n_rows), data=data)
+
+
+def decoded(header: Header, tensor: TensorInfo, read: Read) -> NDArray[np.float32]:
+    """Values of a matrix, or of a block of it, [ne[1], ne[0]].
+
+    Raises Refused for types that cannot be decoded.
+    """
     try:
-        return dequantized(header, tensor, data)
+        return dequantized(header, tensor, read(tensor.data))
     except GGUFError:
         raise Refused(
             f"{header.path}: {tensor.name!r} is of {type_name(tensor.type)}, which cannot be "

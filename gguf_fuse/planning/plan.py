@@ -6,7 +6,7 @@ NothingToDo; `writing` cuts it into shards and carries it out, and knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,7 +15,10 @@ from gguf_fuse.format.source import GGUFError, Segment
 from gguf_fuse.format.values import ByteOrder
 from gguf_fuse.planning.fusions import QKV, Fusion
 
-Read = Callable[[TensorInfo], bytes]  # the data of a tensor: planning opens no file itself
+Pieces = tuple[Segment | bytes, ...]  # of a metadata pair, end to end
+
+Read = Callable[[Segment], bytes]  # a small range: planning opens no file itself
+READ_BYTES = 1 << 20  # that are looked at, or computed, at once: memory does not grow
 
 Rows = dict[str, tuple[int, ...]]  # of Q, K and V in the layers that a base has fused, by name
 
@@ -110,7 +113,7 @@ class Layer:
 class Plan:
     """A new file: its metadata, its tensors in order, and what became of each layer.
 
-    metadata: pairs, as they lie in the source or as new bytes.
+    metadata: by key, the bytes of each pair: as they lie in the source, or new ones, end to end.
     may_add_keys: whether keys of ours may be added to the metadata (for shards, for padding): in a
     fused file, but not on the way back.
     """
@@ -118,11 +121,22 @@ class Plan:
     version: int
     byte_order: ByteOrder
     alignment: int
-    metadata: tuple[Segment | bytes, ...]
+    metadata: Mapping[str, Pieces]
     tensors: tuple[PlannedTensor, ...]
     changed: tuple[Layer, ...]
     skipped: tuple[Layer, ...]
     may_add_keys: bool
+
+
+def same_data(tensors: Sequence[TensorInfo], read: Read) -> bool:
+    """Whether tensors of one size hold the same bytes."""
+    return all(
+        len(
+            {read(tensor.data.part(at, min(READ_BYTES, tensor.n_bytes - at))) for tensor in tensors}
+        )
+        == 1
+        for at in range(0, tensors[0].n_bytes, READ_BYTES)
+    )
 
 
 def untouched(tensor: TensorInfo) -> PlannedTensor:

@@ -7,17 +7,27 @@ The way back puts them there again, and leaves the record out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gguf_fuse.format.header import MAX_PAIRS, Header
-from gguf_fuse.format.source import GGUFError
-from gguf_fuse.format.values import ValueType, encode_pair
-from gguf_fuse.planning import plan
+from gguf_fuse.format.shards import SPLIT_KEYS
+from gguf_fuse.format.source import GGUFError, Segment
+from gguf_fuse.format.values import (
+    ByteOrder,
+    ValueType,
+    encode_array_start,
+    encode_pair,
+    key_of_pair,
+)
+from gguf_fuse.planning import plan, tensor_extra
 from gguf_fuse.planning.fusions import QKV, fusion_of
+from gguf_fuse.planning.tensor_extra import TensorExtra
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
-RECORD_VERSIONS = (1, 2)
+# Version 2 has other fusions, version 3 pairs that were replaced (and fusions of any kind).
+RECORD_VERSIONS = (1, 2, 3)
 
 KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 VERSION_KEY = KEY_PREFIX + "version"
@@ -35,6 +45,11 @@ STORED_KEY = KEY_PREFIX + "stored"
 ORIGINALS_KEY = KEY_PREFIX + "originals"
 TENSOR_KEYS = (TYPES_KEY, POSITIONS_KEY, STORED_KEY)  # a number for each A, then each B
 NOT_THERE = -1
+# Pairs that the fused file has otherwise, or not at all: those that name tensors (`tensor_extra`),
+# and how the original was cut, if it was one file. Their bytes as they were, end to end; and of
+# each its place among the original's pairs and how many bytes it has.
+REPLACED_KEY = KEY_PREFIX + "replaced"
+REPLACED_AT_KEY = KEY_PREFIX + "replaced_at"
 # Pairs that the record, the padding and the keys of shards take, and some to spare.
 ROOM = 16
 
@@ -50,8 +65,10 @@ def refuse_twice(header: Header, hint: str = "", layers: tuple[plan.Layer, ...] 
         raise plan.NothingToDo(header, problem, layers)
 
 
-def version_of(fused: Iterable[str]) -> int:
-    """Of a record of these fused tensors."""
+def version_of(fused: Iterable[str], replaced: bool) -> int:
+    """Of a record of these fused tensors. replaced: whether pairs were."""
+    if replaced:
+        return 3
     return 2 if any(fusion_of(name) not in (QKV, None) for name in fused) else 1
 
 
@@ -68,7 +85,7 @@ def names(header: Header) -> list[str]:
     """The fused tensors of an adapter or a matrix. Raises GGUFError for a record that is damaged
     or of another release; version 2 is for models alone.
     """
-    version(header, known=RECORD_VERSIONS[:1])
+    version(header, known=(1, 3))
     found: list[str] = array(header, TENSORS_KEY, str)
     require_distinct(header, found)
     return found
@@ -96,8 +113,12 @@ def groups(header: Header, key: str, n: int, each: int) -> list[tuple[int, ...]]
     return [tuple(values[at : at + each]) for at in range(0, len(values), each)]
 
 
+class Damaged(GGUFError):
+    """A record that does not fit its file."""
+
+
 def damaged(header: Header, problem: str) -> NoReturn:
-    raise GGUFError(f"{header.path}: {problem}: the record of the fusion does not fit the file")
+    raise Damaged(f"{header.path}: {problem}: the record of the fusion does not fit the file")
 
 
 # A restored tensor and its position in the restored file; None: where the fused one stands.
@@ -131,7 +152,61 @@ def _put_back(header: Header, restored: Restored) -> tuple[plan.PlannedTensor, .
     return tensors
 
 
-Pair = tuple[str, ValueType, bytes | Sequence[int]]  # an array of the record; see `encode_pair`
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A pair that the fused file has otherwise, or not at all. place: among the original's."""
+
+    place: int
+    key: str
+    pair: Segment
+
+
+def replaced(original: Header, changed: Container[str]) -> list[Replaced]:
+    """The pairs that go into the record. changed: keys that the fused file has otherwise.
+
+    How a file is cut holds for that one alone: what it says of it is left out of the next.
+    """
+    return [
+        Replaced(place, key, original.metadata.segment(key))
+        for place, key in enumerate(original.metadata)
+        if key in changed or key in SPLIT_KEYS
+    ]
+
+
+def restored(header: Header) -> list[Replaced]:
+    """The pairs that the record has whole. Raises GGUFError where it does not fit."""
+    if REPLACED_KEY not in header.metadata and REPLACED_AT_KEY not in header.metadata:
+        return []
+    data, numbers = array(header, REPLACED_KEY, int), array(header, REPLACED_AT_KEY, int)
+    span, found, at = header.metadata.spans[REPLACED_KEY], list[Replaced](), 0
+    whole = header.metadata.segment(REPLACED_KEY)
+    first = whole.n_bytes - len(data)
+    for place, n_bytes in zip(numbers[::2], numbers[1::2], strict=False):
+        try:
+            key = key_of_pair(bytes(data[at : at + n_bytes]), header.byte_order)
+        except ValueError:
+            damaged(header, f"{REPLACED_KEY} has no pair at byte {at}")
+        if not (key in SPLIT_KEYS or key.startswith(tensor_extra.PREFIX)):
+            damaged(header, f"{REPLACED_KEY} has {key!r}, which is never replaced")
+        found.append(Replaced(place, key, whole.part(first + at, n_bytes)))
+        at += n_bytes
+    if span.element != ValueType.UINT8 or at != len(data) or len(numbers) % 2:
+        damaged(header, f"{REPLACED_KEY} and {REPLACED_AT_KEY} are of different lengths")
+    return found
+
+
+# An array of the record: of numbers, or of bytes as they lie in the source.
+Pair = tuple[str, ValueType, Sequence[int] | Sequence[Segment]]
+
+
+def _encoded(pair: Pair, byte_order: ByteOrder) -> plan.Pieces:
+    key, element, values = pair
+    segments = [value for value in values if isinstance(value, Segment)]
+    if segments:
+        n_bytes = sum(segment.n_bytes for segment in segments)
+        return encode_array_start(key, element, n_bytes, byte_order), *segments
+    numbers = [value for value in values if isinstance(value, int)]
+    return (encode_pair(key, element, numbers, byte_order),)
 
 
 def fused_plan(
@@ -152,29 +227,65 @@ def fused_plan(
             f"{header.path}: {len(header.metadata)} metadata pairs leave no room for ours; "
             f"{MAX_PAIRS - ROOM} would"
         )
-    version, order = version_of(fused), header.byte_order
-    own = (header.metadata.segment(key) for key in header.metadata)
-    new = [
-        encode_pair(VERSION_KEY, ValueType.UINT32, version, order),
-        encode_pair(TENSORS_KEY, ValueType.STRING, fused, order),
-        *(encode_pair(*pair, order) for pair in pairs),
-    ]
+    order = header.byte_order
+    joins = [join for layer in layers for join in layer.joins]
+    names = {part.name: [join.name] for join in joins for part in join.parts}
+    renamed = TensorExtra.of(header).renamed(names)
+    past = replaced(header, renamed)
+    if past:
+        at = [number for one in past for number in (one.place, one.pair.n_bytes)]
+        pairs += ((REPLACED_KEY, ValueType.UINT8, [one.pair for one in past]),)
+        pairs += ((REPLACED_AT_KEY, ValueType.UINT64, at),)
+    version = version_of(fused, bool(past))
+    metadata: dict[str, plan.Pieces] = {
+        key: (renamed.get(key) or header.metadata.segment(key),)
+        for key in header.metadata
+        if key not in SPLIT_KEYS
+    }
+    metadata[VERSION_KEY] = (encode_pair(VERSION_KEY, ValueType.UINT32, version, order),)
+    metadata[TENSORS_KEY] = (encode_pair(TENSORS_KEY, ValueType.STRING, fused, order),)
+    metadata |= {pair[0]: _encoded(pair, order) for pair in pairs}
     changed = tuple(layer for layer in layers if layer.status is plan.Status.FUSABLE)
     skipped = tuple(layer for layer in layers if layer.status is not plan.Status.FUSABLE)
     layout = header.version, order, header.alignment
-    return plan.Plan(*layout, (*own, *new), tuple(tensors), changed, skipped, may_add_keys=True)
+    return plan.Plan(*layout, metadata, tuple(tensors), changed, skipped, may_add_keys=True)
 
 
 def unfused_plan(
-    header: Header, restored: Restored, changed: Sequence[plan.Layer], nothing: str
+    header: Header,
+    parts: Restored,
+    changed: Sequence[plan.Layer],
+    skipped: Sequence[plan.Layer],
+    nothing: str,
 ) -> plan.Plan:
     """The plan of the restored file: without the record. Raises GGUFError as `_put_back` does.
 
     Raises NothingToDo where nothing is to be restored; nothing: why.
     """
-    if not restored:
-        raise plan.NothingToDo(header, f"nothing to unfuse: {nothing}")
-    kept = (key for key in header.metadata if not key.startswith(KEY_PREFIX))
-    metadata = tuple(header.metadata.segment(key) for key in kept)
-    layout, tensors = (header.version, header.byte_order), _put_back(header, restored)
-    return plan.Plan(*layout, header.alignment, metadata, tensors, tuple(changed), (), False)
+    if not parts:
+        raise plan.NothingToDo(header, f"nothing to unfuse: {nothing}", tuple(skipped))
+    layout, tensors = (header.version, header.byte_order), _put_back(header, parts)
+    metadata = _restored_metadata(header, parts)
+    return plan.Plan(
+        *layout, header.alignment, metadata, tensors, tuple(changed), tuple(skipped), False
+    )
+
+
+def _restored_metadata(header: Header, parts: Restored) -> dict[str, plan.Pieces]:
+    """The original's pairs at their places; of a file without a record, with the new names."""
+    past = restored(header)
+    renamed: dict[str, bytes] = {}
+    if not exists(header):
+        names = {name: [part.name for _, part in placed] for name, placed in parts.items()}
+        renamed = TensorExtra.of(header).renamed(names)
+    gone = {one.key for one in past}
+    pairs: list[tuple[str, plan.Pieces]] = [
+        (key, (renamed.get(key) or header.metadata.segment(key),))
+        for key in header.metadata
+        if not key.startswith(KEY_PREFIX) and key not in gone
+    ]
+    for one in sorted(past, key=lambda one: one.place):
+        if one.place > len(pairs):
+            damaged(header, f"{REPLACED_AT_KEY} has {one.place}, past the last pair")
+        pairs.insert(one.place, (one.key, (one.pair,)))
+    return dict(pairs)

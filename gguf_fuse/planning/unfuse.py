@@ -7,18 +7,36 @@ head counts, or it is refused; gate and up are halves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.types import blocked, is_known, type_name
 from gguf_fuse.models.keys import integer
+from gguf_fuse.models.names import ENCODER_PREFIXES, layer_order
 from gguf_fuse.planning import record
-from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
+from gguf_fuse.planning.fuse import (
+    ENCODER_BESIDE_TEXT,
+    examine,
+    loader_of,
+    refuse_loader,
+    require_model,
+    require_no_encoder,
+)
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, QKV, SUFFIXES, Fusion, fusion_of
 from gguf_fuse.planning.loaders import Loader
-from gguf_fuse.planning.plan import Layer, Plan, PlannedTensor, Read, Refused, Rows, Status, listed
+from gguf_fuse.planning.plan import (
+    Layer,
+    Plan,
+    PlannedTensor,
+    Read,
+    Refused,
+    Rows,
+    Status,
+    listed,
+    summary,
+)
 from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY, TENSORS_KEY, VERSION_KEY
 
 
@@ -68,19 +86,26 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
     without a record cannot be split for certain, NothingToDo where nothing is fused.
     """
     require_model(header)
-    splits = _recorded_splits(header)
+    splits, kept = _recorded_splits(header), list[Layer]()
     if splits is None:
-        splits = _derived_splits(header, any_architecture)
+        require_no_encoder(header, any_architecture)
+        kept = _must_stay(header, any_architecture)
+        names = {f"{layer.name}.{layer.fusion.fused}.weight" for layer in kept}
+        splits = _derived_splits(header, any_architecture, names)
     nothing = f"no attention layer has {QKV.fused}.weight, no layer {GATE_UP.fused}.weight"
-    return split_plan(header, splits, nothing)
+    return split_plan(header, splits, summary(kept) or nothing, kept=kept)
 
 
 def split_plan(
-    header: Header, splits: Sequence[Split], nothing: str, weight: str = "weight"
+    header: Header,
+    splits: Sequence[Split],
+    nothing: str,
+    weight: str = "weight",
+    kept: Sequence[Layer] = (),
 ) -> Plan:
     """The plan of the file with these splits made. Raises as `record.unfused_plan` does.
 
-    weight: the suffix that stands for its layer.
+    weight: the suffix that stands for its layer. kept: layers that stay fused.
     """
     changed = [
         Layer(
@@ -94,7 +119,7 @@ def split_plan(
         if split.suffix == weight
     ]
     restored = {split.tensor.name: split.placed() for split in splits}
-    return record.unfused_plan(header, restored, changed, nothing)
+    return record.unfused_plan(header, restored, changed, kept, nothing)
 
 
 def attention_rows(header: Header, layer: str) -> tuple[int, ...]:
@@ -118,6 +143,7 @@ def base_rows(header: Header, read: Read, *, any_architecture: bool = False) -> 
     does not fit.
     """
     require_model(header)
+    require_no_encoder(header, any_architecture)
     layers = examine(header, read, any_architecture=any_architecture)
     if any(layer.status is Status.FUSED for layer in layers):
         layers = unfuse(header, any_architecture=True).changed
@@ -132,7 +158,7 @@ def _recorded_splits(header: Header) -> list[Split] | None:
         return None
     version = record.version(header, record.RECORD_VERSIONS)
     names = record.array(header, TENSORS_KEY, str)
-    if version != record.version_of(names):
+    if version != record.version_of(names, record.REPLACED_KEY in header.metadata):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
     fusions = [fusion_of(name) or QKV for name in names]
     n_parts = sum(len(fusion.parts) for fusion in fusions)
@@ -179,13 +205,43 @@ def _check_split(header: Header, split: Split) -> None:
         raise Refused(f"{place} has {too_many}")
 
 
-def _derived_splits(header: Header, any_architecture: bool) -> list[Split]:
-    """A file fused by someone else: rows from the head counts or halves, or a refusal."""
+def _must_stay(header: Header, any_architecture: bool) -> list[Layer]:
+    """Layers of a file without a record that are to stay fused, and why."""
+    kept = []
+    for fusion in FUSIONS:
+        for layer in fusion.layers(header.tensors):
+            weight = header.by_name.get(f"{layer}.{fusion.fused}.weight")
+            reason = _why_fused(header, layer, fusion, any_architecture)
+            if weight is None or reason is None:
+                continue
+            types, rows = (type_name(weight.type),), (fusion.rows(weight.ne),)
+            kept.append(Layer(layer, Status.FUSED, types, rows, reason, fusion=fusion))
+    return kept
+
+
+def _why_fused(header: Header, layer: str, fusion: Fusion, any_architecture: bool) -> str | None:
+    if header.architecture != "clip" and layer.startswith(ENCODER_PREFIXES):
+        return ENCODER_BESIDE_TEXT
+    row = loader_of(header, layer)
+    if any_architecture or fusion is not QKV or not row.mtp_needs_fused:
+        return None
+    n_blocks = integer(header, f"{row.name}.block_count", 0) or 0
+    n_mtp = integer(header, f"{row.name}.nextn_predict_layers", 0) or 0
+    if layer_order(layer)[1] < n_blocks - n_mtp:
+        return None
+    return f"MTP (prediction of further tokens) of {row.name} reads fused {QKV.fused} alone"
+
+
+def _derived_splits(header: Header, any_architecture: bool, kept: Container[str]) -> list[Split]:
+    """A file fused by someone else: rows from the head counts or halves, or a refusal.
+
+    kept: names of weights that stay as they are.
+    """
     splits = []
     for fusion in FUSIONS:
         for layer in fusion.layers(header.tensors):
             weight = header.by_name.get(f"{layer}.{fusion.fused}.weight")
-            if weight is None:
+            if weight is None or weight.name in kept:
                 continue
             row = loader_of(header, layer)
             if row.reads(fusion).loader is not Loader.READS_FUSED and not any_architecture:

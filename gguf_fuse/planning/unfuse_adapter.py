@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.source import Segment
@@ -13,7 +14,19 @@ from gguf_fuse.models.dequantize import FLOATS, encode_floats
 from gguf_fuse.planning import plan, record
 from gguf_fuse.planning.fuse_adapter import examine
 from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.lora import A, B, Block, Pair, decoded, is_scaled, place_blocks, read_pairs
+from gguf_fuse.planning.lora import (
+    A,
+    B,
+    Block,
+    Pair,
+    decoded,
+    in_pieces,
+    in_rows,
+    is_scaled,
+    place_blocks,
+    read_pairs,
+    rows_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,7 @@ def unfuse(header: Header, read: plan.Read) -> plan.Plan:
         restored[pair.b.name] = []
         changed.append(plan.Layer(layer, plan.Status.FUSED, (pair.types,), fused.rows))
     nothing = f"the adapter changes no {QKV.fused}"
-    return record.unfused_plan(header, restored, changed, nothing)
+    return record.unfused_plan(header, restored, changed, (), nothing)
 
 
 def _recorded(header: Header) -> list[_Recorded]:
@@ -86,8 +99,8 @@ def _restored(
     for original in originals:
         _check(header, original)
     for original in originals:
-        data = _data(header, original, read)
-        tensor = plan.PlannedTensor(original.name, original.ne, original.type, (data,))
+        data = tuple(_data(header, original, read))
+        tensor = plan.PlannedTensor(original.name, original.ne, original.type, data)
         yield original.position, tensor
 
 
@@ -144,20 +157,27 @@ def _stored(header: Header, original: _Original) -> Segment:
     return pair.part(pair.n_bytes - span.length + start, original.n_bytes)
 
 
-def _data(header: Header, original: _Original, read: plan.Read) -> Segment | plan.Computed:
+def _data(
+    header: Header, original: _Original, read: plan.Read
+) -> Iterator[Segment | plan.Computed]:
     fused, block = original.fused, original.block
+    is_a = fused.name.endswith(A)
     if original.stored != record.NOT_THERE:
-        return _stored(header, original)
+        yield _stored(header, original)
+        return
+    own = rows_of(fused, block.first_rank if is_a else block.first_row, original.ne[1])
     if original.copied:
-        above = block.first_rank * row_bytes(fused.type, fused.ne[0])  # rows of the parts before
-        return fused.data.part(above, original.n_bytes)
+        yield own.data
+        return
 
-    def make() -> bytes:
-        values = decoded(header, fused, read(fused))
-        if fused.name.endswith(A):
-            values = values[block.first_rank : block.first_rank + block.rank]
-        else:
-            values = block.unscaled(block.of(values))
+    def make_a(piece: TensorInfo) -> bytes:
+        return encode_floats(decoded(header, piece, read), original.type, header.byte_order)
+
+    def make_b(rows: TensorInfo) -> bytes:
+        values = block.unscaled(decoded(header, rows, read)[:, block.ranks])
         return encode_floats(values, original.type, header.byte_order)
 
-    return plan.Computed(original.n_bytes, make)
+    for piece in in_pieces(own) if is_a else in_rows(own):
+        width = piece.ne[0] if is_a else block.rank
+        n_bytes = piece.ne[1] * row_bytes(original.type, width)
+        yield plan.Computed(n_bytes, partial(make_a if is_a else make_b, piece))

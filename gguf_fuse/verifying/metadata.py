@@ -10,30 +10,45 @@ from gguf_fuse.format.header import Header, Metadata
 from gguf_fuse.format.shards import SPLIT_KEYS
 from gguf_fuse.format.source import Segment
 from gguf_fuse.planning import record
+from gguf_fuse.planning.tensor_extra import TensorExtra
 from gguf_fuse.verifying.fused import FORMS, FusedTensor
 
 MAX_HELD = 4096  # bytes of a metadata pair that is looked at as a whole
 LONG_VALUE = 60  # characters of a value that a problem does not show
 
 _OWN_KEYS = frozenset(
-    {*record.RECORD_KEYS, record.SHARDS_KEY, record.PADDING_KEY}
+    {
+        *record.RECORD_KEYS,
+        record.SHARDS_KEY,
+        record.PADDING_KEY,
+        record.REPLACED_KEY,
+        record.REPLACED_AT_KEY,
+    }
 )  # FUSED alone may have them
 
 
 def compare_metadata(
-    original: Header, fused: Header
+    original: Header, fused: Header, made: Sequence[FusedTensor]
 ) -> tuple[dict[str, tuple[Segment, Segment]], list[str]]:
-    """Problems; and by key the pairs that are too long to hold, to be compared with the data."""
+    """Problems; and by key the pairs that are too long to hold, to be compared with the data.
+
+    made: what is fused, so that pairs which name tensors name these.
+    """
     if original.byte_order != fused.byte_order:
         return {}, []  # every pair would differ; that problem is named already
     # How a model is cut into files is no part of it.
     before, after = (header.metadata.without(SPLIT_KEYS) for header in (original, fused))
     long_pairs: dict[str, tuple[Segment, Segment]] = {}
     problems = [f"metadata {key}: missing in the fused file" for key in before if key not in after]
+    renamed = TensorExtra.of(original).renamed(_new_names(made))
     for key in after:
         if key not in before:
             if key not in _OWN_KEYS:
                 problems.append(f"metadata {key}: only in the fused file")
+            continue
+        if key in renamed:
+            if after.pair_bytes(key) != renamed[key]:
+                problems.append(f"metadata {key}: does not follow the names of the fused tensors")
             continue
         a, b = before.segment(key), after.segment(key)
         if max(a.n_bytes, b.n_bytes) <= MAX_HELD:
@@ -43,6 +58,10 @@ def compare_metadata(
         else:
             long_pairs[key] = a, b
     return long_pairs, problems + order_problems("metadata", before, after)
+
+
+def _new_names(made: Sequence[FusedTensor]) -> dict[str, list[str]]:
+    return {part.name: [tensor.name] for tensor in made for part in tensor.parts}
 
 
 def _compare_pair(before: Metadata, after: Metadata, key: str) -> list[str]:
@@ -73,6 +92,8 @@ def own_problems(original: Header, fused: Header, made: Sequence[FusedTensor]) -
     problems: list[str] = []
     if any(key in own for key in record.RECORD_KEYS):
         problems += _record_problems(original, fused.metadata, made)
+    if record.REPLACED_KEY in own or record.REPLACED_AT_KEY in own:
+        problems += _replaced_problems(original, fused, made)
     cuts, truth = own.get(record.SHARDS_KEY), [len(shard.tensors) for shard in original.shards]
     if cuts is not None and cuts != truth and (truth or not _could_be_cuts(cuts, original)):
         problems.append(f"metadata {record.SHARDS_KEY}: {cuts}, the original says {truth}")
@@ -97,7 +118,8 @@ def _record_problems(original: Header, pairs: Metadata, made: Sequence[FusedTens
     counts = [
         next((len(parts) for form, parts, _ in FORMS if f".{form}." in name), 3) for name in names
     ]
-    if version != (1 if set(counts) <= {3} else 2):
+    kind = 1 if set(counts) <= {3} else 2
+    if version != (3 if record.REPLACED_KEY in pairs else kind):
         return [f"metadata {record.VERSION_KEY}: {version}, its tensors are of another version"]
     if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
         return [f"metadata {record.KEY_PREFIX}*: the lengths of the record's arrays do not fit"]
@@ -115,6 +137,28 @@ def _record_problems(original: Header, pairs: Metadata, made: Sequence[FusedTens
             if said != true:
                 problems.append(f"metadata {key}: {said} for {name}, the original says {true}")
     return problems
+
+
+def _replaced_problems(original: Header, fused: Header, made: Sequence[FusedTensor]) -> list[str]:
+    """Are the pairs that were replaced recorded as ORIGINAL has them?"""
+    changed = TensorExtra.of(original).renamed(_new_names(made))
+    try:
+        told, true = record.restored(fused), record.replaced(original, changed)
+    except record.Damaged as damage:
+        return [f"metadata {record.REPLACED_KEY}: {damage}"]
+    splits = [{one.key for one in pairs if one.key in SPLIT_KEYS} for pairs in (told, true)]
+    cut_alike = splits[0] == splits[1]  # else ORIGINAL is not the very file, and has other places
+    facts = [
+        [
+            (cut_alike and one.place, one.pair.read())
+            for one in pairs
+            if cut_alike or one.key not in SPLIT_KEYS
+        ]
+        for pairs in (told, true)
+    ]
+    if facts[0] == facts[1]:
+        return []
+    return [f"metadata {record.REPLACED_KEY}: not the pairs that the original has"]
 
 
 def _could_be_cuts(counts: Any, original: Header) -> bool:

@@ -58,7 +58,7 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     counts = (n_fused, len(weights) - n_fused)
     if unrelated := _unrelated(original, fused, {part.name for part in ranges}, listing):
         return Structure((unrelated,), *counts)
-    long_pairs, unequal = compare_metadata(original, fused)
+    long_pairs, unequal = compare_metadata(original, fused, made)
     ranges[:0] = [
         _Range(key, f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()
     ]

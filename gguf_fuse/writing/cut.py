@@ -6,7 +6,7 @@ The format of shards is that of `format.shards`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from gguf_fuse.format.shards import (
 )
 from gguf_fuse.format.source import GGUFError, Segment
 from gguf_fuse.format.values import ValueType, encode_pair
-from gguf_fuse.planning.plan import Plan, PlannedTensor
+from gguf_fuse.planning.plan import Pieces, Plan, PlannedTensor
 from gguf_fuse.planning.record import KEY_PREFIX, SHARDS_KEY
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -46,7 +46,8 @@ def divide(
 ) -> list[tuple[Path, Plan]]:
     """The files that the output is to be, and the plan of each.
 
-    With a limit they are cut anew, and the output is their prefix. Without one, an output that is
+    With a limit they are cut anew, and the output is their prefix; where all is within it, the one
+    file is called a shard, but says nothing of it. Without one, an output that is
     called like a first shard is cut where the source was; any other is one file.
 
     Raises GGUFError where the name does not fit the source, or the limit.
@@ -57,7 +58,7 @@ def divide(
         groups = _groups(plan, max_bytes, max_tensors)
         if len(groups) > MAX_SHARDS:
             raise GGUFError(f"{output}: {len(groups)} shards; at most {MAX_SHARDS} are possible")
-        parts = _cut(source, plan, groups)
+        parts = _cut(plan, groups) if len(groups) > 1 else [plan]  # one shard is no set
     elif name is None or (name.count == 1 and not source.shards):
         return [(Path(output), plan)]
     else:
@@ -82,43 +83,37 @@ def _cut_alike(source: Header, plan: Plan) -> list[Plan]:
     """Every shard keeps its own metadata, with the new count of tensors."""
     parts: list[Plan] = []
     for shard, tensors in zip(source.shards, _groups_alike(source, plan), strict=True):
-        pairs = _own_pairs(shard, len(plan.tensors), first=not parts)
-        metadata = tuple(pair for _, pair in pairs)
+        own = _own_pairs(shard, len(plan.tensors), first=not parts)
+        metadata = dict(own)
         if not parts:
-            metadata = tuple(_interleaved(plan.metadata, pairs))
+            # Those of the model, with the shard's own where they stood in the source.
+            model = dict(plan.metadata)
+            metadata = {
+                key: own[key] if key in own else model[key]
+                for key in shard.metadata
+                if key in own or key in model
+            }
+            metadata |= {key: pair for key, pair in model.items() if key not in metadata}
             if plan.may_add_keys:  # not on the way back
                 counts = [len(shard.tensors) for shard in source.shards]
-                metadata += (encode_pair(SHARDS_KEY, ValueType.UINT32, counts, plan.byte_order),)
+                new = encode_pair(SHARDS_KEY, ValueType.UINT32, counts, plan.byte_order)
+                metadata[SHARDS_KEY] = (new,)
         parts.append(
             replace(plan, alignment=shard.alignment, metadata=metadata, tensors=tuple(tensors))
         )
     return parts
 
 
-def _own_pairs(shard: Header, n_tensors: int, *, first: bool) -> list[tuple[int, Segment | bytes]]:
-    """What a shard has beside the model's metadata, of which the first has all; and where."""
-    pairs: list[tuple[int, Segment | bytes]] = []
+def _own_pairs(shard: Header, n_tensors: int, *, first: bool) -> dict[str, Pieces]:
+    """What a shard has beside the model's metadata, of which the first has all."""
+    pairs: dict[str, Pieces] = {}
     for key in shard.metadata:
         if key.startswith(KEY_PREFIX) or (first and key not in SPLIT_KEYS):
             continue
-        old = shard.metadata.segment(key)
-        new: Segment | bytes = old
+        pairs[key] = (shard.metadata.segment(key),)
         if key == TENSORS_COUNT_KEY:
-            new = encode_pair(key, ValueType.INT32, n_tensors, shard.byte_order)
-        pairs.append((old.start, new))
+            pairs[key] = (encode_pair(key, ValueType.INT32, n_tensors, shard.byte_order),)
     return pairs
-
-
-def _interleaved(
-    metadata: Iterable[Segment | bytes], added: Sequence[tuple[int, Segment | bytes]]
-) -> Iterator[Segment | bytes]:
-    """The model's pairs, and the added ones where they stood in the source."""
-    rest = list(added)
-    for piece in metadata:
-        while rest and (isinstance(piece, bytes) or rest[0][0] < piece.start):
-            yield rest.pop(0)[1]
-        yield piece
-    yield from (piece for _, piece in rest)
 
 
 def _groups_alike(source: Header, plan: Plan) -> list[list[PlannedTensor]]:
@@ -156,22 +151,23 @@ def _groups(
     return groups
 
 
-def _cut(source: Header, plan: Plan, groups: Sequence[Sequence[PlannedTensor]]) -> list[Plan]:
+def _cut(plan: Plan, groups: Sequence[Sequence[PlannedTensor]]) -> list[Plan]:
     """As llama-gguf-split does: all metadata in the first shard, tensors from there on."""
     order = plan.byte_order
-    # Of a file that was merged before.
-    stale = {source.metadata.segment(key) for key in SPLIT_KEYS if key in source.metadata}
-    first = [piece for piece in plan.metadata if piece not in stale]
-    others = []  # every file tells its own alignment, unless it is the usual one
+    # A file that was merged before has keys of its own cut.
+    first = {key: pair for key, pair in plan.metadata.items() if key not in SPLIT_KEYS}
+    others: dict[str, Pieces] = {}  # every file tells its own alignment, unless it is the usual one
     if plan.alignment != DEFAULT_ALIGNMENT:
-        others = [encode_pair("general.alignment", ValueType.UINT32, plan.alignment, order)]
+        key = "general.alignment"
+        others[key] = (encode_pair(key, ValueType.UINT32, plan.alignment, order),)
     parts = []
     for number, group in enumerate(groups):
-        own = [  # in this order, so that the shards are the very bytes of llama-gguf-split
-            encode_pair(NUMBER_KEY, ValueType.UINT16, number, order),
-            encode_pair(TENSORS_COUNT_KEY, ValueType.INT32, len(plan.tensors), order),
-            encode_pair(COUNT_KEY, ValueType.UINT16, len(groups), order),
-        ]
-        metadata = (*(others if number else first), *own)
+        own = (  # in this order, so that the shards are the very bytes of llama-gguf-split
+            (NUMBER_KEY, ValueType.UINT16, number),
+            (TENSORS_COUNT_KEY, ValueType.INT32, len(plan.tensors)),
+            (COUNT_KEY, ValueType.UINT16, len(groups)),
+        )
+        metadata = dict(others if number else first)
+        metadata |= {key: (encode_pair(key, kind, value, order),) for key, kind, value in own}
         parts.append(replace(plan, metadata=metadata, tensors=tuple(group)))
     return parts

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from gguf_fuse.format.header import align, encode_start, encode_tensor
@@ -105,15 +106,16 @@ def _merged(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _header(plan: Plan, offsets: Sequence[int], n_padding: int | None) -> list[Segment | bytes]:
-    pairs = list(plan.metadata)
+    pairs = dict(plan.metadata)
     if n_padding is not None:
-        pairs.append(encode_pair(PADDING_KEY, ValueType.UINT8, bytes(n_padding), plan.byte_order))
+        padding = encode_pair(PADDING_KEY, ValueType.UINT8, bytes(n_padding), plan.byte_order)
+        pairs[PADDING_KEY] = (padding,)
     start = encode_start(plan.version, plan.byte_order, len(plan.tensors), len(pairs))
     tensors = b"".join(
         encode_tensor(tensor.name, tensor.ne, tensor.type, offset, plan.byte_order)
         for tensor, offset in zip(plan.tensors, offsets, strict=True)
     )
-    return [start, *pairs, tensors]
+    return [start, *chain.from_iterable(pairs.values()), tensors]
 
 
 def _lay(

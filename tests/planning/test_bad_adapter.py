@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.pack import (
     Pair,
     Q,
     Tensor,
+    fused,
     lacking,
     lora,
     save,
@@ -85,12 +87,101 @@ def test_adapter_and_its_base(run: Run, tmp_path: Path) -> None:
     path, out = save(lora(), tmp_path / "in.gguf"), tmp_path / "out"
     base = save(valid(), tmp_path / "base.gguf")
     other = save(valid(n_embd=64), tmp_path / "other.gguf")
-    assert_one_line(run("fuse", path, out, "--base", other), str(path), "32 rows, 64 in the base")
+    weight = f"{Q!r} is for 32 columns and 32 rows, but {other} has 64 columns and 64 rows there"
+    assert_one_line(run("fuse", path, out, "--base", other), f"{path}: {weight}")
     assert_one_line(run("fuse", path, out, "--base", path), str(path), "general.type")
     assert_one_line(run("fuse", path, out, "--base", tmp_path / "no"), "No such file")
     assert_one_line(run("fuse", base, out, "--base", other), str(base), "--base is for")
     assert not out.exists()
     assert run("fuse", path, out, "--base", base).code == 0
+
+
+def renamed_qkv() -> File:
+    """The adapter of a fused base."""
+    file = lacking(
+        lora(), *(f"blk.{i}.attn_{p}.weight{end}" for i in "01" for p in "kv" for end in (A, B))
+    )
+    for layer in (0, 1):
+        old, new = f"blk.{layer}.attn_q.weight", f"blk.{layer}.attn_qkv.weight"
+        file.tensor(old + A, name=new + A).tensor(
+            old + B, name=new + B, ne=(4, 64), data=bytes(1024)
+        )
+    return file
+
+
+MISFITS: dict[str, tuple[File, File, str]] = {
+    "architecture": (
+        lora().key("general.architecture", STRING, "qwen2"),
+        valid(),
+        "is for the architecture 'qwen2', but {base} is of 'llama'",
+    ),
+    "columns": (
+        lora().tensor(K + A, ne=(64, 2)),
+        valid(),
+        f"{K!r} is for 64 columns and 16 rows, but {{base}} has 32 columns and 16 rows there",
+    ),
+    "rows, of a fused base": (
+        lora().tensor(K + B, ne=(2, 32)),
+        fused(valid()),
+        f"{K!r} is for 32 columns and 32 rows, but {{base}} has 32 columns and 16 rows there",
+    ),
+    "fused, of a separate base": (
+        renamed_qkv(),
+        valid(n_embd=64),
+        "'blk.0.attn_qkv.weight' is for 32 columns and 64 rows, but {base} has 64 columns and 128",
+    ),
+    "a layer too many": (
+        lora(),
+        valid(n_layers=1),
+        "changes 'blk.1.attn_q.weight', but {base} does not have it",
+    ),
+    "another weight": (
+        replace(
+            lora(),
+            tensors=[
+                *lora().tensors,
+                *(
+                    Tensor(f"output_norm.weight{end}", ne, F32, bytes(4 * 33))
+                    for end, ne in ((A, (33, 1)), (B, (1, 33)))
+                ),
+            ],
+        ),
+        valid(),
+        "'output_norm.weight' is for 33 columns and 33 rows, but {base} has 33 columns and 1 rows",
+    ),
+    "the embedding": (
+        replace(
+            lora(),
+            tensors=[
+                *lora().tensors,
+                *(
+                    Tensor(f"token_embd.weight{end}", ne, F32, bytes(4 * 64))
+                    for end, ne in ((A, (2, 32)), (B, (2, 3)))
+                ),
+            ],
+        ),
+        valid(),
+        "'token_embd.weight' is for 3 columns and 32 rows, but {base} has 32 columns and 3 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "base", "words"), MISFITS.values(), ids=MISFITS)
+def test_a_base_that_the_adapter_is_not_for(
+    run: Run, tmp_path: Path, file: File, base: File, words: str
+) -> None:
+    path, model = save(file, tmp_path / "in.gguf"), save(base, tmp_path / "base.gguf")
+    done = run("fuse", path, tmp_path / "out", "--base", model)
+    assert_one_line(done, f"{path}: {words.format(base=model)}", "--base wants the model")
+
+
+def test_an_adapter_of_the_embedding_fits(run: Run, tmp_path: Path) -> None:
+    """llama-adapter.cpp: A and B are the other way round there."""
+    file = lora()
+    for end, ne in ((A, (2, 3)), (B, (2, 32))):
+        file.tensors.append(Tensor(f"token_embd.weight{end}", ne, F32, bytes(4 * ne[0] * ne[1])))
+    path, model = save(file, tmp_path / "in.gguf"), save(valid(), tmp_path / "base.gguf")
+    assert run("fuse", path, tmp_path / "out", "--base", model).code == 0
 
 
 NAMES = ["blk.0.attn_qkv.weight", "blk.1.attn_qkv.weight"]

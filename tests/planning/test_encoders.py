@@ -22,12 +22,12 @@ import pytest
 from gguf_fuse.api import fuse
 from gguf_fuse.planning.loaders import PROJECTORS, Loader, projector
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
-from tests import llama_judge
+from tests import llama_judge, pack
 from tests.compare import assert_fused, needs_llama_cpp, sha256
 from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import edited, finish
-from tests.pack import STRING, UINT32, File, Pair, Tensor, tensor
-from tests.server import Run
+from tests.pack import STRING, UINT32, File, Pair, Tensor, tensor, unrecorded
+from tests.server import Run, assert_one_line
 
 N_EMBD, N_HEAD = 64, 4
 LONG = {"v": "vision", "a": "audio"}
@@ -329,3 +329,65 @@ def test_a_norm_of_q_or_k_alone(
         assert np.abs(judged(separate) - judged(fused)).max() > 1e-2
         with pytest.raises(NothingToDo, match="attn_k_norm without attn_q_norm"):
             fused_copy(separate)
+
+
+# -- one file for the text model and its encoder, as Ollama keeps them ----------------------------
+
+ENCODER_TENSORS = {
+    "vision": "v.blk.0.attn_q.weight",
+    "audio": "a.blk.0.attn_q.weight",
+    "projector": "mm.input_projection.weight",
+    "SAM": "s.blk.0.attn.qkv.weight",
+    "long name": "audio.conv.weight",
+}
+
+
+def with_encoder(*names: str, file: File | None = None) -> File:
+    file = file or pack.valid()
+    for name in names:
+        block = [name.replace("attn_q.", f"attn_{part}.") for part in ("q", "k", "v", "out")]
+        file.tensors += [tensor(each, (32, 32)) for each in dict.fromkeys(block)]
+    return file
+
+
+@pytest.mark.parametrize("name", ENCODER_TENSORS.values(), ids=ENCODER_TENSORS)
+def test_an_encoder_beside_the_text_model(tmp_path: Path, name: str, run: Run) -> None:
+    path = pack.save(with_encoder(name), tmp_path / "in.gguf")
+    assert_one_line(
+        run("fuse", path, tmp_path / "out"), f"{path}: holds an encoder ({name!r})", "--mmproj"
+    )
+    layers = json.loads(run("inspect", path, "--json").out)["layers"]
+    assert {layer["status"] for layer in layers} == {"separate"}
+    assert {layer["reason"] for layer in layers} == {
+        "an encoder lies beside the text model, as Ollama keeps both in one file"
+    }
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_never_the_encoder_by_the_row_of_the_text_model(tmp_path: Path) -> None:
+    path = pack.save(with_encoder("v.blk.0.attn_q.weight"), tmp_path / "in.gguf")
+    fused = fused_copy(path, any_architecture=True)
+    names = {found.name for found in gguf.GGUFReader(fused).tensors}
+    assert {"blk.0.attn_qkv.weight", "blk.1.attn_qkv.weight", "v.blk.0.attn_q.weight"} < names
+    assert sha256(unfused_copy(fused)) == sha256(path)
+    alone = with_encoder("v.blk.0.attn_q.weight", file=File(pack.valid().pairs, []))
+    with pytest.raises(NothingToDo, match=r"v\.blk\.0: an encoder lies beside the text model"):
+        fused_copy(pack.save(alone, tmp_path / "alone.gguf"), any_architecture=True)
+
+
+def test_nor_on_the_way_back(tmp_path: Path) -> None:
+    """Without a record, the text model's head counts would say where to split the encoder's."""
+    file = with_encoder("v.blk.0.attn_qkv.weight", "v.blk.0.attn_out.weight", file=unrecorded())
+    path = pack.save(file, tmp_path / "in.gguf")
+    with pytest.raises(Refused, match="holds an encoder"):
+        unfused_copy(path)
+    back = unfused_copy(path, any_architecture=True)
+    names = {found.name for found in gguf.GGUFReader(back).tensors}
+    assert {"blk.0.attn_q.weight", "blk.1.attn_v.weight", "v.blk.0.attn_qkv.weight"} < names
+
+
+def test_a_base_with_an_encoder_is_refused(tmp_path: Path, run: Run) -> None:
+    base = pack.save(with_encoder("mm.0.weight"), tmp_path / "base.gguf")
+    path = pack.save(pack.lora(), tmp_path / "in.gguf")
+    done = run("fuse", path, tmp_path / "out", "--base", base)
+    assert_one_line(done, f"{base}: holds an encoder ('mm.0.weight')")

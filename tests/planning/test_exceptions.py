@@ -16,8 +16,8 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from gguf_fuse import VerifyOptions, verify
-from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import Segment
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import ARCHITECTURES
@@ -42,7 +42,7 @@ def assert_sound(original: Path, fused: Path) -> None:
 def found(path: Path, **kwargs: Any) -> dict[str, str | None]:
     """By layer: the reason why it is left, None where it is fused."""
     header = read_header(path)
-    layers = fusion.examine(header, TensorInfo.read, **kwargs)
+    layers = fusion.examine(header, Segment.read, **kwargs)
     for layer in layers:
         assert (layer.status is Status.FUSABLE) == (layer.reason is None)
     return {layer.name: layer.reason for layer in layers}

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gguf_fuse.api import fuse
-from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.format.parser import read_header
+from gguf_fuse.format.source import Segment
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning.plan import NothingToDo, Refused, Status
 from tests import llama_judge, pack
@@ -163,7 +163,7 @@ def test_trailing_ones_are_nothing(model: Model, n: int, architecture: str) -> N
 
 def reasons(path: Path) -> list[str | None]:
     header = read_header(path)
-    layers = fusion.examine(header, TensorInfo.read)
+    layers = fusion.examine(header, Segment.read)
     return [layer.reason for layer in layers]
 
 

@@ -18,9 +18,8 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from gguf_fuse import VerifyOptions, verify
-from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.format.parser import read_header
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import GGUFError, Segment
 from gguf_fuse.planning import fuse as fusion
 from gguf_fuse.planning import unfuse as unfusion
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
@@ -159,7 +158,7 @@ def test_without_a_record_and_reader_it_is_refused(model: Model) -> None:
 
 def found(path: Path, **kwargs: Any) -> list[tuple[Status, str | None]]:
     header = read_header(path)
-    layers = fusion.examine(header, TensorInfo.read, fusions=(GATE_UP,), **kwargs)
+    layers = fusion.examine(header, Segment.read, fusions=(GATE_UP,), **kwargs)
     return [(layer.status, layer.reason) for layer in layers]
 
 

@@ -156,10 +156,22 @@ def test_a_layer_without_all_three_is_left(tmp_path: Path, run: Run) -> None:
 
 
 def test_base_tells_which_layers_are_fused(tmp_path: Path, model: Callable[..., Path]) -> None:
-    base = model(types={"*": T.F32, "blk.1.attn_v.weight": T.F16}, n_layer=2)
+    types = {"*": T.F32, "blk.1.attn_v.weight": T.F16}
+    base = model(types=types, n_layer=2, n_embd=N_EMBD, n_ff=N_EMBD)
     original = save(imatrix(), tmp_path)
     names = set(entries(fused_copy(original, base=base)))
     assert {"blk.0.attn_qkv.weight.counts", "blk.1.attn_q.weight.counts"} < names
+
+
+def test_a_base_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    """Entries without a weight there are no fault: llama-quantize passes over them."""
+    original = save(imatrix(), tmp_path)
+    for base in (pack.valid(n_embd=64), pack.fused(pack.valid(n_embd=64))):
+        other = pack.save(base, tmp_path / "base.gguf")
+        words = rf"'blk\.0\.attn_k\.weight' is for 32 columns, but {other} has 64 columns there"
+        with pytest.raises(Refused, match=words):
+            fused_copy(original, base=other)
+    fused_copy(original, base=pack.save(pack.valid(), tmp_path / "base.gguf"))
 
 
 @pytest.mark.parametrize("options", [(), ("--quiet",)])
