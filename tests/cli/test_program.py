@@ -17,7 +17,7 @@ from tests.conftest import gguf_fuse
 
 Model = Callable[..., Path]
 
-COMMANDS = ["fuse", "unfuse", "inspect", "verify", "bench", "demo"]
+COMMANDS = ["fuse", "unfuse", "inspect", "recipe", "verify", "bench", "demo"]
 
 
 def test_help_names_the_main_job_and_every_command() -> None:
