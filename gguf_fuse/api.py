@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf_fuse.choices import OnMismatch, Reflink
@@ -167,6 +167,7 @@ def requantize_and_fuse(
     """
     from gguf_fuse.verifying import requantized
     from gguf_fuse.verifying.report import VerifyOptions
+    from gguf_fuse.verifying.verify import verify
     from gguf_fuse.writing import quantize
 
     output, chosen = Path(output), found.way(way)
@@ -181,21 +182,26 @@ def requantize_and_fuse(
     with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as folder:
         new = str(Path(folder) / "requantized.gguf")
         source = found.source if unquantized is None else os.fspath(unquantized)
-        words = found.quantize(chosen, source, new, matrix and os.fspath(matrix))
+        words = found.quantize(chosen, source, new, None if matrix is None else os.fspath(matrix))
         again = ["--allow-requantize"] if unquantized is None else []
         on_start("llama-quantize", len(found.header.tensors))
         quantize.quantize(program, [*again, *words], on_progress)
         header = read_model(new)
         problems = requantized.retyped_problems(found.header, header, chosen.types)
+        options = VerifyOptions(on_start=on_start, on_progress=on_progress)
         if unquantized is None and not problems:
-            options = VerifyOptions(on_start=on_start, on_progress=on_progress)
             changed = chosen.types.keys()
             problems = requantized.other_problems(found.header, header, changed, options)
         if problems:
             raise Altered(f"llama-quantize did not do as told: {problems[0]}; nothing is written")
         start = functools.partial(on_start, "writing")
         how = Options(force=force, on_start=start, on_progress=on_progress)
-        return fuse(new, output, options=how)
+        result = fuse(new, output, options=how)
+        # Its input is about to go: nobody could verify it later.
+        report = verify(Path(new), output, replace(options, structure_only=True))
+        if not report.ok:
+            raise Altered(f"{output}: written, but {report.structure.problems[0]}")
+        return result
 
 
 def _check_room(found: recipes.Recipe, way: recipes.Way, output: Path, force: bool) -> None:

@@ -110,7 +110,7 @@ class _Shell:
 
     def ways(self) -> Iterator[tuple[str, Way, list[str]]]:
         """With names; "anew" is to lower, but from a file that may not be there."""
-        own = self.unquantized and _path(self.unquantized)
+        own = None if self.unquantized is None else _path(self.unquantized)
         for way in self.recipe.ways:
             yield way.name, way, self.commands(way, own)
         if not own:

@@ -90,10 +90,11 @@ class Recipe:
         words = ["--imatrix", matrix] if matrix else []
         for pattern, type_id in (*_patterns(way.types, types), *_patterns(kept, types)):
             words += ["--tensor-type", f"{pattern}={type_name(type_id).lower()}"]
-        number = self.header.metadata.get(FILE_TYPE_KEY)
-        if number is not None and number not in _FILE_TYPES:
+        file_type = _file_type(self.header)
+        if file_type is None and FILE_TYPE_KEY in self.header.metadata:
+            number = self.header.metadata[FILE_TYPE_KEY]
             words += ["--override-kv", f"{FILE_TYPE_KEY}=int:{number}"]
-        return [*words, source, target, _FILE_TYPES.get(number) or _likely_file_type(types)]
+        return [*words, source, target, file_type or _likely_file_type(types)]
 
 
 def recipe(header: Header, read: Read) -> Recipe:
@@ -197,6 +198,10 @@ def _types(header: Header) -> dict[str, int]:
     }
 
 
+def _file_type(header: Header) -> str | None:
+    return _FILE_TYPES.get(header.metadata.get(FILE_TYPE_KEY, -1))
+
+
 def _likely_file_type(types: Mapping[str, int]) -> str:
     """For a file that names none, or one that is unknown: its number is then kept."""
     [(type_id, _)] = Counter(types.values()).most_common(1)
@@ -206,7 +211,7 @@ def _likely_file_type(types: Mapping[str, int]) -> str:
 
 def _wants_matrix(header: Header, types: Mapping[str, int]) -> str | None:
     wanting = set(_MATRIX_TYPES)
-    if _FILE_TYPES.get(header.metadata.get(FILE_TYPE_KEY)) == "Q2_K_S":
+    if _file_type(header) == "Q2_K_S":
         wanting.add("Q2_K")
     found = (type_name(type_id) for name, type_id in types.items() if name not in _NO_MATRIX)
     return next((name for name in found if name in wanting), None)

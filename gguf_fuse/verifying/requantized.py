@@ -36,8 +36,8 @@ def other_problems(
 
     llama-quantize sorts tensors by name. Raises GGUFError as `compare_structure` does.
     """
-    parts = (_without(header, changed) for header in (original, new))
-    return list(compare_structure(*parts, options).problems)
+    kept, still = (_without(header, changed) for header in (original, new))
+    return list(compare_structure(kept, still, options).problems)
 
 
 def _without(header: Header, changed: Collection[str]) -> Header:

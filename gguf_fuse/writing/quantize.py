@@ -23,7 +23,7 @@ def find(program: str) -> str:
     found = shutil.which(program)
     if found is None:
         raise GGUFError(
-            f"{program}: not found; it comes with llama.cpp, --llama-quantize FILE tells where it is"
+            f"{program}: not found; it comes with llama.cpp; --llama-quantize FILE says where it is"
         )
     return found
 
@@ -34,9 +34,13 @@ def quantize(program: str, arguments: Sequence[str], on_progress: OnProgress) ->
     Whatever interrupts the call stops it too; half a file may be left then.
     """
     last = deque[bytes](maxlen=_LAST_LINES)
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        process = subprocess.Popen([program, *arguments], **streams)
+        process = subprocess.Popen(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     except OSError as error:
         raise GGUFError(f"{program}: {error.strerror}") from error
     with process:
