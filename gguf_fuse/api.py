@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.choices import OnMismatch, Reflink, WayName
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError, opened
@@ -148,7 +148,7 @@ class Altered(GGUFError):
 
 def requantize_and_fuse(
     found: recipes.Recipe,
-    way: recipes.WayName,
+    way: WayName,
     output: AnyPath,
     *,
     unquantized: AnyPath | None = None,

@@ -4,3 +4,4 @@ from typing import Literal
 
 OnMismatch = Literal["skip", "error"]
 Reflink = Literal["auto", "always", "never"]
+WayName = Literal["raise", "lower"]  # of a recipe

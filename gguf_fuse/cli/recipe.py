@@ -6,19 +6,22 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
 from rich.text import Text
 
 import gguf_fuse
+from gguf_fuse.choices import WayName
 from gguf_fuse.cli import console
 from gguf_fuse.cli.console import text
 from gguf_fuse.cli.layers import layer_json, ranges, result_json
 from gguf_fuse.cli.options import AsJson, In, Quiet, existing_file
 from gguf_fuse.format.types import type_name
-from gguf_fuse.planning.recipe import MATRIX_KEY, Recipe, Way, WayName
+
+if TYPE_CHECKING:
+    from gguf_fuse.planning.recipe import Recipe, Way
 
 _F16, _MATRIX = "model-F16.gguf", "imatrix.gguf"  # stand for files that only the user can name
 _ADVICE = {
@@ -130,6 +133,8 @@ def _print(shell: _Shell) -> None:
 
 
 def _lines(shell: _Shell) -> Iterator[Text]:
+    from gguf_fuse.planning.recipe import MATRIX_KEY
+
     recipe = shell.recipe
     names = ranges([layer.name for layer in recipe.layers])
     yield text(f"types differ in {names}; {recipe.n_fusable} other layers can be fused as they are")

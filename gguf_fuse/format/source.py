@@ -13,7 +13,6 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -172,6 +171,8 @@ def in_turn(
 
     Raises what `work` raises in any of them; the others end at their next block then.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # loads logging
+
     lock, stop = threading.Lock(), threading.Event()
 
     def share() -> Iterator[_Block]:

@@ -13,15 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from gguf_fuse.choices import WayName
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.types import TYPES, is_known, row_bytes, type_name
 from gguf_fuse.planning import fuse, record
 from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.plan import Layer, NothingToDo, Read, Refused, Status, summary
-
-WayName = Literal["raise", "lower"]
 
 FILE_TYPE_KEY = "general.file_type"
 MATRIX_KEY = "quantize.imatrix.file"  # that llama-quantize notes
