@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gguf_fuse.choices import OnMismatch, Reflink, require_word
+from gguf_fuse.choices import OnMismatch, Reflink, WayName, require_word
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import refuse_unaccounted
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Segment, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
+from gguf_fuse.planning import recipe as recipes
 from gguf_fuse.planning import unfuse as unfusing
 from gguf_fuse.planning.base import require_base
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
+from gguf_fuse.progress import OnProgress, OnStart, ignore
 from gguf_fuse.writing.copy import clone_block
 from gguf_fuse.writing.cut import divide
 from gguf_fuse.writing.place import Placement, place
-from gguf_fuse.writing.publish import Options, Output, Written, check_destinations, write
+from gguf_fuse.writing.publish import (
+    TEMPORARY_MARK,
+    Options,
+    Output,
+    Written,
+    check_destinations,
+    check_place,
+    write,
+)
 from gguf_fuse.writing.stream import stream
 
-__all__ = ["Inspection", "OnMismatch", "Options", "Reflink", "Result", "fuse", "inspect", "unfuse"]
+__all__ = ["Altered", "Inspection", "OnMismatch", "Options", "Reflink", "Result"]
+__all__ += ["fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]
 
 STANDARD_OUTPUT = "-"
 
@@ -121,6 +135,87 @@ def inspect(source: AnyPath) -> Inspection:
     layers = _examine(header)
     name = layers[0].name if layers else "blk.0"
     return Inspection(header, layers, fusing.loader_of(header, name))
+
+
+def recipe(source: AnyPath) -> recipes.Recipe:
+    """What llama-quantize must do to `source` so that layers of different types can be fused.
+
+    Raises GGUFError; NothingToDo where types are in no layer's way.
+    """
+    return recipes.recipe(read_model(source), TensorInfo.read)
+
+
+class Altered(GGUFError):
+    """llama-quantize changed what it was not told to, or left what it was."""
+
+
+def requantize_and_fuse(
+    found: recipes.Recipe,
+    way: WayName,
+    output: AnyPath,
+    *,
+    unquantized: AnyPath | None = None,
+    matrix: AnyPath | None = None,
+    llama_quantize: str = "llama-quantize",
+    force: bool = False,
+    on_start: OnStart = ignore,
+    on_progress: OnProgress = ignore,
+) -> Result:
+    """Carry the recipe out: llama-quantize, a check that it changed nothing else, then `fuse`.
+
+    unquantized: the model in F16 or F32, to quantize from that instead; the other tensors then come
+    from there too, and only their types are checked. matrix: the importance matrix.
+
+    Raises GGUFError, Altered among them; nothing is written then. The source is only read.
+    """
+    from gguf_fuse.verifying import requantized
+    from gguf_fuse.verifying.report import VerifyOptions
+    from gguf_fuse.verifying.verify import verify
+    from gguf_fuse.writing import quantize
+
+    output, chosen = Path(output), found.way(way)
+    program = quantize.find(llama_quantize)
+    if chosen.wants_matrix and matrix is None:
+        raise GGUFError(
+            f"{found.header.path}: llama-quantize wants the importance matrix of the model for "
+            f"tensors of {chosen.wants_matrix}, be it to copy them; give --imatrix FILE"
+        )
+    _check_room(found, chosen, output, force)
+    prefix = f"{output.name}{TEMPORARY_MARK}"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as folder:
+        new = str(Path(folder) / "requantized.gguf")
+        source = found.source if unquantized is None else os.fspath(unquantized)
+        words = found.quantize(chosen, source, new, None if matrix is None else os.fspath(matrix))
+        again = ["--allow-requantize"] if unquantized is None else []
+        on_start("llama-quantize", len(found.header.tensors))
+        quantize.quantize(program, [*again, *words], on_progress)
+        header = read_model(new)
+        problems = requantized.retyped_problems(found.header, header, chosen.types)
+        options = VerifyOptions(on_start=on_start, on_progress=on_progress)
+        if unquantized is None and not problems:
+            changed = chosen.types.keys()
+            problems = requantized.other_problems(found.header, header, changed, options)
+        if problems:
+            raise Altered(f"llama-quantize did not do as told: {problems[0]}; nothing is written")
+        start = functools.partial(on_start, "writing")
+        how = Options(force=force, on_start=start, on_progress=on_progress)
+        result = fuse(new, output, options=how)
+        # Its input is about to go: nobody could verify it later.
+        report = verify(Path(new), output, replace(options, structure_only=True))
+        if not report.ok:
+            raise Altered(f"{output}: written, but {report.structure.problems[0]}")
+        return result
+
+
+def _check_room(found: recipes.Recipe, way: recipes.Way, output: Path, force: bool) -> None:
+    """Before hours of work. Raises GGUFError."""
+    check_place(found.header, output, Path(os.path.realpath(output)), force)
+    needed = 2 * (found.header.file_bytes + way.n_bytes)  # what llama-quantize writes, and OUT
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise GGUFError(
+            f"{output}: {needed} bytes are needed, {free} are free on the disk of {output.parent}"
+        )
 
 
 def _examine(header: Header) -> tuple[Layer, ...]:

@@ -59,10 +59,13 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def printer(*, stderr: bool = False) -> Console:
-    """Into a pipe, lines are not cut to the width of a screen that is not there."""
+    """Into a pipe, lines are not cut to the width of a screen that is not there.
+
+    No emoji: a file may be called :cat:.
+    """
     stream = sys.stderr if stderr else sys.stdout
     wide = None if stream.isatty() or "COLUMNS" in os.environ else 200
-    return Console(stderr=stderr, width=wide)
+    return Console(stderr=stderr, width=wide, emoji=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

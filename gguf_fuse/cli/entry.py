@@ -16,6 +16,7 @@ from gguf_fuse.cli.compare import compare
 from gguf_fuse.cli.demo import demo
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.inspect import inspect
+from gguf_fuse.cli.recipe import recipe
 from gguf_fuse.cli.unfuse import unfuse
 from gguf_fuse.cli.verify import verify
 from gguf_fuse.planning.fusions import GATE_UP, QKV
@@ -40,6 +41,7 @@ _EXAMPLES = {  # in the order of --help
     fuse: "fuse model-Q4_0.gguf model-Q4_0-fused.gguf",
     unfuse: "unfuse model-Q4_0-fused.gguf model-Q4_0.gguf",
     inspect: "inspect model-Q4_0.gguf",
+    recipe: "recipe model-Q4_K_M.gguf",
     verify: "verify model-Q4_0.gguf model-Q4_0-fused.gguf",
     bench: "bench model-Q4_0.gguf --plot decode.png",
     batch: "batch models/ --out fused/",

@@ -16,7 +16,6 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
@@ -266,6 +265,8 @@ def in_turn(
     Raises what `work` raises in any of them; the others end at their next block then, or as soon
     as `on_failure` makes them.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # loads logging
+
     lock, stop = threading.Lock(), threading.Event()
 
     def share() -> Iterator[_Block]:

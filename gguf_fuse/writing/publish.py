@@ -97,7 +97,7 @@ def check_destinations(source: Header, outputs: Sequence[Output], *, force: bool
     try:
         for output, real in zip(outputs, reals, strict=True):
             path = output.path
-            _check_place(source, path, real, force)
+            check_place(source, path, real, force)
             if reals.count(real) > 1:
                 raise GGUFError(f"{path}: two shards would be the same file, {real}")
             n_bytes = output.placement.n_bytes - output.placement.n_cloned
@@ -114,7 +114,8 @@ def check_destinations(source: Header, outputs: Sequence[Output], *, force: bool
     return reals
 
 
-def _check_place(source: Header, destination: Path, real: Path, force: bool) -> None:
+def check_place(source: Header, destination: Path, real: Path, force: bool) -> None:
+    """Raises GGUFError where nothing can, or without force may, be put there."""
     if not real.parent.is_dir():
         fault = "is not a folder" if real.parent.exists() else "does not exist"
         raise GGUFError(f"{destination}: the folder {real.parent} {fault}")
@@ -198,7 +199,7 @@ def _published(source: Header, destinations: Sequence[Path], force: bool) -> Ite
     try:
         yield temporaries
         for destination in destinations:
-            _check_place(source, destination, destination, force)  # time has gone by
+            check_place(source, destination, destination, force)  # time has gone by
         _rename_all(list(zip(temporaries, destinations, strict=True)), force)
     except BaseException:
         for path in temporaries:

@@ -17,7 +17,7 @@ from tests.conftest import gguf_fuse
 
 Model = Callable[..., Path]
 
-COMMANDS = ["fuse", "unfuse", "inspect", "verify", "bench", "compare", "demo"]
+COMMANDS = ["fuse", "unfuse", "inspect", "recipe", "verify", "bench", "compare", "batch", "demo"]
 
 
 def test_help_names_the_main_job_and_every_command() -> None:
