@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -24,7 +25,9 @@ Chunk: TypeAlias = tuple[int, int]  # first KV cell, and the one after the last
 # How KV is cut changes how fast it is, not what; measured with OpenBLAS's AVX2 and AVX-512 kernels.
 TILE_BYTES = 128 * 1024  # a tile is read several times over: it must fit well inside the L2 cache
 CHUNK_BYTES = 16 * TILE_BYTES  # of one KV head: long enough to hide the cost of calling numpy
-MIN_CHUNK_MACS = 4 << 20  # of Q·K: below, waking a second thread costs more than it saves
+# t threads take work / t, plus, for each of their chunks, what its numpy calls cost in queueing for
+# the interpreter's lock: least with as many threads as the root of work / cost. In products of Q·K.
+CHUNK_COST = 2 << 20
 # OpenBLAS reads a small matrix where it lies, without packing it first, only with these kernels
 # and up to 1200 scores a call (its PR 3335); a larger tile takes up to twice as long.
 IN_PLACE_KERNELS = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
@@ -56,7 +59,7 @@ def split_attention(
     """Shapes as in `attend.attention`, with n_tokens = 1.
 
     chunks: [start, end) ranges that cover n_kv in order, empty ones allowed; None plans them.
-    n_threads: None is every CPU of this process.
+    n_threads: at most so many; None is every CPU of this process.
     Raises ValueError if there is more than one query token, or the chunks do not cover n_kv.
     """
     partials = split_partials(q, k, v, mask, params, chunks, n_threads)
@@ -82,7 +85,9 @@ def split_partials(
     workers = n_threads or cpu_count()
     tile = _tile_cells(sizes.group, k, v)
     if chunks is None:
-        chunks = _default_chunks(sizes, tile, k.dtype.itemsize, workers)
+        workers = _useful_threads(sizes, workers)
+        longest = CHUNK_BYTES // (max(sizes.head_dim, sizes.head_dim_v) * k.dtype.itemsize)
+        chunks = plan_chunks(sizes.n_kv, tile, longest, -(-workers // sizes.n_seqs))
     _check_chunks(chunks, sizes.n_kv)
     heads = (sizes.n_head_kv, sizes.group)
     each = (sizes.n_seqs, len(chunks), *heads)  # in this order n_seqs, n_chunks, n_head_kv, group
@@ -91,13 +96,13 @@ def split_partials(
     scaled = q * q.dtype.type(params.scale)  # [n_seqs, n_head, 1, head_dim]
     grouped = scaled.reshape(sizes.n_seqs, *heads, sizes.head_dim)  # [..., group, head_dim]
     slopes = alibi_slopes(sizes.n_head, params.max_alibi_bias).astype(q.dtype).reshape(heads)
-    longest = max((end - start for start, end in chunks), default=0)
-    n_tiles = max(1, longest // tile)
+    most_cells = max((end - start for start, end in chunks), default=0)
+    n_tiles = max(1, most_cells // tile)
     todo = iter(list(itertools.product(range(sizes.n_seqs), range(len(chunks)))))
 
     def work() -> None:
         # Reused for all chunks of a thread: their size depends on a chunk, not on n_kv.
-        scores = np.empty(sizes.n_head * longest, q.dtype)  # [n_head * cells], flat
+        scores = np.empty(sizes.n_head * most_cells, q.dtype)  # [n_head * cells], flat
         sums = np.empty(sizes.n_head * n_tiles * sizes.head_dim_v, q.dtype)  # flat
         for seq, i in todo:  # a list's iterator: next() is atomic, so threads can share it
             cells = slice(*chunks[i])
@@ -127,27 +132,22 @@ def reduce_partials(partials: Partials, sinks: Floats | None) -> Floats:
     return divide(summed, total)  # [n_seqs, n_head_kv, group, head_dim_v]
 
 
-def plan_chunks(n_kv: int, tile: int, shortest: int, longest: int, n_threads: int) -> list[Chunk]:
-    """Ranges over n_kv cells, whole tiles each; the odd cells at the end are a chunk of their own.
+def plan_chunks(n_kv: int, tile: int, longest: int, n_threads: int) -> list[Chunk]:
+    """Ranges over n_kv cells: as many for each thread, equal to a tile, as few as `longest` allows.
 
-    A chunk has about half of a thread's share of the tiles that are left, so that threads end
-    together; but at least `shortest` cells, as long as there are, and at most `longest`.
+    The odd cells at the end, less than a tile, are a chunk of their own.
     """
-    chunks: list[Chunk] = []
-    start, left = 0, n_kv // tile
-    while left:
-        fair = max(-(-shortest // tile), left // (2 * n_threads))
-        n_tiles = min(left, max(1, longest // tile), fair)
-        chunks.append((start, start + n_tiles * tile))
-        start, left = chunks[-1][1], left - n_tiles
-    return [*chunks, (start, n_kv)] if start < n_kv else chunks
+    n_tiles = n_kv // tile
+    each = -(-n_tiles // (n_threads * max(1, longest // tile)))  # chunks of a thread
+    n_chunks = min(n_tiles, n_threads * each)
+    bounds = [n_tiles * i // n_chunks * tile for i in range(n_chunks)] + [n_tiles * tile]
+    return list(itertools.pairwise(bounds if bounds[-1] == n_kv else [*bounds, n_kv]))
 
 
-def _default_chunks(sizes: Sizes, tile: int, itemsize: int, n_threads: int) -> list[Chunk]:
-    row_bytes = max(sizes.head_dim, sizes.head_dim_v) * itemsize
+def _useful_threads(sizes: Sizes, n_threads: int) -> int:
     busy = sizes.n_head_kv * max(sizes.group, 4)  # with few heads to a KV head, reading counts
-    shortest = MIN_CHUNK_MACS // (busy * sizes.head_dim)
-    return plan_chunks(sizes.n_kv, tile, shortest, CHUNK_BYTES // row_bytes, n_threads)
+    work = sizes.n_seqs * sizes.n_kv * busy * sizes.head_dim
+    return min(n_threads, max(1, math.isqrt(work // CHUNK_COST)))
 
 
 def _check_chunks(chunks: Sequence[Chunk], n_kv: int) -> None:

@@ -94,9 +94,19 @@ def _parts(layer: Bench, projection: list[Row], decode: list[Row]) -> Iterator[T
         yield text("±?: too few rounds fitted into the time to tell anything", "yellow")
     if any(reading.noisy for reading in readings):
         yield text("noisy: reading itself varied by more than a fifth (±10%)", "yellow")
-    if layer.left_out:
-        left_out = ", ".join(map(str, layer.left_out))
-        yield text(f"left out, not enough free memory: n_kv {left_out}", "yellow")
+    yield from _left_out("free memory", "n_kv", layer.too_large)
+    yield from _left_out("time", "n_tokens", _untimed(layer.extent.n_tokens, projection))
+    yield from _left_out("time", "n_kv", _untimed(layer.extent.n_kv, decode))
+
+
+def _untimed(sizes: Sequence[int], rows: Sequence[Row]) -> Sequence[int]:
+    return sizes[len(rows) :]
+
+
+def _left_out(lacking: str, what: str, sizes: Sequence[int]) -> Iterator[Text]:
+    if sizes:
+        listed = ", ".join(map(str, sizes))
+        yield text(f"left out, not enough {lacking}: {what} {listed}", "yellow")
 
 
 def _lines(columns: Sequence[_Column], rows: Iterable[Row], kept: list[Row]) -> Iterator[Text]:
@@ -179,7 +189,7 @@ def projection_verdict(rows: Sequence[Row]) -> str:
     return f"here, in numpy, fused is: {'; '.join(parts)}"
 
 
-def _json(layer: Bench, projection: Iterable[Row], decode: Iterable[Row]) -> dict[str, Any]:
+def _json(layer: Bench, projection: Sequence[Row], decode: Sequence[Row]) -> dict[str, Any]:
     return {
         "source": layer.source,
         "shape": asdict(layer.shape),
@@ -195,7 +205,7 @@ def _json(layer: Bench, projection: Iterable[Row], decode: Iterable[Row]) -> dic
             | {"gain": asdict(row.gain("expand", "split")), "noisy": row.spread("stream").noisy}
             for row in decode
         ],
-        "left_out": layer.left_out,
+        "left_out": [*_untimed(layer.extent.n_kv, decode), *layer.too_large],
     }
 
 

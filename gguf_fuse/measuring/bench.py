@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,22 +85,35 @@ class Bench:
     shape: Shape
     threads: int
     extent: Extent
-    left_out: tuple[int, ...]  # values of n_kv that the free memory forbids
+    too_large: tuple[int, ...]  # values of n_kv that the free memory forbids; not in `extent`
 
     def projection(self) -> Iterator[Row]:
-        """Each row as soon as it is done."""
+        """Each row as soon as it is done; large sizes are left out where time runs short."""
         weight = _random(sum(self.shape.rows), self.shape.n_embd)  # [q + k + v rows, n_embd]
-        for n_tokens, seconds in _shares(self.extent.n_tokens, self.extent.projection_s):
-            yield Row(n_tokens, self._timed(_projection_ways(self, weight, n_tokens), seconds))
+        ways = functools.partial(_projection_ways, self, weight)
+        return self._rows(self.extent.n_tokens, ways, self.extent.projection_s)
 
     def decode(self) -> Iterator[Row]:
-        """Each row as soon as it is done."""
-        for n_kv, seconds in _shares(self.extent.n_kv, self.extent.decode_s):
-            yield Row(n_kv, self._timed(_decode_ways(self, n_kv), seconds))
+        """Each row as soon as it is done; large sizes are left out where time runs short."""
+        ways = functools.partial(_decode_ways, self)
+        return self._rows(self.extent.n_kv, ways, self.extent.decode_s)
 
-    def _timed(self, ways: Ways, seconds: float) -> Times:
-        with blas_threads(self.threads):
-            return interleaved(ways, seconds)
+    def _rows(
+        self, sizes: Sequence[int], ways: Callable[[int], Ways], seconds: float
+    ) -> Iterator[Row]:
+        """The time is shared by the roots of the sizes: long ones get more of it for fewer rounds,
+        and what the short ones leave.
+        """
+        ends, a_round = time.perf_counter() + seconds, 0.0  # a_round: seconds for each unit of size
+        for at, size in enumerate(sizes):
+            left = ends - time.perf_counter()
+            if at and a_round * size > left:
+                return
+            share = size**0.5 / sum(each**0.5 for each in sizes[at:])
+            with blas_threads(self.threads):
+                ms = interleaved(ways(size), left * share)
+            a_round = sum(times[-1] for times in ms.values()) / 1e3 / size
+            yield Row(size, ms)
 
 
 def prepare(
@@ -114,9 +127,9 @@ def prepare(
     if model is not None:
         source, shape = shape_of(read_model(model))
     free = free_bytes()
-    left_out = tuple(n_kv for n_kv in extent.n_kv if _decode_bytes(shape, n_kv) > free)
-    fitting = tuple(n_kv for n_kv in extent.n_kv if n_kv not in left_out)
-    return Bench(source, shape, threads, replace(extent, n_kv=fitting), left_out)
+    too_large = tuple(n_kv for n_kv in extent.n_kv if _decode_bytes(shape, n_kv) > free)
+    fitting = tuple(n_kv for n_kv in extent.n_kv if n_kv not in too_large)
+    return Bench(source, shape, threads, replace(extent, n_kv=fitting), too_large)
 
 
 def shape_of(header: Header) -> tuple[str, Shape]:
@@ -134,15 +147,6 @@ def shape_of(header: Header) -> tuple[str, Shape]:
         f"{header.path}: no layer has Q, K and V, whose shapes bench could take; without MODEL it "
         "has its own"
     )
-
-
-def _shares(sizes: Sequence[int], seconds: float) -> Iterator[tuple[int, float]]:
-    """Each size with its share of the seconds, by its root: long ones get more time for fewer
-    rounds, and what the short ones leave.
-    """
-    ends = time.perf_counter() + seconds
-    for at, size in enumerate(sizes):
-        yield size, (ends - time.perf_counter()) * size**0.5 / sum(n**0.5 for n in sizes[at:])
 
 
 def _projection_ways(bench: Bench, weight: Floats, n_tokens: int) -> Ways:

@@ -19,7 +19,7 @@ STYLES = {
     "stream": ("K and V merely read", ":", "", "#666666"),
 }
 TITLE = "Attention of one token, by three ways, against merely reading K and V"
-REMARK = "\n* reading varied by more than a fifth, or took longer than a way to compute"
+REMARK = "\n* too few rounds, or reading was noisy, or took longer than a way to compute"
 LINE = 0.06  # between two labels, of the height of the axes
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gguf_fuse.attention import split
 from gguf_fuse.attention.attend import broadcast_attention
+from gguf_fuse.attention.shapes import Sizes
 from gguf_fuse.attention.split import plan_chunks, split_attention, split_partials
 from tests.attention.cases import Case, assert_as_good, cases, cut, make_case, peak_bytes
 
@@ -44,7 +45,7 @@ def test_large_tiles_and_planned_chunks(
     case = make_case(2, n_seqs=1, n_kv=6001, head_dim=128, head_dim_v=128, group=group)
     tile = split._tile_cells(group, case.k, case.v)
     assert tile == cells[in_place]
-    assert len(plan_chunks(6001, tile, 512, 2048, 2)) > 2 and 6001 % tile
+    assert 6001 > 4096 > tile and 6001 % tile  # two threads' chunks of several tiles, odd cells
     plain = broadcast_attention(*case.args)
     assert_as_good(split_attention(*case.args, n_threads=2), plain, case.reference, case.floor)
 
@@ -60,33 +61,49 @@ def test_the_kernels_of_blas_are_known_by_name(
     assert split._reads_in_place.__wrapped__() is in_place
 
 
-def plans(most_cells: int) -> st.SearchStrategy[tuple[int, int, int, int, int]]:
-    """Arguments of plan_chunks."""
-    cells, threads = st.integers(0, most_cells), st.integers(1, 64)
-    return st.tuples(
-        cells, st.integers(1, 300), st.integers(1, 4000), st.integers(1, 9000), threads
-    )
+# Arguments of plan_chunks: cells, of a tile, longest chunk, threads.
+PLANS = st.tuples(
+    st.integers(0, 5000), st.integers(1, 300), st.integers(1, 9000), st.integers(1, 64)
+)
 
 
-@given(plans(most_cells=5000))
-def test_planned_chunks_cover_every_cell_once(plan: tuple[int, int, int, int, int]) -> None:
-    n_kv, tile, shortest, longest, _ = plan
+@given(PLANS)
+def test_planned_chunks_cover_every_cell_once(plan: tuple[int, int, int, int]) -> None:
+    n_kv, tile, longest, _ = plan
     chunks = plan_chunks(*plan)
     assert [cell for start, end in chunks for cell in range(start, end)] == list(range(n_kv))
     assert all(0 < end - start <= max(tile, longest) for start, end in chunks)
-    least = min(shortest, longest // tile * tile)
-    assert all(end - start >= least for start, end in chunks[:-2])  # the last, and the odd cells
 
 
-@given(plans(most_cells=50000))
-def test_threads_that_take_planned_chunks_end_together(
-    plan: tuple[int, int, int, int, int],
+@given(PLANS)
+def test_threads_have_equal_chunks_and_no_more_than_they_need(
+    plan: tuple[int, int, int, int],
 ) -> None:
-    _, tile, shortest, _, threads = plan
-    ends = [0] * threads  # in cells
-    for start, end in plan_chunks(*plan):
-        ends[ends.index(min(ends))] += end - start  # who is free takes the next
-    assert max(ends) - min(ends) <= shortest + 2 * tile  # rounded to tiles, and the odd cells
+    n_kv, tile, longest, threads = plan
+    sizes = [end - start for start, end in plan_chunks(*plan) if (end - start) % tile == 0]
+    assert all(size // tile - sizes[0] // tile in (-1, 0, 1) for size in sizes)
+    assert len(sizes) == n_kv // tile or len(sizes) % threads == 0
+    fewer = len(sizes) - threads
+    assert fewer <= 0 or -(-(n_kv // tile) // fewer) * tile > longest
+
+
+@pytest.mark.parametrize(
+    ("n_kv", "useful"), [(512, 1), (2048, 2), (8192, 4), (32768, 8), (131072, 16)]
+)
+def test_more_threads_than_the_work_is_worth_are_left_alone(n_kv: int, useful: int) -> None:
+    """The counts that were fastest of 1 to 16 threads, on 16 cores."""
+    sizes = Sizes(
+        n_seqs=1,
+        n_head=32,
+        n_head_kv=8,
+        group=4,
+        n_tokens=1,
+        n_kv=n_kv,
+        head_dim=128,
+        head_dim_v=128,
+    )
+    for threads in (1, 2, 4, 8, 16, 64):
+        assert split._useful_threads(sizes, threads) == min(threads, useful)
 
 
 def test_a_masked_chunk_carries_minus_infinity() -> None:
