@@ -142,7 +142,7 @@ def recipe(source: AnyPath) -> recipes.Recipe:
 
     Raises GGUFError; NothingToDo where types are in no layer's way.
     """
-    return recipes.recipe(read_model(source), TensorInfo.read)
+    return recipes.recipe(read_model(source), Segment.read)
 
 
 class Altered(GGUFError):
