@@ -232,12 +232,16 @@ def _speed(tokens_per_second: float) -> str:
 
 def _remarks(result: _Comparison) -> Iterator[str]:
     """What stands below the table."""
+    from gguf_fuse.measuring.gain import MIN_SAMPLES
+
     done = f"{result.rounds_done} rounds" if result.rounds_done != 1 else "1 round"
     yield (
         f"Tokens per second: medians of {done} in turn, {result.settings.repetitions} samples of "
         "each process after a first one that is left out."
     )
-    if any(not row.gain.seen for row in result.rows):
+    if result.rounds_done * result.settings.repetitions < MIN_SAMPLES:
+        yield f"Fewer than {MIN_SAMPLES} samples of each cannot tell a difference: more --rounds."
+    elif any(not row.gain.seen for row in result.rows):
         yield (
             "No difference seen: the interval holds 0, or samples of the same file differ by more "
             "than the gain."

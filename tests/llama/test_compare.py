@@ -190,6 +190,7 @@ def test_a_section_for_a_model_card_and_a_plot(model: Model, tmp_path: Path) -> 
     assert lines[4] == f"    gguf-fuse compare in.gguf in-fused.gguf {options}"
     table = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert [row[0] for row in table] == ["| test", "| ---", "| pp8", "| tg4"]
+    assert lines[-1] == "Fewer than 5 samples of each cannot tell a difference: more --rounds."
     assert "tg4" in (tmp_path / "gain.svg").read_text()
 
 
