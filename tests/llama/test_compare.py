@@ -273,6 +273,7 @@ def test_options_of_llama_bench_need_it(monkeypatch: pytest.MonkeyPatch) -> None
         (["-p", "0", "-n", "0"], "nothing to time"),
         (["-p", "8,x"], "'8,x': write numbers of tokens as 8,512"),
         (["c.gguf"], "c.gguf: two files are compared"),
+        (["-q"], "-q leaves nothing to show"),
         (["--json", "--markdown"], "give --json or --markdown, not both"),
     ],
 )
