@@ -77,6 +77,8 @@ def compare(
         raise typer.BadParameter(f"{extra[0]}: two files are compared; options of llama-bench: --")
     if as_json and markdown:
         raise typer.BadParameter("give --json or --markdown, not both")
+    if quiet and plot is None and not (as_json or markdown):
+        raise typer.BadParameter("-q leaves nothing to show: add --json or --plot FILE")
     if plot is not None:
         drawing.check_plot(plot)
     runner = bench.find_runner(llama_bench, extra or ())
@@ -84,8 +86,8 @@ def compare(
     headers = read_model(original), read_model(fused)
     try:
         with console.progress_bar(quiet) as bar:
-            progress = (bar.start, bar.advance)
-            for way, run in bench.take_turns(runner, *headers, settings, rounds, *progress):
+            turns = bench.take_turns(runner, *headers, settings, rounds, bar.start, bar.advance)
+            for way, run in turns:
                 result.runs.setdefault(way, []).append(run)
     except KeyboardInterrupt:
         if result.rounds_done:
@@ -93,9 +95,8 @@ def compare(
         raise KeyboardInterrupt(f"{result.rounds_done} of {rounds} rounds were done") from None
     _show(result, as_json, markdown, quiet)
     if plot is not None:
-        drawing.plot(
-            result.rows, result.device, plot
-        )  # last: if it fails, the numbers are not lost
+        # Last: if it fails, the numbers are not lost.
+        drawing.plot(result.rows, result.device, plot)
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,16 @@ def _speed(tokens_per_second: float) -> str:
 
 def _remarks(result: _Comparison) -> Iterator[str]:
     """What stands below the table."""
+    from gguf_fuse.measuring.gain import MIN_SAMPLES
+
     done = f"{result.rounds_done} rounds" if result.rounds_done != 1 else "1 round"
     yield (
         f"Tokens per second: medians of {done} in turn, {result.settings.repetitions} samples of "
         "each process after a first one that is left out."
     )
-    if any(not row.gain.seen for row in result.rows):
+    if result.rounds_done * result.settings.repetitions < MIN_SAMPLES:
+        yield f"Fewer than {MIN_SAMPLES} samples of each cannot tell a difference: more --rounds."
+    elif any(not row.gain.seen for row in result.rows):
         yield (
             "No difference seen: the interval holds 0, or samples of the same file differ by more "
             "than the gain."

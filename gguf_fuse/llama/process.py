@@ -43,7 +43,7 @@ def ask_wheel(
     Raises LoadFailed, or GGUFError where the wheel itself does not work.
     """
     command, words = [sys.executable, worker.__file__], json.dumps(request)
-    done = run(command, {**environment, "GGML_NO_BACKTRACE": "1"}, words)
+    done = run(command, environment, words)
     if done.returncode < 0 or done.returncode == worker.REFUSED:
         raise failure(done)
     if done.returncode:
@@ -55,8 +55,9 @@ def run(
     command: list[str], environment: Mapping[str, str], words: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """How the command ended, and all that it printed; no process outlives an interruption."""
+    quiet = {**environment, "GGML_NO_BACKTRACE": "1"}  # no debugger where llama.cpp aborts
     return subprocess.run(
-        command, env=environment, input=words, capture_output=True, text=True, errors="replace"
+        command, env=quiet, input=words, capture_output=True, text=True, errors="replace"
     )
 
 

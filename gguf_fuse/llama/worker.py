@@ -100,11 +100,12 @@ def speeds(
     for repetition in range(repetitions):
         if depth:  # each time: the state of a recurrent layer cannot be taken back
             _complete(server, depth, True, n_predict=0)
-        # Each prompt begins with another token: what the last one left must not be found cached.
-        prompt = [(tokens.randrange(n_vocab) + repetition) % n_vocab for _ in range(n_prompt or 1)]
-        prompt[0] = repetition % n_vocab
+        prompt = [tokens.randrange(n_vocab) for _ in range(n_prompt or 1)]
+        prompt[0] = repetition % n_vocab  # so that nothing of the prompt before it is found cached
         answer = _complete(server, depth + prompt, bool(depth), n_predict=n_gen + 1, **GREEDY)
         _check_evaluated(answer, len(prompt))
+        if answer["timings"]["predicted_n"] != n_gen + 1:
+            refuse(f"generation ended after {answer['timings']['predicted_n']} tokens")
         # The first token of an answer comes out of the prompt: it takes no time of its own.
         ms = answer["timings"]["predicted_ms" if n_gen else "prompt_ms"]
         found.append(1e3 * (n_gen or n_prompt) / ms)

@@ -190,6 +190,7 @@ def test_a_section_for_a_model_card_and_a_plot(model: Model, tmp_path: Path) -> 
     assert lines[4] == f"    gguf-fuse compare in.gguf in-fused.gguf {options}"
     table = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert [row[0] for row in table] == ["| test", "| ---", "| pp8", "| tg4"]
+    assert lines[-1] == "Fewer than 5 samples of each cannot tell a difference: more --rounds."
     assert "tg4" in (tmp_path / "gain.svg").read_text()
 
 
@@ -272,6 +273,7 @@ def test_options_of_llama_bench_need_it(monkeypatch: pytest.MonkeyPatch) -> None
         (["-p", "0", "-n", "0"], "nothing to time"),
         (["-p", "8,x"], "'8,x': write numbers of tokens as 8,512"),
         (["c.gguf"], "c.gguf: two files are compared"),
+        (["-q"], "-q leaves nothing to show"),
         (["--json", "--markdown"], "give --json or --markdown, not both"),
     ],
 )
