@@ -1,8 +1,8 @@
 """How fast and in how much memory a model is rewritten: gguf-fuse against the tools people have.
 
-All contenders run in turn, round after round, on one model in the page cache; medians are shown,
-and ratios to `cp`. Every output is deleted and every write flushed before the next run. Run it on
-a quiet machine:
+All contenders run in turn, round after round, on one model in the page cache. Shown are medians
+with the middle half of the runs, and the share of `cp`'s time with its 95 % interval. Every output
+is deleted and every write flushed before the next run. Run it on a quiet machine:
 
     python scripts/bench_copy.py --size 2.5G --folder /mnt/xfs --folder .
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import opened
+from gguf_fuse.measuring.gain import Gain, Spread, gain, spread
 from gguf_fuse.writing.copy import clone_block
 
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -42,16 +42,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's medians. compared_with: the contender that `ratio` divides by."""
+    """One contender. gain: over the contender that it is compared with."""
 
     file_system: str
     model_bytes: int
     contender: str
-    seconds: float
-    least: float
-    most: float
-    ratio: float
+    seconds: Spread
     compared_with: str
+    gain: Gain
     peak_mb: float | None
 
 
@@ -60,7 +58,7 @@ def main(
     folder: Annotated[
         list[Path], typer.Option(help="Where to write: decides the file system; repeatable.")
     ] = [Path()],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 9,
     all_tools: Annotated[
         bool, typer.Option("--all/--cp-only", help="Also gguf-py's script and llama-quantize.")
     ] = True,
@@ -168,21 +166,16 @@ def file_system(where: Path) -> str:
 
 
 def rows_of(runs: dict[str, list[Run]], fs: str, model_bytes: int) -> list[Row]:
-    def median(name: str) -> float:
-        return statistics.median(run.seconds for run in runs[name])
-
     rows = []
+    times = {name: [run.seconds for run in done] for name, done in runs.items()}
     for name, done in runs.items():
         # Waiting for the disk is compared with waiting for the disk.
         waits = name == "cp + sync" or (name.startswith("gguf-fuse") and "--no-sync" not in name)
         base = "cp + sync" if waits else "cp"
-        seconds = [run.seconds for run in done]
         peaks = [run.peak_bytes for run in done if run.peak_bytes]
         peak = max(peaks) / 1e6 if peaks else None
-        ratio = median(name) / median(base)
-        rows.append(
-            Row(fs, model_bytes, name, median(name), min(seconds), max(seconds), ratio, base, peak)
-        )
+        gained = gain(times[base], times[name])
+        rows.append(Row(fs, model_bytes, name, spread(times[name]), base, gained, peak))
     return rows
 
 
@@ -190,15 +183,18 @@ def table(rows: list[Row]) -> Table:
     """The contenders on one file system with one size of model."""
     title = f"{rows[0].file_system}, {rows[0].model_bytes / 1e9:.2f} GB"
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left")
-    for heading in ("contender", "median", "min-max", "ratio to", "", "peak"):
-        drawn.add_column(heading, justify="left" if heading in ("contender", "") else "right")
+    for heading in ("contender", "median", "middle half", "of the time of", "", "", "peak"):
+        left = heading in ("contender", "")
+        drawn.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for row in rows:
+        seconds, found = row.seconds, row.gain
         drawn.add_row(
             row.contender,
-            f"{row.seconds:.2f} s",
-            f"{row.least:.2f}-{row.most:.2f}",
-            f"{row.ratio:.2f}",
+            f"{seconds.median:.2f} s",
+            f"{seconds.low:.2f}-{seconds.high:.2f}",
+            f"{1 / found.ratio:.2f} ({1 / found.high:.2f}-{1 / found.low:.2f})",
             row.compared_with,
+            "" if row.contender == row.compared_with else found.word,
             "-" if row.peak_mb is None else f"{row.peak_mb:.0f} MB",
         )
     return drawn

@@ -1,7 +1,7 @@
 """How long opening a model takes: its header alone, and whole commands.
 
 The model has a vocabulary of 128k tokens. gguf-py's GGUFReader is the comparison; the runs
-alternate, medians are shown.
+alternate. Shown are medians, with the middle half of the runs.
 
     python scripts/bench_header.py
 """
@@ -9,12 +9,12 @@ alternate, medians are shown.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,29 +23,34 @@ import typer
 from random_models import ModelSpec, write_random_model
 
 from gguf_fuse.format.parser import read_header
+from gguf_fuse.measuring.gain import gain, spread
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 9,
     vocab: Annotated[int, typer.Option(help="Tokens.")] = 128256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.gguf")
         write_random_model(model, ModelSpec(n_vocab=vocab, n_embd=32, tokenizer="bpe"))
-        medians = measure(model, rounds)
+        seconds = measure(model, rounds)
         metadata_mb = read_header(model).metadata.n_bytes / 1e6
+    spreads = {name: spread(samples) for name, samples in seconds.items()}
+    found = gain(seconds["GGUFReader"], seconds["header"])
     if as_json:
-        print(json.dumps({"metadata_mb": metadata_mb, "seconds": medians}, indent=2))
+        told = {name: asdict(each) for name, each in spreads.items()}
+        told_gain = {"header_over_GGUFReader": asdict(found)}
+        print(json.dumps({"metadata_mb": metadata_mb, "seconds": told} | told_gain, indent=2))
         return
-    print(f"{vocab} tokens, {metadata_mb:.1f} MB of metadata")
-    for name, seconds in medians.items():
-        print(f"{name:<24}{seconds:8.3f} s")
-    ratio = medians["GGUFReader"] / medians["header"]
-    print(f"the header is walked {ratio:.0f} times as fast as GGUFReader reads it")
+    print(f"{vocab} tokens, {metadata_mb:.1f} MB of metadata; {rounds} runs of each")
+    for name, each in spreads.items():
+        print(f"{name:<20}{each.median:8.3f} s  ({each.low:.3f} to {each.high:.3f})")
+    ratio = f", {found.ratio:.0f} times as fast ({found.low:.0f} to {found.high:.0f})"
+    print(f"walking the header, against GGUFReader: {found.word}{ratio * found.seen}")
 
 
-def measure(model: Path, rounds: int) -> dict[str, float]:
+def measure(model: Path, rounds: int) -> dict[str, list[float]]:
     command = [sys.executable, "-m", "gguf_fuse"]
     contenders: dict[str, Callable[[], object]] = {
         "header": lambda: read_header(model),
@@ -59,7 +64,7 @@ def measure(model: Path, rounds: int) -> dict[str, float]:
             started = time.perf_counter()
             contender()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def run(command: list[str]) -> None:

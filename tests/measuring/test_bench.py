@@ -111,6 +111,17 @@ def test_noise_is_not_told_as_fact(
     assert ("±?" in shown) == (rounds == 4)
 
 
+def test_few_rounds_tell_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Few(Timed):
+        def projection(self) -> Iterator[Row]:
+            yield Row(1, {"separate": [2.0] * 4, "fused": [1.0] * 4})
+
+    layer = Few("default shape", Shape(), 2, timed().extent, ())
+    shown = show(monkeypatch, layer).stdout
+    (line,) = (line.split() for line in shown.splitlines() if line.startswith("       1 "))
+    assert line == "1 2 ±? 1 ±? ? no difference seen".split()
+
+
 @pytest.mark.parametrize(("extent", "most_s"), [(FULL, 53), (QUICK, 16)])
 @pytest.mark.parametrize("slowness", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])  # seconds for each size unit
 def test_the_time_is_kept_on_any_machine(
