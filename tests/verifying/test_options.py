@@ -51,9 +51,11 @@ def test_counts_of_fuse(option: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", ["sometimes", None, 1, ["auto"]])
 def test_words_of_fuse(value: Any, packed: Path) -> None:
-    with pytest.raises(gguf_fuse.GGUFError, match="reflink is .*; it must be one of auto, always"):
+    with pytest.raises(gguf_fuse.GGUFError, match=r"reflink is .*; it must be one of auto, always"):
         gguf_fuse.Options(reflink=value)
-    with pytest.raises(gguf_fuse.GGUFError, match="on_mismatch is .*; it must be one of skip, err"):
+    with pytest.raises(
+        gguf_fuse.GGUFError, match=r"on_mismatch is .*; it must be one of skip, err"
+    ):
         gguf_fuse.fuse(packed, packed.with_name("out.gguf"), on_mismatch=value)
     assert [path.name for path in packed.parent.iterdir()] == ["in.gguf"]
 
