@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +69,7 @@ def verify(
         typer.Option("-ngl", min=0, help="Layers llama.cpp puts on a GPU.", show_default="all"),
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Every check and its limit, and the time taken.")
+        bool, typer.Option("--verbose", help="Every check and its limit, and the time taken.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -181,9 +182,10 @@ def _parts(report: gguf_fuse.Report, verbose: bool) -> Iterator[RenderableType]:
 
 def _print_verdict(report: gguf_fuse.Report) -> None:
     """In one sentence. In a pipe that is one line, however long the name."""
-    out = console.printer()
-    whole = not out.is_terminal and "COLUMNS" not in os.environ
-    out.print(text(_verdict(report)), highlight=False, soft_wrap=whole)
+    out, sentence = console.printer(), console.one_line(_verdict(report))
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        sentence = textwrap.fill(sentence, out.width, break_on_hyphens=False)
+    print(sentence)
 
 
 def _verdict(report: gguf_fuse.Report) -> str:

@@ -191,7 +191,9 @@ def test_a_weight_that_is_not_finite_in_the_fused_file_fails(model: Model, colum
     fused = scaled(fused_copy(original), "attn_qkv", np.nan)
     report = check(original, fused)
     assert [layer.ok for layer in report.layers] == [True, False]
-    shown = gguf_fuse("verify", original, fused, "-v", env={**os.environ, "COLUMNS": str(columns)})
+    shown = gguf_fuse(
+        "verify", original, fused, "--verbose", env={**os.environ, "COLUMNS": str(columns)}
+    )
     assert shown.returncode == 4
     assert re.search(r"^blk\.1 .* nan .*over$", shown.stdout, re.MULTILINE)
     printed = json.loads(gguf_fuse("verify", original, fused, "--json").stdout)
