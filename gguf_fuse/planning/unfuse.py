@@ -16,7 +16,16 @@ from gguf_fuse.format.types import blocked, is_known, type_name
 from gguf_fuse.models.keys import integer
 from gguf_fuse.planning import record
 from gguf_fuse.planning.fuse import examine, loader_of, refuse_loader, require_model
-from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, QKV, SUFFIXES, Fusion, fusion_of
+from gguf_fuse.planning.fusions import (
+    FUSIONS,
+    GATE_UP,
+    JOINED,
+    QKV,
+    SUFFIXES,
+    Fusion,
+    fusion_of,
+    too_many_in_all,
+)
 from gguf_fuse.planning.loaders import Loader
 from gguf_fuse.planning.plan import Layer, Plan, PlannedTensor, Read, Refused, Rows, Status, listed
 from gguf_fuse.planning.record import POSITIONS_KEY, ROWS_KEY, TENSORS_KEY, VERSION_KEY
@@ -44,6 +53,11 @@ class Split:
         """Whether each part is what the fused tensor is."""
         return self.suffix not in JOINED
 
+    @property
+    def n_slices(self) -> int:
+        """How many times the parts take turns."""
+        return 1 if self.shared else self.fusion.n_slices(self.tensor.ne, self.suffix)
+
     def placed(self) -> list[record.Placed]:
         """The parts, and where each stands in the restored file."""
         tensor, fusion = self.tensor, self.fusion
@@ -51,7 +65,7 @@ class Split:
         if self.shared:
             parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]
         else:
-            slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne, self.suffix)
+            slice_bytes = tensor.n_bytes // self.n_slices
             row = slice_bytes // fusion.rows(tensor.ne, self.suffix)  # bytes
             starts, parts = range(0, tensor.n_bytes, slice_bytes), []
             for name, n_rows, end in zip(names, self.rows, accumulate(self.rows), strict=True):
@@ -78,7 +92,8 @@ def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
 def split_plan(
     header: Header, splits: Sequence[Split], nothing: str, weight: str = "weight"
 ) -> Plan:
-    """The plan of the file with these splits made. Raises as `record.unfused_plan` does.
+    """The plan of the file with these splits made. Raises as `record.unfused_plan` does, Refused
+    for more experts than are supported.
 
     weight: the suffix that stands for its layer.
     """
@@ -93,6 +108,8 @@ def split_plan(
         for split in splits
         if split.suffix == weight
     ]
+    if too_many := too_many_in_all(split.n_slices for split in splits):
+        raise Refused(f"{header.path}: {too_many}")
     restored = {split.tensor.name: split.placed() for split in splits}
     return record.unfused_plan(header, restored, changed, nothing)
 
