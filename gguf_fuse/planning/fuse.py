@@ -18,7 +18,15 @@ from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer, string
 from gguf_fuse.models.names import ENCODER_PREFIXES
 from gguf_fuse.planning import plan, record
-from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SHARED, SUFFIXES, Fusion
+from gguf_fuse.planning.fusions import (
+    FUSIONS,
+    GATE_UP,
+    QKV,
+    SHARED,
+    SUFFIXES,
+    Fusion,
+    too_many_in_all,
+)
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
 from gguf_fuse.planning.tensor_extra import TensorExtra
 
@@ -347,8 +355,13 @@ def refuse_loader(header: Header, row: Architecture, fusion: Fusion) -> NoReturn
 
 
 def joined_plan(header: Header, layers: Sequence[plan.Layer], *pairs: record.Pair) -> plan.Plan:
-    """The plan with the joins of the layers made. pairs: of the record, beside the positions."""
+    """The plan with the joins of the layers made. pairs: of the record, beside the positions.
+
+    Raises Refused for more experts than are supported.
+    """
     joins = [join for layer in layers for join in layer.joins]
+    if too_many := too_many_in_all(join.n_slices for join in joins):
+        raise plan.Refused(f"{header.path}: {too_many}")
     places = [header.position[part.name] for join in joins for part in join.parts]
     own = (record.POSITIONS_KEY, ValueType.UINT64, places)
     tensors, names = _joined_tensors(header, joins), [join.name for join in joins]
@@ -371,6 +384,6 @@ def _joined(join: plan.Join) -> tuple[Segment, ...]:
     """Slice by slice, the parts in turn; of shared values, the first part's."""
     if join.shared:
         return (join.parts[0].data,)
-    n = join.fusion.n_slices(join.ne, join.suffix)
+    n = join.n_slices
     sized = [(part.data, part.n_bytes // n) for part in join.parts]
     return tuple(data.part(at * size, size) for at in range(n) for data, size in sized)

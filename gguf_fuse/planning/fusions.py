@@ -7,7 +7,7 @@ An expert tensor is one such slice for each expert: the join is inside each expe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gguf_fuse.format.header import TensorInfo
@@ -22,7 +22,10 @@ JOINED = ("weight", "bias")  # suffixes of tensors that are laid end to end
 SHARED = ("scale", "input_scale")  # the same values, so the fused tensor has them once
 SUFFIXES = (*JOINED, *SHARED)
 
-_MAX_SLICES = 1 << 12  # llama.cpp has 512 at most; it bounds what a damaged file can cost
+# They bound what a damaged file can cost. llama.cpp has 512 experts at most, and no file has more
+# than some 25,000 in all its layers.
+_MAX_SLICES = 1 << 12
+_MAX_ALL_SLICES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,14 @@ GATE_UP = Fusion(
     n_dims=3,
 )
 FUSIONS = (QKV, GATE_UP)
+
+
+def too_many_in_all(n_slices: Iterable[int]) -> str | None:
+    """Why a file is neither fused nor unfused, if its tensors have so many slices."""
+    n = sum(n for n in n_slices if n > 1)
+    if n <= _MAX_ALL_SLICES:
+        return None
+    return f"{n} experts in all layers; at most {_MAX_ALL_SLICES} are supported"
 
 
 def fusion_of(name: str) -> Fusion | None:

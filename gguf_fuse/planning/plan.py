@@ -90,6 +90,11 @@ class Join:
     def rows(self) -> tuple[int, ...]:
         return tuple(self.fusion.rows(part.ne, self.suffix) for part in self.parts)
 
+    @property
+    def n_slices(self) -> int:
+        """How many times the parts take turns."""
+        return 1 if self.shared else self.fusion.n_slices(self.ne, self.suffix)
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:

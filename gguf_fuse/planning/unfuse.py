@@ -24,7 +24,16 @@ from gguf_fuse.planning.fuse import (
     require_model,
     require_no_encoder,
 )
-from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, JOINED, QKV, SUFFIXES, Fusion, fusion_of
+from gguf_fuse.planning.fusions import (
+    FUSIONS,
+    GATE_UP,
+    JOINED,
+    QKV,
+    SUFFIXES,
+    Fusion,
+    fusion_of,
+    too_many_in_all,
+)
 from gguf_fuse.planning.loaders import Loader
 from gguf_fuse.planning.plan import (
     Layer,
@@ -62,6 +71,11 @@ class Split:
         """Whether each part is what the fused tensor is."""
         return self.suffix not in JOINED
 
+    @property
+    def n_slices(self) -> int:
+        """How many times the parts take turns."""
+        return 1 if self.shared else self.fusion.n_slices(self.tensor.ne, self.suffix)
+
     def placed(self) -> list[record.Placed]:
         """The parts, and where each stands in the restored file."""
         tensor, fusion = self.tensor, self.fusion
@@ -69,7 +83,7 @@ class Split:
         if self.shared:
             parts = [PlannedTensor(name, tensor.ne, tensor.type, (tensor.data,)) for name in names]
         else:
-            slice_bytes = tensor.n_bytes // fusion.n_slices(tensor.ne, self.suffix)
+            slice_bytes = tensor.n_bytes // self.n_slices
             row = slice_bytes // fusion.rows(tensor.ne, self.suffix)  # bytes
             starts, parts = range(0, tensor.n_bytes, slice_bytes), []
             for name, n_rows, end in zip(names, self.rows, accumulate(self.rows), strict=True):
@@ -103,7 +117,8 @@ def split_plan(
     weight: str = "weight",
     kept: Sequence[Layer] = (),
 ) -> Plan:
-    """The plan of the file with these splits made. Raises as `record.unfused_plan` does.
+    """The plan of the file with these splits made. Raises as `record.unfused_plan` does, Refused
+    for more experts than are supported.
 
     weight: the suffix that stands for its layer. kept: layers that stay fused.
     """
@@ -118,6 +133,8 @@ def split_plan(
         for split in splits
         if split.suffix == weight
     ]
+    if too_many := too_many_in_all(split.n_slices for split in splits):
+        raise Refused(f"{header.path}: {too_many}")
     restored = {split.tensor.name: split.placed() for split in splits}
     return record.unfused_plan(header, restored, changed, kept, nothing)
 

@@ -18,7 +18,9 @@ FORMS = (
     ("attn_qkv", ("attn_q", "attn_k", "attn_v"), 0),
     ("ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps"), 1),
 )
-MAX_EXPERTS = 1 << 12  # of one tensor: each one's rows are compared on their own
+# Each one's rows are compared on their own.
+MAX_EXPERTS = 1 << 12  # of one tensor
+MAX_ALL_EXPERTS = 1 << 16  # of all layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,9 @@ def find_fused(original: Header, fused: Header) -> tuple[list[FusedTensor], list
             elif parts or suffix == "weight":
                 missing = ", ".join(name for name in names if name not in before)
                 problems.append(f"{layer}: is fused, but the original has no {missing}")
+    n_experts = sum(made.n_experts for made in fusions if made.n_outer)
+    if n_experts > MAX_ALL_EXPERTS:
+        return [], [f"{n_experts} experts in all layers; at most {MAX_ALL_EXPERTS} can be compared"]
     return fusions, problems
 
 

@@ -33,6 +33,11 @@ class Copy(NamedTuple):
     target: int
     n_bytes: int
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """In the source, and in the new file."""
+        return self.start + self.n_bytes, self.target + self.n_bytes
+
     def part(self, at: int, n_bytes: int) -> Copy:
         """n_bytes of it; `at` counts from its own start."""
         return Copy(self.source, self.start + at, self.target + at, n_bytes)
@@ -98,7 +103,7 @@ def _merged(copies: Iterable[Copy]) -> list[Copy]:
     """Copies that go on in both files become one."""
     merged: list[Copy] = []
     for copy in copies:
-        if merged and copy == merged[-1].part(merged[-1].n_bytes, copy.n_bytes):
+        if merged and copy.source == merged[-1].source and copy[1:3] == merged[-1].ends:
             merged[-1] = merged[-1]._replace(n_bytes=merged[-1].n_bytes + copy.n_bytes)
         else:
             merged.append(copy)
