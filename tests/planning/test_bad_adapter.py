@@ -155,7 +155,7 @@ MISFITS: dict[str, tuple[File, File, str]] = {
             tensors=[
                 *lora().tensors,
                 *(
-                    Tensor(f"token_embd.weight{end}", ne, F32, bytes(4 * 64))
+                    Tensor(f"token_embd.weight{end}", ne, F32, bytes(8 * ne[1]))
                     for end, ne in ((A, (2, 32)), (B, (2, 3)))
                 ),
             ],

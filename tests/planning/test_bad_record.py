@@ -178,15 +178,15 @@ UNRECORDED: dict[str, tuple[tuple[str, ...], Callable[[], File]]] = {
         lambda: unrecorded().key("llama.attention.head_count", UINT32, 0),
     ),
     "head count is a string": (
-        (QKV, "64"),
+        ("'llama.attention.head_count' is STRING, it must be an integer",),
         lambda: unrecorded().key("llama.attention.head_count", STRING, "4"),
     ),
     "negative head count": (
-        (QKV, "64"),
+        ("head_count' is -4, it must be 0 to",),
         lambda: unrecorded().key("llama.attention.head_count", INT32, -4),
     ),
     "negative lengths that add up": (
-        (QKV, "64"),
+        ("key_length' is -8, it must be 0 to",),
         lambda: (
             unrecorded()
             .key("llama.attention.key_length", INT32, -8)
