@@ -148,6 +148,31 @@ def embeddings(
     return _ask(request, timeout).reshape(len(tokens), -1)
 
 
+def drafts(
+    path: Path | str, tokens: Sequence[int], *, n_predict: int = 16, timeout: float = 60.0
+) -> list[str]:
+    """What the layers for further tokens (MTP) propose while `n_predict` tokens are decoded.
+
+    In order, three for each of three places: the token and its probability, as llama.cpp's log has
+    them ("129 ( 0.173)").
+
+    Raises LoadFailed where llama.cpp refuses the file or MTP, crashes, or takes over `timeout`.
+    """
+    request = {
+        "task": "drafts",
+        "path": str(path),
+        "tokens": list(tokens),
+        "n_predict": n_predict,
+        "n_threads": 1,
+        "cache_type": "f16",
+        "flash_attention": "auto",
+        "lora": None,
+        "n_ctx": 512,
+    }
+    log = _run(request, timeout).decode("utf-8", "replace")
+    return re.findall(r"draft candidate +\d+, pos +\d+: +(\d+ \([ \d.]+\))", log)
+
+
 def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float = 60.0) -> None:
     """Read a GGUF file with its data and write it again, both with llama.cpp's own code.
 
@@ -181,8 +206,8 @@ def ggml_type(type_id: int) -> tuple[str, int, int]:
 _idle: list[subprocess.Popen[str]] = []
 
 
-def _run(request: dict[str, Any], timeout: float) -> None:
-    """Run `request` in a process of its own.
+def _run(request: dict[str, Any], timeout: float) -> bytes:
+    """Run `request` in a process of its own -> what llama.cpp said meanwhile.
 
     Raises LoadFailed where llama.cpp fails, RuntimeError where this module does.
     """
@@ -198,6 +223,7 @@ def _run(request: dict[str, Any], timeout: float) -> None:
         raise LoadFailed(_reason(complaints))
     if status:
         raise RuntimeError(f"the judge itself failed:\n{complaints.decode('utf-8', 'replace')}")
+    return complaints
 
 
 def _forked(request: dict[str, Any]) -> int:
@@ -277,6 +303,11 @@ def _answer(request: dict[str, Any]) -> None:
     if request["task"] == "rewrite":
         _rewrite(request["src"], request["dst"])
         return
+    if request["task"] == "drafts":
+        wanted = {"prompt": request["tokens"], "n_predict": request["n_predict"]}
+        _server(request).handle_completions({**wanted, "temperature": 0, "ignore_eos": True})
+        _flush_log()
+        return
     if request["task"] == "image_log_probabilities":
         rows = [_image_row(_server(request), request["image"])]
     elif request["task"] == "embeddings":
@@ -307,6 +338,12 @@ def _server(request: dict[str, Any]) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type(
         {"auto": -1, "off": 0, "on": 1}[request["flash_attention"]]
     )
+    if request["task"] == "drafts":
+        params.verbosity = 10  # where the proposals are
+        kinds = xllamacpp.common_speculative_type
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+        params.speculative.draft.n_max = 3
+        params.speculative.draft.p_min = 0.0
     if request["task"] == "embeddings":
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
@@ -321,10 +358,14 @@ def _server(request: dict[str, Any]) -> Any:
     try:
         return xllamacpp.Server(params)
     except RuntimeError:
-        # It tells why on stderr, by a thread of its own.
-        ggml = _ggml()
-        getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
+        _flush_log()
         sys.exit(_REFUSED)
+
+
+def _flush_log() -> None:
+    """What it says on stderr is written by a thread of its own."""
+    ggml = _ggml()
+    getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
 
 
 def _rows(server: Any, request: dict[str, Any]) -> list[array.array[float]]:
