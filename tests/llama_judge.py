@@ -15,6 +15,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,31 @@ def embeddings(
     return _ask(request, timeout).reshape(len(tokens), -1)
 
 
+def drafts(
+    path: Path | str, tokens: Sequence[int], *, n_predict: int = 16, timeout: float = 60.0
+) -> list[str]:
+    """What the layers for further tokens (MTP) propose while `n_predict` tokens are decoded.
+
+    In order, three for each of three places: the token and its probability, as llama.cpp's log has
+    them ("129 ( 0.173)").
+
+    Raises LoadFailed where llama.cpp refuses the file or MTP, crashes, or takes over `timeout`.
+    """
+    request = {
+        "task": "drafts",
+        "path": str(path),
+        "tokens": list(tokens),
+        "n_predict": n_predict,
+        "n_threads": 1,
+        "cache_type": "f16",
+        "flash_attention": "auto",
+        "lora": None,
+        "n_ctx": 512,
+    }
+    log = _run(request, timeout)
+    return re.findall(r"draft candidate +\d+, pos +\d+: +(\d+ \([ \d.]+\))", log)
+
+
 def rewrite_with_llama_cpp(src: Path | str, dst: Path | str, *, timeout: float = 60.0) -> None:
     """Read a GGUF file with its data and write it again, both with llama.cpp's own code.
 
@@ -163,8 +189,8 @@ def ggml_type(type_id: int) -> tuple[str, int, int]:
 _idle: list[subprocess.Popen[str]] = []
 
 
-def _run(request: dict[str, Any], timeout: float) -> None:
-    """Run `request` in a process of its own.
+def _run(request: dict[str, Any], timeout: float) -> str:
+    """Run `request` in a process of its own -> what llama.cpp said meanwhile.
 
     Raises LoadFailed where llama.cpp fails, RuntimeError where this module does.
     """
@@ -181,6 +207,7 @@ def _run(request: dict[str, Any], timeout: float) -> None:
         raise LoadFailed(reason)
     if status:
         raise RuntimeError(f"the judge itself failed:\n{complaints}")
+    return complaints
 
 
 def _forked(request: dict[str, Any]) -> int:
@@ -233,8 +260,7 @@ def _serve(request: dict[str, Any]) -> NoReturn:
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
-        ggml = _ggml()  # llama.cpp tells why on stderr, by a thread of its own
-        getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
+        _flush_log()
     except BaseException:
         traceback.print_exc()
     # Skip what runs at exit: a crash there is none of the file's.
@@ -245,6 +271,11 @@ def _serve(request: dict[str, Any]) -> NoReturn:
 def _answer(request: dict[str, Any]) -> None:
     if request["task"] == "rewrite":
         _rewrite(request["src"], request["dst"])
+        return
+    if request["task"] == "drafts":
+        wanted = {"prompt": request["tokens"], "n_predict": request["n_predict"]}
+        _server(request).handle_completions({**wanted, "temperature": 0, "ignore_eos": True})
+        _flush_log()
         return
     if request["task"] == "image_log_probabilities":
         rows = [_image_row(_server(request), request["image"])]
@@ -267,6 +298,12 @@ def _server(request: dict[str, Any]) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type(
         {"auto": -1, "off": 0, "on": 1}[request["flash_attention"]]
     )
+    if request["task"] == "drafts":
+        params.verbosity = 10  # where the proposals are
+        kinds = xllamacpp.common_speculative_type
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+        params.speculative.draft.n_max = 3
+        params.speculative.draft.p_min = 0.0
     if request["task"] == "embeddings":
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
@@ -279,6 +316,12 @@ def _server(request: dict[str, Any]) -> Any:
         adapter.scale = 1.0
         params.lora_adapters = [adapter]
     return worker.start(params)
+
+
+def _flush_log() -> None:
+    """What llama.cpp says on stderr is written by a thread of its own."""
+    ggml = _ggml()
+    getattr(ggml, _FLUSH_LOG)(getattr(ggml, _LOG)())
 
 
 def _rows(server: Any, request: dict[str, Any]) -> list[array.array[float]]:

@@ -106,12 +106,12 @@ _NO_BIASES = {"gemma4"}
 _NO_SCALES = {"gemma3n", "hrm_text", "kimi-linear", "mimo2"}
 _ROW_NORMS_ABORT = {"jina-bert-v2"}  # bert.cpp reshapes a view of the fused result
 _GATED_Q = {"qwen3next", "qwen35", "qwen35moe", "qwen4exp"}
-# Layers that predict further tokens (nextn_predict_layers), as graph_mtp in src/models/*.cpp of
-# llama-cpp-python 0.3.36's llama.cpp reads them; read, not run. mimo2 asserts a fused attn_qkv
-# ("MIMO2 MTP requires fused attn_qkv"). build_qkv, which takes both, is called for cohere2moe,
-# glm4moe, hy_v3, nemotron_h_moe, qwen3next, qwen35, qwen35moe and step35. The loaders of
-# exaone-moe, exaone4, bailingmoe2 and glm4 skip those layers. None wants them separate that reads
-# the others fused.
+# Layers that predict further tokens (nextn_predict_layers): graph_mtp in llama.cpp's src/models.
+# mimo2's aborts without a fused attn_qkv ("MIMO2 MTP requires fused attn_qkv"): measured. Others
+# call build_qkv, which takes both: the drafts of cohere2moe, glm4moe, hy_v3, qwen35, qwen35moe,
+# qwen3next and step35 are the same, measured; nemotron_h_moe was read, not run. exaone4,
+# exaone-moe, glm4 and bailingmoe2 have no such graph. None that reads fused layers wants these
+# separate.
 _MTP_NEEDS_FUSED = {"mimo2"}
 
 # Loaders that look for ffn_gate_up_exps.weight first (create_tensor_gate_up_exps, or gemma4's own

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
+from gguf import GGUFReader
 
-from tests.conftest import fused_copy
-from tests.llama_judge import available, embeddings, log_probabilities
+from tests.conftest import dry, fused_copy, unfused_copy
+from tests.edit import edited
+from tests.llama_judge import LoadFailed, available, drafts, embeddings, log_probabilities
 from tests.models.architectures import HRM_TEXT, LAYOUTS, Layout, Value
 from tests.models.extra_layouts import EXTRA
 
@@ -150,8 +152,14 @@ _LAGUNA = Layout(
 _EXAONE_MOE = Layout(
     _LLAMA.replace("@ffn", _DENSE), qk_norm=True, n_layer=4, sliding_window=8, keys=_NO_EXPERTS
 )
+# Its layer for further tokens must have experts.
+_GLM4MOE_LAYER = EXTRA["glm4moe"].layer
 _GLM4MOE = replace(
-    EXTRA["glm4moe"], keys={**EXTRA["glm4moe"].keys, "leading_dense_block_count": 99}
+    EXTRA["glm4moe"],
+    layer=f"{_GLM4MOE_LAYER.replace('@ffn', _DENSE)} | {_GLM4MOE_LAYER} exp_probs_b.bias {_SHARED}",
+    ne={**EXTRA["glm4moe"].ne, **_SHARED_NE},
+    n_expert=4,
+    keys={**EXTRA["glm4moe"].keys, "leading_dense_block_count": 1, "expert_shared_count": 1},
 )
 _GEMMA4 = LAYOUTS["gemma4"]
 # Full layers with 4 heads of 16, for K and V too; the others with 4 of 8, 2 for K and V.
@@ -234,7 +242,7 @@ VARIANTS: dict[str, Variant] = {
             ("exaone4", LAYOUTS["exaone4"], 2),
             ("exaone-moe", _EXAONE_MOE, 4),
             ("glm4", LAYOUTS["glm4"], 2),
-            ("glm4moe", _GLM4MOE, 2),
+            ("glm4moe", _GLM4MOE, 1),
             ("cohere2moe", LAYOUTS["cohere2moe"], 4),
             ("hy_v3", _with_head_norm(LAYOUTS["hy_v3"]), 2),
             ("mimo2", _MIMO2, 2),
@@ -319,3 +327,40 @@ def test_identical_numbers(model: Model, monkeypatch: pytest.MonkeyPatch, name: 
     assert np.isfinite(before).all()
     assert len(np.unique(before)) > 100
     np.testing.assert_array_equal(before, after)
+
+
+# -- layers for further tokens (MTP), drafting ----------------------------------------------------
+
+DRAFTING = ("cohere2moe", "glm4moe", "hy_v3", "qwen35", "qwen35moe", "qwen3next", "step35")
+
+
+def foreseeing(model: Model, monkeypatch: pytest.MonkeyPatch, architecture: str) -> Path:
+    variant = VARIANTS[f"{architecture}, foreseeing"]
+    monkeypatch.setitem(LAYOUTS, architecture, variant.layout)
+    return model(architecture=architecture, **variant.spec)
+
+
+@pytest.mark.parametrize("architecture", DRAFTING)
+def test_identical_drafts(model: Model, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    original = foreseeing(model, monkeypatch, architecture)
+    fused = fused_copy(original)
+    last = max(layer.name for layer in dry(original).plan.changed)
+    assert f"{last}.nextn.eh_proj.weight" in {t.name for t in GGUFReader(original).tensors}
+    before = drafts(original, PROMPT)
+    assert len(set(before)) > 50
+    assert drafts(fused, PROMPT) == before
+
+
+def test_mimo2_drafts_only_when_it_is_fused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = foreseeing(model, monkeypatch, "mimo2")
+    with pytest.raises(LoadFailed, match="MIMO2 MTP requires fused attn_qkv"):
+        drafts(original, PROMPT)
+    fused = fused_copy(original)
+    before = drafts(fused, PROMPT)
+    assert len(set(before)) > 50
+    # As the converter writes it, without a record: the last layer stays fused.
+    back = unfused_copy(edited(fused, record=False))
+    assert [t.name for t in GGUFReader(back).tensors if "attn_qkv" in t.name] == [
+        "blk.2.attn_qkv.weight"
+    ]
+    assert drafts(back, PROMPT) == before
