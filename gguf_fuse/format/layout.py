@@ -25,7 +25,8 @@ def misplaced(header: Header) -> list[str]:
     lines = []
     for file in header.files:
         place = f"{file.path}: " if header.shards else ""
-        lines += [place + line for line in (*_wrong_offsets(file), *_unaccounted(file))]
+        faults = (*_wrong_offsets(file), *_unaccounted(file), *_cut_padding(file))
+        lines += [place + line for line in faults]
     return lines
 
 
@@ -73,6 +74,12 @@ def _unaccounted(file: Header) -> Iterator[str]:
         )
     else:
         yield f"{behind} the header belong to no tensor; {remedy}"
+
+
+def _cut_padding(file: Header) -> Iterator[str]:
+    missing = _end(file) - file.source.n_bytes
+    if file.tensors and missing > 0:
+        yield f"{missing} bytes of padding are missing behind the last tensor"
 
 
 def _misfit(tensor: TensorInfo, room: int) -> str:

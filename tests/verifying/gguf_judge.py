@@ -147,6 +147,7 @@ def _entries(
         need(kind in BLOCKS and not (ne or (1,))[0] % BLOCKS[kind][0], "rows of no whole blocks")
         offset = file.number("Q")
         found.mark("offset", file.at - 8, file.at)
+        found.mark("tensor", start, file.at)
         yield name.decode("utf-8", "replace"), ne, kind, offset, file.at
 
 

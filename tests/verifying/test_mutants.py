@@ -114,18 +114,29 @@ def longer(chance: random.Random, data: bytearray, file: gguf_judge.Contents) ->
 
 
 def without(of: str, count_at: int) -> Mutate:
-    """A pair, or the last tensor with its data left behind."""
+    """A pair, or a tensor whose data stays behind; the header is sound."""
 
     def mutate(chance: random.Random, data: bytearray, file: gguf_judge.Contents) -> None:
         start, end = chance.choice(file.spans[of])
         (n,) = struct.unpack_from("<Q", data, count_at)
         struct.pack_into("<Q", data, count_at, n - 1)
-        padding = file.spans["padding"][0][1]
-        del data[start:end]
-        data[padding - (end - start) : padding - (end - start)] = bytes((end - start) % 32)
-        # Padded as before, unless the header is now shorter by more than a whole alignment.
+        head_end, data_start = file.spans["padding"][0]
+        head = data[:start] + data[end:head_end]
+        data[:data_start] = head + bytes(-len(head) % 32)
 
     return mutate
+
+
+def own_padding(chance: random.Random, data: bytearray, file: gguf_judge.Contents) -> None:
+    """Not a fault: zeros under a key of ours move the tensors, as for sharing blocks."""
+    (n_pairs,) = struct.unpack_from("<Q", data, 16)
+    struct.pack_into("<Q", data, 16, n_pairs + 1)
+    key, n = b"gguf_fuse.padding", chance.randrange(100)
+    pair = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, n) + bytes(n)
+    at = file.spans["key"][-1][1]
+    head_end, data_start = file.spans["padding"][0]
+    head = data[:at] + pair + data[at:head_end]
+    data[:data_start] = head + bytes(-len(head) % 32)
 
 
 KINDS: dict[str, Mutate] = {
@@ -150,6 +161,8 @@ KINDS: dict[str, Mutate] = {
     "cut": cut,
     "longer": longer,
     "pair left out": without("key", 16),
+    "tensor left out": without("tensor", 8),
+    "padding of our own": own_padding,
 }
 
 
@@ -180,8 +193,8 @@ def mutants(fused: bytes, seed: str) -> Iterator[tuple[str, bytes]]:
         kind = list(KINDS)[number % len(KINDS)]
         data = bytearray(fused)
         KINDS[kind](chance, data, file)
-        if chance.random() < 0.1:  # two faults may hide each other
-            KINDS["bit of data"](chance, data, file) if len(data) == len(fused) else None
+        if len(data) == len(fused) and chance.random() < 0.1:  # two faults may hide each other
+            KINDS["bit of data"](chance, data, file)
         if data != fused:
             yield kind, bytes(data)
 
@@ -221,7 +234,8 @@ def test_verify_passes_no_mutant(
         found[said] += 1
         assert said != "ok" or judged(source, data), kind
     n = sum(found.values())
-    assert n > 0.8 * N_MUTANTS
+    assert n > 0.7 * N_MUTANTS
+    assert found["ok"] > 0
     counts = ", ".join(f"{found[word]} {word}" for word in ("failed", "refused", "ok"))
     record_property("harness", f"verify: {n} mutants of {make.__name__}: {counts}")
 

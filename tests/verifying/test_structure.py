@@ -85,7 +85,7 @@ def test_a_type_that_nobody_knows_is_compared_to_its_end(model: Model, n_lost: i
     fused = fused_copy(original)
     end = fused.read_bytes().rindex(b"\2") + 1
     os.truncate(fused, end - n_lost)
-    (problem,) = problems(original, fused)
+    problem, *_ = problems(original, fused)
     assert problem == f"last.weight: {3008 - n_lost} bytes, but 3008 in the original"
 
 
@@ -327,6 +327,13 @@ def test_bytes_that_belong_to_no_tensor(tmp_path: Path, more: bytes | str) -> No
     (problem,) = problems(original, fused)
     assert f"{len(behind)} bytes behind" in problem
     assert ("a second GGUF file" in problem) == (more == "twice")
+
+
+def test_padding_that_is_cut(tmp_path: Path) -> None:
+    """gguf_init_from_file_impl reads the padded size of all tensors, or refuses the file."""
+    original, fused = packed_pair(tmp_path, lambda file: None)
+    fused.write_bytes(fused.read_bytes()[:-3])
+    assert problems(original, fused) == ["3 bytes of padding are missing behind the last tensor"]
 
 
 def test_padding_that_is_not_zero(tmp_path: Path) -> None:
