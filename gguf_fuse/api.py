@@ -178,7 +178,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     files: tuple[Path, ...] = ()
     if options.dry_run:
         if output != STANDARD_OUTPUT:
-            check_destinations(source, outputs, force=options.force)
+            check_destinations(source, outputs, force=True)  # it replaces nothing
         copies = [copy.n_bytes for part in outputs for copy in part.placement.copies]
         written = Written(sum(copies), sum(part.placement.n_cloned for part in outputs))
     elif output == STANDARD_OUTPUT:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _NO_GAIN = 0.05  # a difference in time below this is noise
 
 
-@console.failing
 def bench(
     model: Annotated[
         Path | None,

@@ -3,69 +3,129 @@
 import functools
 import json
 import os
+import re
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from gguf_fuse.cli.answer import JSON_FORMAT
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.plan import NothingToDo
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
 EXIT_INTERRUPTED = 130
 
 
+class Failed(Exception):
+    """How a command ends that has printed what it found: why it fails, and its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def fail(message: str, code: int) -> NoReturn:
+    raise Failed(message, code)
+
+
 def failing(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn every expected failure into one line on stderr and the documented exit code."""
+    """Turn every expected failure into one line on stderr and the documented exit code.
+
+    With --json the command's one object is printed when it ends, for only then both are known.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
-        except NothingToDo as nothing:
-            fail(str(nothing), EXIT_NOTHING_TO_DO)
-        except GGUFError as error:
-            fail(str(error), EXIT_ERROR)
-        except OSError as error:  # those of models are GGUFErrors by now
-            if error.filename is None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            fail(f"{error.filename or 'standard output'}: {error.strerror}", EXIT_ERROR)
-        except MemoryError as error:
-            fail(f"not enough memory: {str(error) or 'nothing more can be had'}", EXIT_ERROR)
-        except KeyboardInterrupt as interrupt:
-            fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
+        ended = _outcome(functools.partial(command, *args, **kwargs))
+        if kwargs.get("as_json"):
+            answer = functools.partial(_print_answer, command.__name__, *ended)
+            ended = max(ended, _outcome(answer))  # a failure is no less one if it cannot be told
+        code, error = ended
+        if error:
+            complain(error)
+        if code:
+            raise typer.Exit(code)
 
     return run
 
 
-def fail(message: str, code: int) -> NoReturn:
-    print(f"gguf-fuse: {one_line(message)}", file=sys.stderr)
-    raise typer.Exit(code)
+def _outcome(action: Callable[[], None]) -> tuple[int, str]:
+    """Exit code, and why it is not 0."""
+    try:
+        action()
+        sys.stdout.flush()
+    except Failed as failed:
+        return failed.code, str(failed)
+    except typer.Exit as end:  # all is said
+        return end.exit_code, ""
+    except NothingToDo as nothing:
+        return EXIT_NOTHING_TO_DO, str(nothing)
+    except GGUFError as error:
+        return EXIT_ERROR, str(error)
+    except OSError as error:  # those of models are GGUFErrors by now
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR, f"{error.filename or 'standard output'}: {error.strerror}"
+    except MemoryError as error:
+        return EXIT_ERROR, f"not enough memory: {str(error) or 'nothing more can be had'}"
+    except KeyboardInterrupt as interrupt:
+        return EXIT_INTERRUPTED, "; ".join(["interrupted", *interrupt.args])
+    return 0, ""
+
+
+def complain(message: str) -> None:
+    """One line on stderr, its beginning red on a terminal."""
+    line = Text.assemble(("gguf-fuse:", "bold red"), f" {one_line(message)}")
+    printer(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def printer(*, stderr: bool = False) -> Console:
     """Into a pipe, lines are not cut to the width of a screen that is not there."""
     stream = sys.stderr if stderr else sys.stdout
-    wide = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else 10_000
     return Console(stderr=stderr, width=wide)
 
 
+_answers: list[dict[str, Any]] = []  # what --json will print
+
+
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    """Print it when the command ends; its words are those of `cli.answer`."""
+    _answers.append(value)
+
+
+def _print_answer(command: str, code: int, error: str) -> None:
+    found = _answers.pop() if _answers else {}
+    if found or error:
+        begin = {"format": JSON_FORMAT, "command": command, "exit_code": code}
+        print(json.dumps(begin | {"error": error or None} | found))
 
 
 def print_parts(parts: Iterable[RenderableType]) -> None:
     for part in parts:
         printer().print(part, highlight=False)
+
+
+def next_line(command: str, *paths: str | Path) -> Iterator[Text]:
+    """The command to run next, to be pasted; none where a path cannot be shown as it is."""
+    words = [str(path) for path in paths]
+    if all(word.isprintable() for word in words):
+        dashes = ["--"] if any(word.startswith("-") for word in words) else []
+        yield text(f"next: gguf-fuse {command} {shlex.join([*dashes, *words])}")
 
 
 def one_line(content: str, most: int = 1000) -> str:
@@ -83,9 +143,23 @@ def ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+class _Table(Table):
+    """No line of it ends in spaces."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        segments = (part for part in super().__rich_console__(console, options))
+        for line in Segment.split_lines(part for part in segments if isinstance(part, Segment)):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                yield from line[:-1]
+                yield Segment(line[-1].text.rstrip(), line[-1].style)
+            yield Segment.line()
+
+
 def table(columns: Iterable[Column | str], rows: Iterable[Iterable[RenderableType]]) -> Table:
     """Without lines."""
-    made = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made = _Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for row in rows:
         made.add_row(*row)
     return made
@@ -97,11 +171,37 @@ def number(title: str, **options: Any) -> Column:
 
 
 @dataclass(frozen=True)
+class Flowing:
+    """A line, broken between words where it must be, never between a number and its unit.
+
+    indent: of what follows the first line. label: in bold, before the line.
+    """
+
+    line: str
+    style: str = ""
+    indent: int = 0
+    label: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = _UNIT.sub("\N{NO-BREAK SPACE}", self.label + one_line(self.line))
+        width, further = options.max_width, " " * min(self.indent, options.max_width // 2)
+        lines = textwrap.wrap(whole, width, subsequent_indent=further, break_on_hyphens=False)
+        for piece in lines or [""]:
+            shown = Text(piece.replace("\N{NO-BREAK SPACE}", " "), self.style)
+            if piece is lines[0]:
+                shown.stylize("bold", 0, len(self.label))
+            yield shown
+
+
+_UNIT = re.compile(r"(?<=\d) (?=([kMGTP]?B|bytes|m?s|%)\b)")
+
+
+@dataclass(frozen=True)
 class Fitting:
     """The wide table where there is room for it: a column that is cut off would mislead."""
 
     wide: Table
-    narrow: Table
+    narrow: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wanted = console.measure(self.wide, options=options.update(max_width=1000)).maximum

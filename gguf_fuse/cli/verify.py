@@ -31,7 +31,6 @@ def _count(words: str) -> Any:
     return typer.Option(min=1, max=_MOST, help=words)
 
 
-@console.failing
 def verify(
     original: Annotated[Path, existing_file("ORIGINAL", "The file before.")],
     fused: Annotated[Path, existing_file("FUSED", "The file after.")],

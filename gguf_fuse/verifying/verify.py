@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.models.names import other_layers
@@ -13,7 +13,11 @@ from gguf_fuse.verifying.report import LayerReport, Report, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
 
 
-def verify(original: Path, fused: Path, options: VerifyOptions | None = None) -> Report:
+def verify(
+    original: str | os.PathLike[str],
+    fused: str | os.PathLike[str],
+    options: VerifyOptions | None = None,
+) -> Report:
     """Does FUSED hold what ORIGINAL holds, and compute what it computes? Each may be a shard.
 
     Structure is exact and of all layers: a fused tensor is Q, K and V end to end, or the gate and
