@@ -126,8 +126,8 @@ def _cells(found: gguf_fuse.Inspection) -> Iterator[str]:
     yield str(header.architecture or header.metadata.get("general.type", "-"))
     yield decimal(header.file_bytes)
     yield ", ".join(_types(found))
-    yield "; ".join(_totals(found)) or "none to fuse"
     yield loader_word(found.loader.qkv.loader) if header.is_model else "-"
+    yield "; ".join(_totals(found)) or "none that could be fused"
 
 
 def _types(found: gguf_fuse.Inspection) -> Iterator[str]:
@@ -172,7 +172,8 @@ def _totals(found: gguf_fuse.Inspection) -> Iterator[str]:
         if counts[Status.FUSED]:
             yield f"{counts[Status.FUSED]} {of_all} fused"
         if counts[Status.FUSED] < len(layers):
-            why = Counter(_why_not(layer) for layer in layers if layer.reason)
+            left = [layer for layer in layers if layer.status is not Status.SEPARATE]
+            why = Counter(_why_not(layer) for layer in left if layer.reason)
             reasons = [r if n == len(layers) else f"{r} in {n}" for r, n in why.items()]
             yield ": ".join([f"{counts[Status.FUSABLE]} {of_all} fusable", *_listed(reasons)])
 
