@@ -225,14 +225,18 @@ class Bar:
 @contextmanager
 def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     """On stderr, where that is a terminal. of_bytes: with their number and speed."""
-    if quiet or not sys.stderr.isatty():
+    console = printer(stderr=True)
+    if quiet or not sys.stderr.isatty() or console.is_dumb_terminal:
         yield Bar(lambda **changes: None)
         return
     from rich import progress as rich
 
-    of_steps = [rich.TaskProgressColumn()]
-    done = [rich.DownloadColumn(), rich.TransferSpeedColumn()] if of_bytes else of_steps
-    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), *done]
-    columns.append(rich.TimeRemainingColumn())
-    with rich.Progress(*columns, console=printer(stderr=True), transient=True) as progress:
+    def whole() -> Column:  # only the bar becomes shorter where there is little room
+        return Column(no_wrap=True)
+
+    of_steps = [rich.TaskProgressColumn(table_column=whole())]
+    done = [rich.DownloadColumn(table_column=whole()), rich.TransferSpeedColumn(whole())]
+    columns = [rich.TextColumn("{task.description}", table_column=whole()), rich.BarColumn()]
+    columns += [*(done if of_bytes else of_steps), rich.TimeRemainingColumn(table_column=whole())]
+    with rich.Progress(*columns, console=console, transient=True) as progress:
         yield Bar(functools.partial(progress.update, progress.add_task("", visible=False)))

@@ -88,14 +88,14 @@ def fuse(
         any_architecture=any_architecture,
         base=base,
     )
-    said_first = [text(f"OUT: {place}")] if output is None and told else []
+    said = told and output is None and not Path(place).exists()  # else it is not written
     result = how.carry_out(
         rewrite,
         place,
         "fused",
         dry_run=dry_run,
         as_json=as_json,
-        on_start=functools.partial(print_parts, said_first),
+        on_start=functools.partial(print_parts, [text(f"OUT: {place}")] if said else []),
     )
     if told:
         print_fused(result, dry_run)

@@ -110,8 +110,8 @@ def _overview(found: Sequence[gguf_fuse.Inspection]) -> Iterator[RenderableType]
         "architecture",
         number("size"),
         "types",
-        "layers",
         "llama.cpp",
+        "layers",
     ]
     yield Fitting(table(columns, rows), Group(*lines))
     size = decimal(sum(each.header.file_bytes for each in found))
@@ -127,7 +127,7 @@ def _cells(found: gguf_fuse.Inspection) -> Iterator[str]:
     yield decimal(header.file_bytes)
     yield ", ".join(_types(found))
     yield loader_word(found.loader.qkv.loader) if header.is_model else "-"
-    yield "; ".join(_totals(found)) or "none that could be fused"
+    yield "; ".join(_totals(found, "", " of experts")) or "none that could be fused"
 
 
 def _types(found: gguf_fuse.Inspection) -> Iterator[str]:
@@ -163,12 +163,16 @@ def _fusable(found: gguf_fuse.Inspection) -> Iterator[Layer]:
     yield from (layer for layer in found.layers if layer.status is Status.FUSABLE)
 
 
-def _totals(found: gguf_fuse.Inspection) -> Iterator[str]:
+def _totals(
+    found: gguf_fuse.Inspection,
+    attention: str = " attention layers",
+    experts: str = " layers of experts",
+) -> Iterator[str]:
     """For each fusion, "28 of 32 attention layers fusable: V is Q6_K in 4"."""
-    for fusion in FUSIONS:
+    for fusion, what in ((QKV, attention), (GATE_UP, experts)):
         layers = [layer for layer in found.layers if layer.fusion is fusion]
         counts = Counter(layer.status for layer in layers)
-        of_all = f"of {len(layers)} {'attention layers' if fusion is QKV else 'layers of experts'}"
+        of_all = f"of {len(layers)}{what}"
         if counts[Status.FUSED]:
             yield f"{counts[Status.FUSED]} {of_all} fused"
         if counts[Status.FUSED] < len(layers):

@@ -97,10 +97,9 @@ class Program(TyperGroup):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         found = super().shell_complete(ctx, incomplete)
-        if found or incomplete.startswith("-"):
+        if incomplete.startswith("-"):
             return found
-        file = self.commands["inspect"].params[0]
-        return list(file.shell_complete(ctx, incomplete))
+        return [*found, *self.commands["inspect"].params[0].shell_complete(ctx, incomplete)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):

@@ -28,13 +28,13 @@ def test_json_of_fuse_and_unfuse(model: Model, tmp_path: Path) -> None:
     done = gguf_fuse("fuse", original, fused, "--json")
     assert done.stderr == ""
     said = json.loads(done.stdout)
-    assert list(said) == [
-        "input", "output", "architecture", "layers", "fused", "skipped",
-        "tensors_in", "tensors_out", "files", "bytes_copied", "bytes_cloned", "seconds",
-    ]  # fmt: skip
+    assert (said["command"], said["exit_code"], said["error"]) == ("fuse", 0, None)
     assert (said["input"], said["output"]) == (str(original), str(fused))
+    assert said["bytes_in"] == original.stat().st_size
+    assert said["bytes_out"] == fused.stat().st_size
     assert said["files"] == [str(fused)]
-    assert (said["architecture"], said["fused"], said["skipped"]) == ("llama", 7, 2)
+    assert said["architecture"] == "llama"
+    assert (said["layers_fused"], said["layers_skipped"]) == (7, 2)
     assert said["tensors_in"] - said["tensors_out"] == 14
     assert said["bytes_copied"] + said["bytes_cloned"] > 0.9 * original.stat().st_size
     assert [layer["layer"] for layer in said["layers"]] == [f"blk.{i}" for i in range(9)]
@@ -47,8 +47,10 @@ def test_json_of_fuse_and_unfuse(model: Model, tmp_path: Path) -> None:
     }
     assert said["layers"][1]["status"] == "fused" and said["layers"][1]["reason"] is None
     said = json.loads(gguf_fuse("unfuse", fused, back, "--json").stdout)
-    assert (said["fused"], said["skipped"], said["tensors_out"]) == (7, 0, said["tensors_in"] + 14)
+    assert (said["layers_split"], said["layers_skipped"]) == (7, 0)
+    assert said["tensors_out"] == said["tensors_in"] + 14
     assert said["layers"][0]["rows"] == [256, 128, 128]
+    assert {layer["status"] for layer in said["layers"]} == {"split"}
 
 
 def test_json_where_nothing_is_to_be_done(model: Model, tmp_path: Path) -> None:
@@ -56,8 +58,9 @@ def test_json_where_nothing_is_to_be_done(model: Model, tmp_path: Path) -> None:
     done = gguf_fuse("fuse", original, tmp_path / "out.gguf", "--json")
     assert done.returncode == 3
     said = json.loads(done.stdout)
-    assert (said["output"], said["fused"], said["skipped"]) == (None, 0, 2)
-    assert done.stderr.startswith("gguf-fuse: ") and done.stderr.count("\n") == 1
+    assert (said["output"], said["layers_fused"], said["layers_skipped"]) == (None, 0, 2)
+    assert said["exit_code"] == 3
+    assert done.stderr == f"gguf-fuse: {said['error']}\n"
 
 
 def test_json_where_nothing_is_to_be_unfused(model: Model, tmp_path: Path) -> None:
