@@ -115,9 +115,28 @@ def _print_answer(command: str, code: int, error: str) -> None:
         print(json.dumps(begin | {"error": error or None} | found))
 
 
-def print_parts(parts: Iterable[RenderableType]) -> None:
+@dataclass(frozen=True)
+class _Trimmed:
+    """What no line of ends in spaces: a table's would."""
+
+    part: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in Segment.split_lines(console.render(self.part, options)):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                yield from line[:-1]
+                yield Segment(line[-1].text.rstrip(), line[-1].style)
+            yield Segment.line()
+
+
+def print_parts(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
+    """One below the other; a command to be pasted is not broken."""
+    out = printer(stderr=stderr)
     for part in parts:
-        printer().print(part, highlight=False)
+        whole = isinstance(part, Text) and part.no_wrap
+        out.print(part if whole else _Trimmed(part), highlight=False, soft_wrap=whole)
 
 
 def next_line(command: str, *paths: str | Path) -> Iterator[Text]:
@@ -125,7 +144,7 @@ def next_line(command: str, *paths: str | Path) -> Iterator[Text]:
     words = [str(path) for path in paths]
     if all(word.isprintable() for word in words):
         dashes = ["--"] if any(word.startswith("-") for word in words) else []
-        yield text(f"next: gguf-fuse {command} {shlex.join([*dashes, *words])}")
+        yield Text(f"next: gguf-fuse {command} {shlex.join([*dashes, *words])}", no_wrap=True)
 
 
 def one_line(content: str, most: int = 1000) -> str:
@@ -143,23 +162,9 @@ def ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-class _Table(Table):
-    """No line of it ends in spaces."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        segments = (part for part in super().__rich_console__(console, options))
-        for line in Segment.split_lines(part for part in segments if isinstance(part, Segment)):
-            while line and not line[-1].text.strip():
-                line.pop()
-            if line:
-                yield from line[:-1]
-                yield Segment(line[-1].text.rstrip(), line[-1].style)
-            yield Segment.line()
-
-
 def table(columns: Iterable[Column | str], rows: Iterable[Iterable[RenderableType]]) -> Table:
     """Without lines."""
-    made = _Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for row in rows:
         made.add_row(*row)
     return made

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import gguf_fuse
-from gguf_fuse.cli.console import Flowing, number, printer, table
+from gguf_fuse.cli.console import Flowing, number, print_parts, table
 from gguf_fuse.planning.fusions import FUSIONS, QKV
 from gguf_fuse.planning.plan import Layer, Plan
 
@@ -64,9 +64,8 @@ def print_result(
     notes: Iterable[RenderableType] = (),
 ) -> None:
     """The table, what was done (verb: "fused" or "split"), and notes."""
-    out = printer(stderr=result.output == "-")
-    for part in (shown, "", Flowing(_result_line(result, verb, dry_run), indent=2), *notes):
-        out.print(part, highlight=False, soft_wrap=isinstance(part, Text))
+    line = Flowing(_result_line(result, verb, dry_run), indent=2)
+    print_parts([shown, "", line, *notes], stderr=result.output == "-")
 
 
 def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
