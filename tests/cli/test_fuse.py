@@ -232,15 +232,6 @@ def test_a_name_that_cannot_be_shown_makes_no_command(model: Model, tmp_path: Pa
         assert "next:" not in done.stdout
 
 
-@pytest.mark.parametrize("columns", range(40, 90, 7))
-def test_a_number_keeps_its_unit(model: Model, tmp_path: Path, columns: int) -> None:
-    environment = {**os.environ, "COLUMNS": str(columns)}
-    arguments = ("fuse", model(), tmp_path / "out.gguf")
-    shown = gguf_fuse(*arguments, env=environment).stdout
-    line = shown[shown.index("2 of 2") : shown.index("next:")]
-    assert re.search(r"\d kB\s+in\s+\d\.\d\d s\s+\(\d+\.\d .?B/s\)\n$", line)
-
-
 def test_no_line_ends_in_spaces(model: Model, tmp_path: Path) -> None:
     original = model(n_layer=9, n_embd=256, types=MIXED)
     for arguments in (["inspect", original], ["inspect", tmp_path], ["fuse", original]):
