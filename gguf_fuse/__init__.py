@@ -58,4 +58,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    hidden = [name for name in globals() if name.startswith("_")]
+    return [*hidden, *__all__]

@@ -51,6 +51,7 @@ class Result:
     """What was written, or would be on a dry run.
 
     plan: of the whole; outputs: one, or shards; files: what there is now that was not before.
+    cut_anew: the shards, or the one file, are not those of the source.
     """
 
     source: Header
@@ -60,6 +61,7 @@ class Result:
     files: tuple[Path, ...]
     written: Written
     seconds: float
+    cut_anew: bool
 
     @property
     def placement(self) -> Placement:
@@ -275,7 +277,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     files: tuple[Path, ...] = ()
     if options.dry_run:
         if output != STANDARD_OUTPUT:
-            check_destinations(source, outputs, force=options.force)
+            check_destinations(source, outputs, force=True)  # it replaces nothing
         copies = [copy.n_bytes for part in outputs for copy in part.placement.copies]
         written = Written(sum(copies), sum(part.placement.n_cloned for part in outputs))
     elif output == STANDARD_OUTPUT:
@@ -286,7 +288,10 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
         options.on_start(n_bytes)
         written = write(source, outputs, options)
         files = tuple(part.path for part in outputs)
-    return Result(source, output, plan, outputs, files, written, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    limits = (options.split_max_size, options.split_max_tensors)
+    cut_anew = len(outputs) != len(source.files) or limits != (None, None)
+    return Result(source, output, plan, outputs, files, written, seconds, cut_anew)
 
 
 def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple[Output, ...]:

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 
-def on_a_terminal(*arguments: Any, **environment: str) -> str:
-    """All that the command writes to a terminal of 80 columns."""
+def on_a_terminal(*arguments: Any, code: int = 0, **environment: str) -> str:
+    """All that the command writes to a terminal of 80 columns, where it ends with this code."""
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "gguf_fuse", *map(str, arguments)]
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environment}
@@ -23,5 +23,5 @@ def on_a_terminal(*arguments: Any, **environment: str) -> str:
     except OSError:  # the terminal's other side is gone
         pass
     os.close(master)
-    assert process.wait() == 0
+    assert process.wait() == code
     return shown.decode()

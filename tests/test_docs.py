@@ -6,7 +6,9 @@ Of its two scripts, test.sh runs these tests, and .ci/run runs demo.sh.
 from __future__ import annotations
 
 import ast
+import json
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -69,10 +71,38 @@ def test_python(tmp_path: Path) -> None:
     assert (tmp_path / "back.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
 
 
+def test_python_for_type_checkers() -> None:
+    found = re.search(r"<!-- python.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    assert found
+    # As a user has it, without the settings of this project.
+    options = ["--strict", "--config-file=", "--cache-dir=.mypy_cache/readme"]
+    checker = [sys.executable, "-m", "mypy", *options, "-c", found[1]]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(checker, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_json(tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "in.gguf")
+    command = [sys.executable, "-m", "gguf_fuse", "fuse", "in.gguf", "out.gguf", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    said, shown = json.loads(done.stdout), json.loads("\n".join(block("json")))
+    assert list(said) == list(shown)
+    # They depend on the file system: where it shares blocks, these are not copied.
+    for answer in (said, shown):
+        answer["seconds"] = 0
+        answer["bytes_out"] = answer["bytes_copied"] = answer["bytes_cloned"] = 0
+    assert said | {"layers": said["layers"][:1]} == shown
+
+
 def test_every_public_name_is_there() -> None:
     for name in gguf_fuse.__all__:
         assert getattr(gguf_fuse, name) is not None
-        assert name in dir(gguf_fuse)
+    shown = [name for name in dir(gguf_fuse) if not name.startswith("_")]
+    assert shown == sorted(gguf_fuse.__all__)
+    explained = pydoc.plain(pydoc.render_doc(gguf_fuse))
+    for name in gguf_fuse.__all__:
+        assert re.search(rf"^    (class )?{name}\b", explained, re.MULTILINE), name
     with pytest.raises(AttributeError, match="no attribute 'fuze'"):
         gguf_fuse.fuze  # noqa: B018
 

@@ -17,14 +17,13 @@ from rich.filesize import decimal
 
 from gguf_fuse.batching.task import Entry, Settings, Task, Verify
 from gguf_fuse.choices import OnMismatch, Reflink
-from gguf_fuse.cli.console import failing, print_json, printer, text
+from gguf_fuse.cli.console import print_json, printer, text
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import FIRST_BUILD
 
 
-@failing
 def batch(
     inputs: Annotated[
         list[str] | None, typer.Argument(metavar="IN...", help="Files, folders and globs.")

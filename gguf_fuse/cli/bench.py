@@ -25,7 +25,6 @@ _NONE_SEEN = "none seen"  # short for "no difference seen"
 _WIDE = 80  # columns that the tables with spreads take
 
 
-@console.failing
 def bench(
     model: Annotated[
         Path | None,

@@ -30,7 +30,6 @@ def _counts(option: str, words: str) -> Any:
     return typer.Option(option, metavar="N[,N...]", help=f"{words}, as llama-bench's.")
 
 
-@console.failing
 def compare(
     original: Annotated[Path, existing_file("ORIGINAL", "The file before.")],
     fused: Annotated[Path, existing_file("FUSED", "The file after.")],

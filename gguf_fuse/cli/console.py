@@ -6,17 +6,23 @@ import functools
 import json
 import math
 import os
+import re
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from gguf_fuse.cli.answer import JSON_FORMAT
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.plan import NothingToDo
 
@@ -24,38 +30,73 @@ if TYPE_CHECKING:
     from gguf_fuse.measuring.gain import Gain
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
 EXIT_INTERRUPTED = 130
 
 
+class Failed(Exception):
+    """How a command ends that has printed what it found: why it fails, and its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def fail(message: str, code: int) -> NoReturn:
+    raise Failed(message, code)
+
+
 def failing(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn every expected failure into one line on stderr and the documented exit code."""
+    """Turn every expected failure into one line on stderr and the documented exit code.
+
+    With --json the command's one object is printed when it ends, for only then both are known.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
-        except NothingToDo as nothing:
-            fail(str(nothing), EXIT_NOTHING_TO_DO)
-        except GGUFError as error:
-            fail(str(error), EXIT_ERROR)
-        except OSError as error:  # those of models are GGUFErrors by now
-            if error.filename is None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            fail(f"{error.filename or 'standard output'}: {error.strerror}", EXIT_ERROR)
-        except MemoryError as error:
-            fail(f"not enough memory: {str(error) or 'nothing more can be had'}", EXIT_ERROR)
-        except KeyboardInterrupt as interrupt:
-            fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
+        ended = _outcome(functools.partial(command, *args, **kwargs))
+        if kwargs.get("as_json"):
+            answer = functools.partial(_print_answer, command.__name__, *ended)
+            ended = max(ended, _outcome(answer))  # a failure is no less one if it cannot be told
+        code, error = ended
+        if error:
+            complain(error)
+        if code:
+            raise typer.Exit(code)
 
     return run
 
 
-def fail(message: str, code: int) -> NoReturn:
-    print(f"gguf-fuse: {one_line(message)}", file=sys.stderr)
-    raise typer.Exit(code)
+def _outcome(action: Callable[[], None]) -> tuple[int, str]:
+    """Exit code, and why it is not 0."""
+    try:
+        action()
+        sys.stdout.flush()
+    except Failed as failed:
+        return failed.code, str(failed)
+    except typer.Exit as end:  # all is said
+        return end.exit_code, ""
+    except NothingToDo as nothing:
+        return EXIT_NOTHING_TO_DO, str(nothing)
+    except GGUFError as error:
+        return EXIT_ERROR, str(error)
+    except OSError as error:  # those of models are GGUFErrors by now
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR, f"{error.filename or 'standard output'}: {error.strerror}"
+    except MemoryError as error:
+        return EXIT_ERROR, f"not enough memory: {str(error) or 'nothing more can be had'}"
+    except KeyboardInterrupt as interrupt:
+        return EXIT_INTERRUPTED, "; ".join(["interrupted", *interrupt.args])
+    return 0, ""
+
+
+def complain(message: str) -> None:
+    """One line on stderr, its beginning red on a terminal."""
+    line = Text.assemble(("gguf-fuse:", "bold red"), f" {one_line(message)}")
+    printer(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def printer(*, stderr: bool = False) -> Console:
@@ -64,12 +105,16 @@ def printer(*, stderr: bool = False) -> Console:
     No emoji: a file may be called :cat:.
     """
     stream = sys.stderr if stderr else sys.stdout
-    wide = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else 10_000
     return Console(stderr=stderr, width=wide, emoji=False)
 
 
+_answers: list[dict[str, Any]] = []  # what --json will print
+
+
 def print_json(value: dict[str, Any]) -> None:
-    print(to_json(value))
+    """Print it when the command ends; its words are those of `cli.answer`."""
+    _answers.append(value)
 
 
 def to_json(value: dict[str, Any]) -> str:
@@ -85,9 +130,43 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_parts(parts: Iterable[RenderableType]) -> None:
+def _print_answer(command: str, code: int, error: str) -> None:
+    found = _answers.pop() if _answers else {}
+    if found or error:
+        begin = {"format": JSON_FORMAT, "command": command, "exit_code": code}
+        print(to_json(begin | {"error": error or None} | found))
+
+
+@dataclass(frozen=True)
+class _Trimmed:
+    """What no line of ends in spaces: a table's would."""
+
+    part: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in Segment.split_lines(console.render(self.part, options)):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                yield from line[:-1]
+                yield Segment(line[-1].text.rstrip(), line[-1].style)
+            yield Segment.line()
+
+
+def print_parts(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
+    """One below the other; a command to be pasted is not broken."""
+    out = printer(stderr=stderr)
     for part in parts:
-        printer().print(part, highlight=False)
+        whole = isinstance(part, Text) and part.no_wrap
+        out.print(part if whole else _Trimmed(part), highlight=False, soft_wrap=whole)
+
+
+def next_line(command: str, *paths: str | Path) -> Iterator[Text]:
+    """The command to run next, to be pasted; none where a path cannot be shown as it is."""
+    words = [str(path) for path in paths]
+    if all(word.isprintable() for word in words):
+        dashes = ["--"] if any(word.startswith("-") for word in words) else []
+        yield Text(f"next: gguf-fuse {command} {shlex.join([*dashes, *words])}", no_wrap=True)
 
 
 def one_line(content: str, most: int = 1000) -> str:
@@ -125,11 +204,37 @@ def number(title: str, **options: Any) -> Column:
 
 
 @dataclass(frozen=True)
+class Flowing:
+    """A line, broken between words where it must be, never between a number and its unit.
+
+    indent: of what follows the first line. label: in bold, before the line.
+    """
+
+    line: str
+    style: str = ""
+    indent: int = 0
+    label: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = _UNIT.sub("\N{NO-BREAK SPACE}", self.label + one_line(self.line))
+        width, further = options.max_width, " " * min(self.indent, options.max_width // 2)
+        lines = textwrap.wrap(whole, width, subsequent_indent=further, break_on_hyphens=False)
+        for piece in lines or [""]:
+            shown = Text(piece.replace("\N{NO-BREAK SPACE}", " "), self.style)
+            if piece is lines[0]:
+                shown.stylize("bold", 0, len(self.label))
+            yield shown
+
+
+_UNIT = re.compile(r"(?<=\d) (?=([kMGTP]?B|bytes|m?s|%)\b)")
+
+
+@dataclass(frozen=True)
 class Fitting:
     """The wide table where there is room for it: a column that is cut off would mislead."""
 
     wide: Table
-    narrow: Table
+    narrow: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wanted = console.measure(self.wide, options=options.update(max_width=1000)).maximum
@@ -153,14 +258,18 @@ class Bar:
 @contextmanager
 def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     """On stderr, where that is a terminal. of_bytes: with their number and speed."""
-    if quiet or not sys.stderr.isatty():
+    console = printer(stderr=True)
+    if quiet or not sys.stderr.isatty() or console.is_dumb_terminal:
         yield Bar(lambda **changes: None)
         return
     from rich import progress as rich
 
-    of_steps = [rich.TaskProgressColumn()]
-    done = [rich.DownloadColumn(), rich.TransferSpeedColumn()] if of_bytes else of_steps
-    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), *done]
-    columns.append(rich.TimeRemainingColumn())
-    with rich.Progress(*columns, console=printer(stderr=True), transient=True) as progress:
+    def whole() -> Column:  # only the bar becomes shorter where there is little room
+        return Column(no_wrap=True)
+
+    of_steps = [rich.TaskProgressColumn(table_column=whole())]
+    done = [rich.DownloadColumn(table_column=whole()), rich.TransferSpeedColumn(whole())]
+    columns = [rich.TextColumn("{task.description}", table_column=whole()), rich.BarColumn()]
+    columns += [*(done if of_bytes else of_steps), rich.TimeRemainingColumn(table_column=whole())]
+    with rich.Progress(*columns, console=console, transient=True) as progress:
         yield Bar(functools.partial(progress.update, progress.add_task("", visible=False)))

@@ -4,21 +4,23 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
 
-from gguf_fuse.cli.console import EXIT_NOT_VERIFIED, fail, failing, printer
-from gguf_fuse.cli.fuse import fuse
-from gguf_fuse.cli.unfuse import unfuse
+import gguf_fuse
+from gguf_fuse.cli.console import EXIT_NOT_VERIFIED, fail, next_line, print_parts, printer
+from gguf_fuse.cli.fuse import print_fused
+from gguf_fuse.cli.options import option
+from gguf_fuse.cli.unfuse import print_unfused
+from gguf_fuse.cli.usage import OUTPUT
 from gguf_fuse.cli.verify import verify
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import QKV
 
 
-@failing
 def demo(
     keep: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Leave the files there.")
+        Path | None,
+        option("--keep", part=OUTPUT, metavar="FOLDER", help="Leave the files there."),
     ] = None,
 ) -> None:
     """Make a small model with random weights, fuse it, verify it, and take it back."""
@@ -28,17 +30,19 @@ def demo(
         _say(f"a llama-like model with random weights: {model}")
         _make(model)
         _say(f"$ gguf-fuse {QKV.flag} {model.name} {fused.name}")
-        fuse(model, str(fused))
+        print_fused(gguf_fuse.fuse(model, fused))
         _say(f"$ gguf-fuse verify {model.name} {fused.name}")
-        verify(model, fused)
+        verify(str(model), str(fused))
         _say(f"$ gguf-fuse unfuse {fused.name} {back.name}")
-        unfuse(fused, str(back))
+        print_unfused(gguf_fuse.unfuse(fused, back))
         _say(f"$ cmp {model.name} {back.name}")
         if model.read_bytes() != back.read_bytes():
             fail(f"{back}: differs from {model}", EXIT_NOT_VERIFIED)
         printer().print("identical, byte for byte")
     if keep is None:
         _say("the files are removed again; --keep FOLDER leaves them there")
+    else:
+        print_parts(["", *next_line("inspect", fused)])
 
 
 def _make(model: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,31 +14,34 @@ from gguf_fuse import __version__
 from gguf_fuse.cli.batch import batch
 from gguf_fuse.cli.bench import bench
 from gguf_fuse.cli.compare import compare
+from gguf_fuse.cli.console import failing
 from gguf_fuse.cli.demo import demo
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.inspect import inspect
+from gguf_fuse.cli.options import option
 from gguf_fuse.cli.recipe import recipe
 from gguf_fuse.cli.unfuse import unfuse
+from gguf_fuse.cli.usage import OTHER, WHAT, Command, Program, run
 from gguf_fuse.cli.verify import verify
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 
 app = typer.Typer(
     name="gguf-fuse",
+    cls=Program,
     help=(
         "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
-        f"gguf-fuse {QKV.flag} in.gguf out.gguf\n\n"
-        "is the main job, the same as: gguf-fuse fuse in.gguf out.gguf\n\n"
-        f"{GATE_UP.flag}, alone or beside it, joins gate and up of experts."
+        f"\b\n  gguf-fuse {QKV.flag} in.gguf out.gguf    fuse, the main job\n"
+        "  gguf-fuse in.gguf                                inspect: what is in it"
     ),
     epilog=(
         "Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or "
         "to unfuse, nothing written; 4 verification failed; 130 interrupted."
     ),
-    no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_EXAMPLES = {  # in the order of --help
+_EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     fuse: "fuse model-Q4_0.gguf model-Q4_0-fused.gguf",
     unfuse: "unfuse model-Q4_0-fused.gguf model-Q4_0.gguf",
     inspect: "inspect model-Q4_0.gguf",
@@ -49,7 +53,16 @@ _EXAMPLES = {  # in the order of --help
     demo: "demo --keep demo-files",
 }
 for _command, _example in _EXAMPLES.items():
-    app.command(epilog=f"Example: gguf-fuse {_example}")(_command)
+    app.command(cls=Command, epilog=f"Example: gguf-fuse {_example}")(failing(_command))
+
+
+@app.command("help", cls=Command, epilog="Example: gguf-fuse help fuse")
+def _help(
+    ctx: typer.Context, command: Annotated[str | None, typer.Argument(metavar="COMMAND")] = None
+) -> None:
+    """Explain a command, or all in short."""
+    arguments = ["--help"] if command is None else [command, "--help"]
+    ctx.find_root().command.main(arguments, prog_name="gguf-fuse", standalone_mode=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,24 +73,27 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    fuse_qkv_weights: Annotated[
+        bool, option(QKV.flag, part=WHAT, help="Fuse Q, K and V: IN [OUT] and options of fuse.")
+    ] = False,
+    fuse_gate_up_exps: Annotated[
+        bool, option(GATE_UP.flag, part=WHAT, help="The same for gate and up of experts; or both.")
+    ] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, exit."),
+        option(
+            "-V", "--version", part=OTHER, callback=_print_version, is_eager=True, help="Show it."
+        ),
     ] = False,
 ) -> None:
-    pass
+    """The flags stand here to be shown: `Program` takes them for those of fuse."""
 
 
 def main() -> None:
-    """The console command. Flags of fuse without a command's name before them mean `fuse`."""
+    """The console command."""
     # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
-    arguments = sys.argv[1:]
-    # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
-    asked = any(argument.startswith("--fuse-") for argument in arguments)
-    if asked and arguments[0] not in {command.__name__ for command in _EXAMPLES}:
-        arguments = ["fuse", *arguments]
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
@@ -86,7 +102,7 @@ def main() -> None:
     for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _stop)
-    app(arguments, prog_name="gguf-fuse")
+    run(app, sys.argv[1:])
 
 
 # Windows has no SIGHUP.

@@ -3,89 +3,150 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from rich.console import RenderableType
 from rich.text import Text
+from typer import BadParameter
 
 import gguf_fuse
 from gguf_fuse.choices import OnMismatch
-from gguf_fuse.cli.console import failing, text
+from gguf_fuse.cli.console import Flowing, next_line, print_parts, text
 from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result
-from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
+from gguf_fuse.cli.options import (
+    AnyArchitecture,
+    AsJson,
+    DryRun,
+    In,
+    OutOrBeside,
+    Writing,
+    option,
+    writing,
+)
+from gguf_fuse.cli.usage import WHAT, complete_path
+from gguf_fuse.cli.verify import verify as verify_command
+from gguf_fuse.format.shards import ShardName
+from gguf_fuse.format.source import is_address
 from gguf_fuse.planning.fusions import GATE_UP, QKV
-from gguf_fuse.planning.plan import Layer, Plan
+from gguf_fuse.planning.plan import Layer
 
 
-@failing
 @writing
 def fuse(
     source: In,
-    output: Out,
+    output: OutOrBeside = None,
     fuse_qkv_weights: Annotated[
-        bool, typer.Option(QKV.flag, help="Q, K and V into attn_qkv; so does no flag.")
+        bool, option(QKV.flag, part=WHAT, help="Q, K and V into attn_qkv; so does no flag.")
     ] = False,
     fuse_gate_up_exps: Annotated[
-        bool, typer.Option(GATE_UP.flag, help="Gate and up of experts into ffn_gate_up_exps.")
+        bool, option(GATE_UP.flag, part=WHAT, help="Gate and up of experts into ffn_gate_up_exps.")
     ] = False,
     dry_run: DryRun = False,
+    verify: Annotated[
+        bool, option("--verify", part=WHAT, help="Then verify OUT: exit 4 when that fails.")
+    ] = False,
     as_json: AsJson = False,
     on_mismatch: Annotated[
         OnMismatch,
-        typer.Option(help="A layer whose parts cannot be one tensor: leave it, or fail."),
+        option(
+            "--on-mismatch",
+            part=WHAT,
+            metavar="skip|error",
+            help="A layer whose parts cannot be one tensor: leave it (skip), or fail.",
+        ),
     ] = "skip",
     any_architecture: AnyArchitecture = False,
     base: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "--base",
+            part=WHAT,
             metavar="MODEL",
             help="The model that IN, a LoRA adapter or importance matrix, is for.",
             readable=False,
+            autocompletion=complete_path,
         ),
     ] = None,
     *,
     how: Writing,
 ) -> None:
-    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor.
-
-    With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
-    """
+    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
+    if verify and output == "-":
+        raise BadParameter("--verify needs a file to read, and OUT is -")
+    place = beside(source) if output is None else output
+    if output is None and how.force:
+        raise BadParameter(f"--force replaces only an OUT that is named; name {place}")
+    told = not (as_json or how.quiet)
     wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     rewrite = functools.partial(
         gguf_fuse.fuse,
         source,
-        output,
+        place,
         fusions=[fusion for fusion, chosen in wanted if chosen],
         on_mismatch=on_mismatch,
         any_architecture=any_architecture,
         base=base,
     )
-    result = how.carry_out(rewrite, output, dry_run, as_json)
-    if result:
-        print_result(result, layer_table(_rows(result.plan)), "fused", dry_run, _notes(result, how))
+    said = told and output is None and not Path(place).exists()  # else it is not written
+    result = how.carry_out(
+        rewrite,
+        place,
+        "fused",
+        dry_run=dry_run,
+        as_json=as_json,
+        on_start=functools.partial(print_parts, [text(f"OUT: {place}")] if said else []),
+    )
+    if told:
+        print_fused(result, dry_run)
+    if verify and result.files:
+        verify_command(source, str(result.files[0]), quiet=not told)
+    elif told:
+        print_parts(next_after(result))
 
 
-def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
-    for layer in plan.changed:
-        yield layer, text(f"fused into {layer.fusion.fused}", "green")
-    for layer in plan.skipped:
-        yield layer, text(f"left: {fused_tensor(layer)}{layer.reason or 'already fused'}", "yellow")
+def beside(source: str) -> str:
+    """Where the fused file is written when nobody says where: of shards, the first one.
+
+    What is fetched has no folder to be beside: its name alone.
+    """
+    path = source.rpartition("/")[2] if is_address(source) else source
+    name = ShardName.parse(path)
+    if name is None:
+        return f"{path.removesuffix('.gguf')}-fused.gguf"
+    return str(ShardName(f"{name.prefix}-fused", 1, name.count).path(1))
 
 
-def _notes(result: gguf_fuse.Result, how: Writing) -> Iterator[Text]:
-    """What to know of a fused file, and what to run next."""
-    cut_anew = len(result.outputs) == 1 or how.split_max_size or how.split_max_tensors
-    if result.source.shards and cut_anew:
-        yield text(
+def print_fused(result: gguf_fuse.Result, dry_run: bool = False) -> None:
+    """What was done, layer by layer, and what to know of the file."""
+    notes = _notes(result, dry_run)
+    print_result(result, layer_table(_rows(result, dry_run)), "fused", dry_run, notes)
+
+
+def _rows(result: gguf_fuse.Result, dry_run: bool) -> Iterator[tuple[Layer, Text]]:
+    would = "would be " if dry_run else ""
+    for layer in result.plan.changed:
+        yield layer, text(f"{would}fused into {layer.fusion.fused}", "green")
+    for layer in result.plan.skipped:
+        reason = f"{fused_tensor(layer)}{layer.reason or 'already fused'}"
+        yield layer, text(f"{would}left: {reason}", "yellow")
+
+
+def _notes(result: gguf_fuse.Result, dry_run: bool) -> Iterator[RenderableType]:
+    there = [output.path for output in result.outputs if output.path.exists()]
+    if dry_run and there and result.output != "-":
+        yield Flowing(f"{there[0]} is there already: --force replaces it", "yellow")
+    if result.source.shards and result.cut_anew:
+        yield Flowing(
             f"unfuse will give back one file in place of the {len(result.source.shards)} shards; "
             "to get these, call OUT as they are called",
             "yellow",
         )
     yield from layout_notes(result.source)
+
+
+def next_after(result: gguf_fuse.Result) -> Iterator[Text]:
+    """verify takes models, and what was written to a file."""
     if result.files and result.source.is_model:
-        paths = [result.source.path, str(result.files[0])]
-        dashes = ["--"] if any(path.startswith("-") for path in paths) else []
-        yield text(f"next: {shlex.join(['gguf-fuse', 'verify', *dashes, *paths])}")
+        yield from next_line("verify", result.source.path, result.files[0])

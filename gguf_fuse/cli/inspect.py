@@ -1,29 +1,42 @@
-"""The command inspect."""
+"""The command inspect, which is also what `gguf-fuse IN` means."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
 
+from rich.console import Group, RenderableType
 from rich.filesize import decimal
-from rich.markup import escape
+from rich.table import Column
 from rich.text import Text
 
 import gguf_fuse
-from gguf_fuse.cli.console import failing, one_line, print_json, printer, text
-from gguf_fuse.cli.layers import fused_tensor, layer_json, layer_table
-from gguf_fuse.cli.options import AsJson, In
-from gguf_fuse.planning.fusions import GATE_UP, QKV, Fusion
+from gguf_fuse.cli.answer import inspection_json, loader_word, status
+from gguf_fuse.cli.console import (
+    EXIT_ERROR,
+    Fitting,
+    Flowing,
+    complain,
+    fail,
+    next_line,
+    number,
+    print_json,
+    print_parts,
+    table,
+    text,
+)
+from gguf_fuse.cli.fuse import beside
+from gguf_fuse.cli.layers import fused_tensor, layer_table
+from gguf_fuse.cli.options import AsJson, existing_file
+from gguf_fuse.format.shards import ShardName
+from gguf_fuse.format.source import GGUFError
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
 
 _STYLES = {"fusable": "green", "fused": "cyan"}
-_LOADERS = {  # by the name of a Loader; else "unknown"
-    "READS_FUSED": "reads fused",
-    "ALREADY_FUSED": "reads fused",
-    "NEEDS_SEPARATE": "needs separate",
-    "CRASHES": "needs separate",
-}
 _PROOFS = {
     "measured": "measured: a model was fused and loaded",
     "source": "by its source code",
@@ -31,31 +44,178 @@ _PROOFS = {
 }
 
 
-@failing
-def inspect(source: In, as_json: AsJson = False) -> None:
-    """Show what IN holds and what fusing would do to it. Reads the header only."""
-    found = gguf_fuse.inspect(source)
+def inspect(
+    inputs: Annotated[
+        list[Path],
+        existing_file("IN...", "GGUF files, and folders of them; of shards, any one of a set."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show what IN holds and what fusing would do to it. Reads headers only."""
+    if len(inputs) == 1 and not inputs[0].is_dir():
+        found = gguf_fuse.inspect(inputs[0])
+        return print_json(inspection_json(found)) if as_json else print_parts(_parts(found))
+    files = list(_files(inputs))
+    if not files:
+        fail(f"{inputs[0]}: no *.gguf file in it", EXIT_ERROR)
+    good, bad = _inspect_all(files)
     if as_json:
-        return print_json(_json(found))
-    out = printer()
+        print_json({"inputs": [*map(inspection_json, good), *bad]})
+    elif good:
+        print_parts(_overview(good))
+    if bad:
+        fail(f"{len(bad)} of {len(files)} files cannot be read", EXIT_ERROR)
+
+
+def _files(inputs: Iterable[Path]) -> Iterator[Path]:
+    """Each file, those in folders in the order of their names; of each set of shards, one."""
+    seen = set[tuple[str, int]]()
+    for path in inputs:
+        for file in sorted(_in_folder(path)) if path.is_dir() else [path]:
+            name = ShardName.parse(str(file))
+            if name is None or (name.prefix, name.count) not in seen:
+                yield file
+            if name is not None:
+                seen.add((name.prefix, name.count))
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in names if name.endswith(".gguf"))
+
+
+def _inspect_all(
+    files: Iterable[Path],
+) -> tuple[list[gguf_fuse.Inspection], list[dict[str, str]]]:
+    """Those that can be read, and what is wrong with the others, told at once."""
+    good, bad = list[gguf_fuse.Inspection](), list[dict[str, str]]()
+    for file in files:
+        try:
+            good.append(gguf_fuse.inspect(file))
+        except GGUFError as error:
+            complain(str(error))
+            bad.append({"input": str(file), "error": str(error)})
+    return good, bad
+
+
+def _overview(found: Sequence[gguf_fuse.Inspection]) -> Iterator[RenderableType]:
+    """One line for each file, and the total."""
+    rows = [[text(cell) for cell in _cells(each)] for each in found]
+    lines = [Flowing("  ".join(cell.plain for cell in row), indent=4) for row in rows]
+    columns: list[Column | str] = [
+        "file",
+        "architecture",
+        number("size"),
+        "types",
+        "llama.cpp",
+        "layers",
+    ]
+    yield Fitting(table(columns, rows), Group(*lines))
+    size = decimal(sum(each.header.file_bytes for each in found))
+    n_fusable = sum(any(_fusable(each)) for each in found)
+    yield ""
+    yield Flowing(f"{_count(len(found), 'file')}, {size}; {n_fusable} can be fused")
+
+
+def _cells(found: gguf_fuse.Inspection) -> Iterator[str]:
+    header = found.header
+    yield header.path
+    yield str(header.architecture or header.metadata.get("general.type", "-"))
+    yield decimal(header.file_bytes)
+    yield ", ".join(_types(found))
+    yield loader_word(found.loader.qkv.loader) if header.is_model else "-"
+    yield "; ".join(_totals(found, "", " of experts")) or "none that could be fused"
+
+
+def _types(found: gguf_fuse.Inspection) -> Iterator[str]:
+    """Types of matrices, the most frequent first: others are of norms and biases."""
+    from gguf_fuse.format.types import type_name
+
+    counts = Counter(type_name(t.type) for t in found.header.tensors if len(t.ne) > 1)
+    yield from (name for name, _ in counts.most_common())
+
+
+def _parts(found: gguf_fuse.Inspection) -> Iterator[RenderableType]:
+    """Of one file: what it is, its layers, the total, and what to run next."""
     for label, value in _file_lines(found):
-        out.print(f"[bold]{label:<13}[/]{escape(one_line(value))}", highlight=False)
-    out.print()
-    out.print(layer_table(_rows(found)) if found.layers else "no layers that could be fused")
+        yield Flowing(value, label=f"{label:<13}", indent=13)
+    yield ""
+    if not found.layers:
+        yield "no layers that could be fused"
+        return
+    yield layer_table(_rows(found))
+    yield ""
+    yield from (Flowing(total, indent=2) for total in _totals(found))
+    yield from _next(found)
 
 
-def _status(layer: Layer) -> str:
-    """As people and JSON are told: why a layer is not fusable is in its reason."""
-    shown = Status.MISMATCH if layer.status is Status.INCOMPLETE else layer.status
-    return str(shown.value)
+def _next(found: gguf_fuse.Inspection) -> Iterator[Text]:
+    path, fusable = found.header.path, {layer.fusion for layer in _fusable(found)}
+    flags = [fusion.flag for fusion in FUSIONS if fusion in fusable]
+    if flags and found.header.is_model:
+        yield from next_line(" ".join(flags), path, beside(path))
+
+
+def _fusable(found: gguf_fuse.Inspection) -> Iterator[Layer]:
+    yield from (layer for layer in found.layers if layer.status is Status.FUSABLE)
+
+
+def _totals(
+    found: gguf_fuse.Inspection,
+    attention: str = " attention layers",
+    experts: str = " layers of experts",
+) -> Iterator[str]:
+    """For each fusion, "28 of 32 attention layers fusable: V is Q6_K in 4"."""
+    for fusion, what in ((QKV, attention), (GATE_UP, experts)):
+        layers = [layer for layer in found.layers if layer.fusion is fusion]
+        counts = Counter(layer.status for layer in layers)
+        of_all = f"of {len(layers)}{what}"
+        if counts[Status.FUSED]:
+            yield f"{counts[Status.FUSED]} {of_all} fused"
+        if counts[Status.FUSED] < len(layers):
+            left = [layer for layer in layers if layer.status is not Status.SEPARATE]
+            why = Counter(_why_not(layer) for layer in left if layer.reason)
+            reasons = [r if n == len(layers) else f"{r} in {n}" for r, n in why.items()]
+            yield ": ".join([f"{counts[Status.FUSABLE]} {of_all} fusable", *_listed(reasons)])
+
+
+def _listed(reasons: Sequence[str]) -> list[str]:
+    return ["; ".join(reasons)] if reasons else []
+
+
+def _why_not(layer: Layer) -> str:
+    """The reason, but where types differ by the part that stands alone: "V is Q6_K"."""
+    types = Counter(layer.types)
+    if (
+        len(types) == 1
+        or layer.status is not Status.MISMATCH
+        or "types differ" not in str(layer.reason)
+    ):
+        return str(layer.reason)
+    common, n = types.most_common(1)[0]
+    pairs = zip(layer.fusion.parts, layer.types, strict=True)
+    return ", ".join(f"{_letter(part)} is {ty}" for part, ty in pairs if n == 1 or ty != common)
+
+
+def _letter(part: str) -> str:
+    """Q of attn_q, gate of ffn_gate_exps."""
+    name = part.removeprefix("attn_").removeprefix("ffn_").removesuffix("_exps")
+    return name.upper() if part in QKV.parts else name
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 def _rows(found: gguf_fuse.Inspection) -> Iterator[tuple[Layer, Text]]:
     for layer in found.layers:
-        status = _status(layer)
-        reason = f": {layer.reason}" if layer.reason else ""
-        style = _STYLES.get(status, "yellow")
-        yield layer, text(f"{fused_tensor(layer)}{status}{reason}", style)
+        shown = status(layer)
+        reason = f": {_why_not(layer)}" if layer.reason else ""
+        style = _STYLES.get(shown, "yellow")
+        yield layer, text(f"{fused_tensor(layer)}{shown}{reason}", style)
 
 
 def _file_lines(found: gguf_fuse.Inspection) -> Iterator[tuple[str, str]]:
@@ -75,6 +235,8 @@ def _file_lines(found: gguf_fuse.Inspection) -> Iterator[tuple[str, str]]:
     yield "name", str(header.metadata.get("general.name", "-"))
     yield "metadata", f"{len(header.metadata)} keys, {decimal(header.metadata.n_bytes)}"
     yield "tensors", f"{len(header.tensors)}: {types}"
+    if not header.is_model:
+        return
     yield "loader", _loader_line(found, QKV)
     if any(layer.fusion is GATE_UP for layer in found.layers):
         yield "", _loader_line(found, GATE_UP)
@@ -87,20 +249,3 @@ def _loader_line(found: gguf_fuse.Inspection, fusion: Fusion) -> str:
     since = reads.loader is Loader.READS_FUSED and fusion is QKV
     build = f" since build {FIRST_BUILD}" if since else ""
     return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.proof]})"
-
-
-def _json(found: gguf_fuse.Inspection) -> dict[str, Any]:
-    header = found.header
-    return {
-        "file": header.path,
-        "version": header.version,
-        "byte_order": header.byte_order,
-        "alignment": header.alignment,
-        "architecture": header.architecture,
-        "name": header.metadata.get("general.name"),
-        "n_tensors": len(header.tensors),
-        "n_metadata": len(header.metadata),
-        "file_bytes": header.file_bytes,
-        "layers": [layer_json(layer, _status(layer)) for layer in found.layers],
-        "loader": _LOADERS.get(found.loader.qkv.loader.name, "unknown"),
-    }

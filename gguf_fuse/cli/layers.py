@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from rich.console import RenderableType
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
 import gguf_fuse
-from gguf_fuse.cli.console import number, printer, table, text
+from gguf_fuse.cli.console import Flowing, number, print_parts, table
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import is_canonical, nonzero_padding
 from gguf_fuse.planning.fusions import FUSIONS, QKV
-from gguf_fuse.planning.plan import Layer, Plan, Status
+from gguf_fuse.planning.plan import Layer, Plan
 
 
 def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
@@ -58,40 +58,29 @@ def _runs(numbers: Sequence[int]) -> str:
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
-def layer_json(layer: Layer, status: str) -> dict[str, Any]:
-    was_fused = status == "skipped" and layer.status is Status.FUSED
-    return {
-        "layer": layer.label,
-        "status": status,
-        "reason": layer.reason or ("already fused" if was_fused else None),
-        "types": list(layer.types),
-        "rows": list(layer.rows),
-    }
-
-
 def print_result(
-    result: gguf_fuse.Result, shown: Table, verb: str, dry_run: bool, notes: Iterable[Text] = ()
+    result: gguf_fuse.Result,
+    shown: Table,
+    verb: str,
+    dry_run: bool,
+    notes: Iterable[RenderableType] = (),
 ) -> None:
     """The table, what was done (verb: "fused" or "split"), and notes."""
-    out = printer(stderr=result.output == "-")
-    out.print(shown)
-    out.print()
-    out.print(escape(_result_line(result, verb, dry_run)), highlight=False)
-    for note in notes:
-        out.print(note, highlight=False, soft_wrap=True)
+    line = Flowing(_result_line(result, verb, dry_run), indent=2)
+    print_parts([shown, "", line, *notes], stderr=result.output == "-")
 
 
-def layout_notes(source: Header) -> Iterator[Text]:
+def layout_notes(source: Header) -> Iterator[Flowing]:
     """What of this file unfuse will not give back."""
     if is_canonical(source):
         return
-    yield text(
+    yield Flowing(
         "unfuse will give back every tensor and key, but not this file bit for bit: it is not laid "
         "out as llama.cpp writes files",
         "yellow",
     )
     if n_bytes := nonzero_padding(source):
-        yield text(f"{n_bytes} bytes of padding are not zero and will not come back", "yellow")
+        yield Flowing(f"{n_bytes} bytes of padding are not zero and will not come back", "yellow")
 
 
 def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
@@ -101,7 +90,8 @@ def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
     n_shards = len(result.outputs)
     shards = f"; {n_shards} shards: {result.outputs[0].path} and on" if n_shards > 1 else ""
     if dry_run:
-        return f"{line}; {decimal(n_bytes)} would be written{shards}"
+        place = "" if shards else f" to {result.output}"
+        return f"{line}; {decimal(n_bytes)} would be written{place}{shards}"
     speed = decimal(int(n_bytes / max(result.seconds, 1e-9)))
     line = f"{line}; {decimal(n_bytes)} in {result.seconds:.2f} s ({speed}/s)"
     if result.written.n_cloned:
@@ -120,31 +110,3 @@ def _counts(plan: Plan) -> str:
             what = "attention layers" if fusion is QKV else "layers of experts"
             counts.append(f"{changed} of {found} {what}")
     return " and ".join(counts)
-
-
-def result_json(
-    source: Header, skipped: Sequence[Layer], result: gguf_fuse.Result | None
-) -> dict[str, Any]:
-    """Of a result; without one, of the layers that leave nothing to be done."""
-    changed = result.plan.changed if result else ()
-    found = [(layer, "fused") for layer in changed] + [(layer, "skipped") for layer in skipped]
-    found.sort(key=lambda entry: _order(entry[0]))
-    return {
-        "input": source.path,
-        "output": result and result.output,
-        "architecture": source.architecture,
-        "layers": [layer_json(*entry) for entry in found],
-        "fused": len(changed),
-        "skipped": len(skipped),
-        "tensors_in": len(source.tensors),
-        "tensors_out": len(result.plan.tensors if result else source.tensors),
-        "files": [str(path) for path in result.files] if result else [],
-        "bytes_copied": result.written.n_copied if result else 0,
-        "bytes_cloned": result.written.n_cloned if result else 0,
-        "seconds": round(result.seconds, 3) if result else 0.0,
-    }
-
-
-def _order(layer: Layer) -> tuple[str, int, int]:
-    prefix, _, number = layer.name.rpartition(".")
-    return prefix, int(number), FUSIONS.index(layer.fusion)

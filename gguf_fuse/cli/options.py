@@ -14,37 +14,51 @@ from typer import BadParameter
 
 import gguf_fuse
 from gguf_fuse.choices import Reflink
+from gguf_fuse.cli.answer import result_json
 from gguf_fuse.cli.console import print_json, progress_bar
-from gguf_fuse.cli.layers import result_json
+from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT, complete_path
 from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.plan import NothingToDo
+from gguf_fuse.progress import ignore
 
 
 def existing_file(metavar: str, words: str) -> Any:
     """An argument; whether the file can be read is found out, and told, when it is opened."""
-    return typer.Argument(metavar=metavar, help=words, readable=False)
+    return typer.Argument(metavar=metavar, help=words, readable=False, autocompletion=complete_path)
+
+
+def option(*names: str, part: str, **settings: Any) -> Any:
+    """An option that stands in this part of --help."""
+    return typer.Option(*names, rich_help_panel=part, **settings)
 
 
 In = Annotated[str, existing_file("IN", "The GGUF file to read; of shards, any one of them.")]
-Out = Annotated[
-    str,
-    typer.Argument(
-        metavar="OUT",
-        help="The GGUF file to write; - writes to a pipe. OUT-00001-of-0000N.gguf keeps the N "
-        "shards that IN has; any other name merges them.",
+_OUT = """The GGUF file to write; - writes to a pipe. OUT-00001-of-0000N.gguf keeps the N shards
+that IN has; any other name merges them."""
+Out = Annotated[str, existing_file("OUT", _OUT)]
+OutOrBeside = Annotated[
+    str | None, existing_file("OUT", f"{_OUT} If it is left out: IN-fused.gguf beside IN.")
+]
+AsJson = Annotated[bool, option("--json", part=OUTPUT, help="Print one JSON object on stdout.")]
+DryRun = Annotated[
+    bool, option("--dry-run", part=WHAT, help="Say what would be done, write nothing.")
+]
+AnyArchitecture = Annotated[
+    bool,
+    option("--any-architecture", part=WHAT, help="Even where llama.cpp would not load the result."),
+]
+Quiet = Annotated[bool, option("-q", "--quiet", part=OUTPUT, help="No table, no progress bar.")]
+ComputeThreads = Annotated[
+    int,
+    option(
+        "--threads", part=SPEED, min=1, max=256, metavar="N", help="Threads (default: up to 4)."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide everything, write nothing.")]
-AnyArchitecture = Annotated[
-    bool, typer.Option("--any-architecture", help="Even where llama.cpp would not load the result.")
-]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.")]
-ComputeThreads = Annotated[
-    int, typer.Option("--threads", min=1, max=256, help="Threads.", show_default="up to 4")
-]
 CopyThreads = Annotated[
-    int, typer.Option(min=1, max=64, help="Threads that copy.", show_default="2")
+    int,
+    option(
+        "--threads", part=SPEED, min=1, max=64, metavar="N", help="Threads that copy (default: 2)."
+    ),
 ]
 
 
@@ -52,18 +66,33 @@ CopyThreads = Annotated[
 class Writing:
     """How OUT is written: what fuse and unfuse have in common, in the order of --help."""
 
-    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing OUT.")] = False
+    force: Annotated[
+        bool, option("-f", "--force", part=OUTPUT, help="Replace an existing OUT.")
+    ] = False
     quiet: Quiet = False
     threads: CopyThreads = COPY_THREADS
     reflink: Annotated[
-        Reflink, typer.Option(help="Share blocks with IN where the file system can.")
+        Reflink,
+        option(
+            "--reflink",
+            part=SPEED,
+            metavar="auto|always|never",
+            help="Share blocks with IN: where the file system can (auto), or fail.",
+        ),
     ] = "auto"
     sync: Annotated[
-        bool, typer.Option(help="Wait until OUT is on the disk, not only in its cache.")
+        bool,
+        option(
+            "--sync/--no-sync",
+            part=SPEED,
+            help="Wait until OUT is on the disk, not only in its cache; or do not.",
+        ),
     ] = True
     split_max_size: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "--split-max-size",
+            part=SHARDS,
             metavar="N[K|M|G]",
             help="Cut OUT into shards, each with so many bytes of tensors at most (K, M, G: powers "
             "of 1000), as llama-gguf-split does: OUT, less its .gguf, comes before "
@@ -71,26 +100,45 @@ class Writing:
         ),
     ] = None
     split_max_tensors: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut OUT into shards of N tensors.")
+        int | None,
+        option(
+            "--split-max-tensors",
+            part=SHARDS,
+            min=1,
+            metavar="N",
+            help="Cut OUT into shards of N tensors.",
+        ),
     ] = None
 
     def carry_out(
-        self, rewrite: Callable[..., gguf_fuse.Result], output: str, dry_run: bool, as_json: bool
-    ) -> gguf_fuse.Result | None:
-        """Call `rewrite`, with a progress bar. The result, where people are to be told of it.
+        self,
+        rewrite: Callable[..., gguf_fuse.Result],
+        output: str,
+        done: str,
+        *,
+        dry_run: bool,
+        as_json: bool,
+        on_start: Callable[[], None] = ignore,
+    ) -> gguf_fuse.Result:
+        """Call `rewrite`, with a progress bar; done: "fused" or "split".
 
         Where nothing is to be done, `--json` gets its object all the same. Raises what `rewrite`
         raises, and BadParameter.
         """
         max_size = self._max_size(output, dry_run, as_json)
         with progress_bar(self.quiet, of_bytes=True) as bar:
+
+            def start(n_bytes: int) -> None:
+                on_start()
+                bar.start("writing", n_bytes)
+
             options = gguf_fuse.Options(
                 dry_run,
                 self.force,
                 self.sync,
                 self.threads,
                 self.reflink,
-                on_start=functools.partial(bar.start, "writing"),
+                on_start=start,
                 on_progress=bar.advance,
                 on_flush=functools.partial(bar.update, description="waiting for the disk"),
                 split_max_size=max_size,
@@ -100,11 +148,11 @@ class Writing:
                 result = rewrite(options=options)
             except NothingToDo as nothing:
                 if as_json:
-                    print_json(result_json(nothing.header, nothing.layers, None))
+                    print_json(result_json(nothing.header, nothing.layers, None, done))
                 raise
         if as_json:
-            print_json(result_json(result.source, result.plan.skipped, result))
-        return None if as_json or self.quiet else result
+            print_json(result_json(result.source, result.plan.skipped, result, done))
+        return result
 
     def _max_size(self, output: str, dry_run: bool, as_json: bool) -> int | None:
         """Bytes that a shard may have at most. Raises BadParameter for what cannot be."""

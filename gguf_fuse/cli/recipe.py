@@ -15,8 +15,9 @@ from rich.text import Text
 import gguf_fuse
 from gguf_fuse.choices import WayName
 from gguf_fuse.cli import console
+from gguf_fuse.cli.answer import layer_json, result_json
 from gguf_fuse.cli.console import text
-from gguf_fuse.cli.layers import layer_json, ranges, result_json
+from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, In, Quiet, existing_file
 from gguf_fuse.format.types import type_name
 
@@ -31,7 +32,6 @@ _ADVICE = {
 }
 
 
-@console.failing
 def recipe(
     source: In,
     output: Annotated[

@@ -38,7 +38,6 @@ def _count(words: str) -> Any:
     return typer.Option(min=1, max=MOST_TOKENS, help=words)
 
 
-@console.failing
 def verify(
     original: Annotated[str, existing_file("ORIGINAL", "The file before.")],
     fused: Annotated[str, existing_file("FUSED", "The file after.")],

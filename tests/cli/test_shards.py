@@ -18,9 +18,9 @@ def test_inspect(model: Model, run: Run) -> None:
     original = model("whole.gguf")
     parts = in_three(original)
     whole, one = (json.loads(run("inspect", path, "--json").out) for path in (original, parts[1]))
-    assert one["file"] == str(parts[1])
-    assert one["file_bytes"] == sum(path.stat().st_size for path in parts)
-    assert one | {key: whole[key] for key in ("file", "file_bytes")} == whole
+    assert one["input"] == str(parts[1])
+    assert one["bytes_in"] == sum(path.stat().st_size for path in parts)
+    assert one | {key: whole[key] for key in ("input", "bytes_in")} == whole
     assert "one of 3 shards" in run("inspect", parts[1]).out
 
 

@@ -155,4 +155,4 @@ def test_name_of_another_type(value_type: int, run: Run, tmp_path: Path) -> None
     value = Array(ARRAY, [Array(UINT8, [1])]) if value_type == ARRAY else 7
     path = save(valid().key("general.name", value_type, value), tmp_path / "in.gguf")
     assert run("inspect", path).code == 0
-    assert json.loads(run("inspect", path, "--json").out)["n_tensors"] == 10
+    assert json.loads(run("inspect", path, "--json").out)["tensors_in"] == 10

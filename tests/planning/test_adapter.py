@@ -280,7 +280,8 @@ def test_json(lora: Make, tmp_path: Path, run: Run) -> None:
     done = run("fuse", adapter, tmp_path / "out.gguf", "--json")
     assert done.code == 0, done.err
     answer = json.loads(done.out)
-    assert (answer["architecture"], answer["fused"], answer["skipped"]) == ("llama", 2, 0)
+    assert answer["architecture"] == "llama"
+    assert (answer["layers_fused"], answer["layers_skipped"]) == (2, 0)
     assert (answer["tensors_in"], answer["tensors_out"]) == (16, 8)
     first = {"layer": "blk.0", "status": "fused", "reason": None}
     assert answer["layers"][0] == first | {"types": ["F16"] * 3, "rows": [64, 32, 32]}

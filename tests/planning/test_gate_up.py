@@ -504,7 +504,7 @@ def test_json(model: Model, run: Run) -> None:
         ("blk.1", [64, 32, 32]),
         ("blk.1.ffn_gate_up_exps", [128, 128]),
     ]
-    assert (answer["fused"], answer["skipped"]) == (3, 0)
+    assert (answer["layers_fused"], answer["layers_skipped"]) == (3, 0)
     assert answer["tensors_in"] - answer["tensors_out"] == 2 + 2 + 1
     assert answer["layers"][2]["types"] == ["F32", "F32"]
     before, after = (json.loads(run("inspect", path, "--json").out) for path in (original, output))

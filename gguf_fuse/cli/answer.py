@@ -1,0 +1,133 @@
+"""What --json prints: one object on stdout for each command, with one vocabulary for all.
+
+A count or a size is called after what is counted: tensors_in are those of `input`, tensors_out
+those of `output`. Of layers, `layers` tells one by one what layers_... count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gguf_fuse.planning.fusions import FUSIONS
+from gguf_fuse.planning.loaders import Loader
+from gguf_fuse.planning.plan import Layer, Status
+
+if TYPE_CHECKING:
+    import gguf_fuse
+    from gguf_fuse.format.header import Header
+
+JSON_FORMAT = 1  # one more whenever a word changes its meaning or is gone; new words may come
+
+VOCABULARY = {
+    "format": "of this object: 1",
+    "command": "what was run",
+    "exit_code": "as in the table of exit codes",
+    "error": "why it is not 0, the line on stderr; else null",
+    "input": "the file that was read, as it was named",
+    "inputs": "one object for each, where there are several",
+    "output": "the file that was written; null if none",
+    "original": "the file before, with separate tensors",
+    "fused": "the file after",
+    "files": "all files that were written: shards, one by one",
+    "architecture": "general.architecture; null if the file has none",
+    "layers": "each one: layer, status, reason, and of its parts types and rows",
+    "layers_fused": "how many fuse has fused, or verify found fused",
+    "layers_split": "how many unfuse has split",
+    "layers_skipped": "how many were left as they are",
+    "layers_fusable": "how many fuse would fuse",
+    "tensors_in": "of the input",
+    "tensors_out": "of the output",
+    "keys_in": "of metadata in the input",
+    "bytes_in": "of the input, all shards together",
+    "bytes_out": "of the output, all shards together",
+    "bytes_copied": "of data",
+    "bytes_cloned": "of data, shared with the input",
+    "seconds": "that it took",
+    "gguf_version": "of the format of GGUF files",
+    "byte_order": "little or big",
+    "alignment": "of tensors, in bytes",
+    "name": "general.name; null if the file has none",
+    "loader": "what llama.cpp does with fused Q, K and V: reads fused, needs separate, unknown",
+    "ok": "whether all is equal",
+    "structure": "ok, and problems: each difference of bytes",
+    "timing": "medians in milliseconds",
+}
+
+_LOADERS = {
+    Loader.READS_FUSED: "reads fused",
+    Loader.ALREADY_FUSED: "reads fused",
+    Loader.NEEDS_SEPARATE: "needs separate",
+    Loader.CRASHES: "needs separate",
+}
+
+
+def loader_word(loader: Loader) -> str:
+    """What a loader wants, in two words."""
+    return _LOADERS.get(loader, "unknown")
+
+
+def result_json(
+    source: Header, skipped: Sequence[Layer], result: gguf_fuse.Result | None, done: str = "fused"
+) -> dict[str, Any]:
+    """Of a result; without one, of the layers that leave nothing to be done. done: or "split"."""
+    changed = result.plan.changed if result else ()
+    found = [(layer, done) for layer in changed] + [(layer, "skipped") for layer in skipped]
+    found.sort(key=lambda entry: _order(entry[0]))
+    return {
+        "input": source.path,
+        "output": result and result.output,
+        "files": [str(path) for path in result.files] if result else [],
+        "architecture": source.architecture,
+        "layers": [layer_json(*entry) for entry in found],
+        f"layers_{done}": len(changed),
+        "layers_skipped": len(skipped),
+        "tensors_in": len(source.tensors),
+        "tensors_out": len(result.plan.tensors) if result else 0,
+        "bytes_in": source.file_bytes,
+        "bytes_out": result.n_bytes if result else 0,
+        "bytes_copied": result.written.n_copied if result else 0,
+        "bytes_cloned": result.written.n_cloned if result else 0,
+        "seconds": round(result.seconds, 3) if result else 0.0,
+    }
+
+
+def inspection_json(found: gguf_fuse.Inspection) -> dict[str, Any]:
+    header = found.header
+    return {
+        "input": header.path,
+        "gguf_version": header.version,
+        "byte_order": header.byte_order,
+        "alignment": header.alignment,
+        "architecture": header.architecture,
+        "name": header.metadata.get("general.name"),
+        "tensors_in": len(header.tensors),
+        "keys_in": len(header.metadata),
+        "bytes_in": header.file_bytes,
+        "layers": [layer_json(layer, status(layer)) for layer in found.layers],
+        "layers_fusable": sum(layer.status is Status.FUSABLE for layer in found.layers),
+        "layers_fused": sum(layer.status is Status.FUSED for layer in found.layers),
+        "loader": loader_word(found.loader.qkv.loader),
+    }
+
+
+def status(layer: Layer) -> str:
+    """As people and JSON are told: why a layer is not fusable is in its reason."""
+    shown = Status.MISMATCH if layer.status is Status.INCOMPLETE else layer.status
+    return str(shown.value)
+
+
+def layer_json(layer: Layer, status: str) -> dict[str, Any]:
+    was_fused = status == "skipped" and layer.status is Status.FUSED
+    return {
+        "layer": layer.label,
+        "status": status,
+        "reason": layer.reason or ("already fused" if was_fused else None),
+        "types": list(layer.types),
+        "rows": list(layer.rows),
+    }
+
+
+def _order(layer: Layer) -> tuple[str, int, int]:
+    prefix, _, number = layer.name.rpartition(".")
+    return prefix, int(number), FUSIONS.index(layer.fusion)
