@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from gguf_fuse.format.shards import ShardName
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import GGUFError, expand, is_address
 from gguf_fuse.writing.publish import TEMPORARY_MARK
 
 ENDING = ".gguf"
@@ -24,7 +25,8 @@ class Found:
 
 
 def find(inputs: Iterable[str], folder: Path, pattern: str = DEFAULT_NAME) -> list[Found]:
-    """Files, folders (everything in them that is called .gguf) and globs; shards as one input.
+    """Files, folders (everything in them that is called .gguf), globs, addresses, and repositories
+    of a hub (hf:owner/repo); shards as one input.
 
     A name that nothing is found by stays, so that its failure is told like any other.
 
@@ -34,7 +36,8 @@ def find(inputs: Iterable[str], folder: Path, pattern: str = DEFAULT_NAME) -> li
         raise GGUFError(f"--name {pattern}: a file name with {{name}} in it, as in {DEFAULT_NAME}")
     found: dict[str, Found] = {}
     for path, below in _paths(inputs, folder.resolve()):
-        one = Found(str(path), str(folder.resolve() / below / _output_name(path, pattern)))
+        name = _output_name(path.rpartition("/")[2], pattern)
+        one = Found(path, str(folder.resolve() / below / name))
         other = found.setdefault(one.output, one)
         if other.input != one.input:
             raise GGUFError(
@@ -44,17 +47,20 @@ def find(inputs: Iterable[str], folder: Path, pattern: str = DEFAULT_NAME) -> li
     return list(found.values())
 
 
-def _paths(inputs: Iterable[str], output_folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Absolute paths, and the folder of each below the one that was named."""
-    for name in inputs:
+def _paths(inputs: Iterable[str], output_folder: Path) -> Iterator[tuple[str, Path]]:
+    """Addresses, or absolute paths; and the folder of each below the one that was named."""
+    for name in chain.from_iterable(map(expand, inputs)):
+        if is_address(name):
+            yield _first_shard(name), Path()
+            continue
         for path in map(Path.absolute, _matches(Path(name))):
             if not path.is_dir():
-                yield _first_shard(path), Path()
+                yield _first_shard(str(path)), Path()
                 continue
             for inside in sorted(path.rglob(f"*{ENDING}")):
                 ours = output_folder != path and output_folder in inside.resolve().parents
                 if not ours and TEMPORARY_MARK not in inside.name:
-                    yield _first_shard(inside), inside.relative_to(path).parent
+                    yield _first_shard(str(inside)), inside.relative_to(path).parent
 
 
 def _matches(named: Path) -> list[Path]:
@@ -65,14 +71,14 @@ def _matches(named: Path) -> list[Path]:
     return sorted(found) or [named]
 
 
-def _first_shard(path: Path) -> Path:
-    name = ShardName.parse(str(path))
-    return path if name is None else name.path(1)
+def _first_shard(path: str) -> str:
+    name = ShardName.parse(path)
+    return path if name is None else name.name(1)
 
 
-def _output_name(path: Path, pattern: str) -> str:
+def _output_name(name: str, pattern: str) -> str:
     """Shards keep their numbers."""
-    shard = ShardName.parse(path.name)
+    shard = ShardName.parse(name)
     if shard is None:
-        return pattern.format(name=path.name.removesuffix(ENDING)) + ENDING
-    return str(ShardName(pattern.format(name=shard.prefix), 1, shard.count).path(1))
+        return pattern.format(name=name.removesuffix(ENDING)) + ENDING
+    return ShardName(pattern.format(name=shard.prefix), 1, shard.count).name(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gguf_fuse import __version__, api
 from gguf_fuse.choices import OnMismatch, Reflink
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import AnyPath, GGUFError, Source
 from gguf_fuse.planning.fusions import FUSIONS, QKV
 from gguf_fuse.planning.plan import Layer, NothingToDo, Refused, summary
 from gguf_fuse.progress import OnProgress, ignore
@@ -66,21 +65,33 @@ class Task:
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was: enough to see that it is still the same. sha256: of what was written."""
+    """A file as it was: enough to see that it is still the same.
+
+    version: of one that is fetched, what its host tells (mtime_ns is -1). sha256: of the file,
+    where it was written here, or its host tells.
+    """
 
     path: str
     bytes: int
     mtime_ns: int
+    version: str | None = None
     sha256: str | None = None
 
     @classmethod
-    def find(cls, path: str | os.PathLike[str], sha256: str | None = None) -> File | None:
+    def of(cls, source: Source) -> File:
+        """As it was when its header was read."""
+        place, stamp = source.place, source.stamp
+        told = (None, None) if place is None else (place.version, place.sha256)
+        return cls(source.path, stamp.n_bytes, stamp.mtime, *told)
+
+    @classmethod
+    def find(cls, path: AnyPath, sha256: str | None = None) -> File | None:
         """None where there is none."""
         try:
-            status = os.stat(path)  # noqa: PTH116 (the path stays as it was given)
-        except OSError:
+            found = cls.of(Source.find(path))
+        except GGUFError:
             return None
-        return cls(os.fspath(path), status.st_size, status.st_mtime_ns, sha256)
+        return found if sha256 is None else dataclasses.replace(found, sha256=sha256)
 
     def is_there(self) -> bool:
         return File.find(self.path, self.sha256) == self
@@ -199,7 +210,7 @@ def _verify(task: Task, result: api.Result) -> None:
     options = VerifyOptions(
         structure_only=task.settings.verify == "structure", threads=task.settings.threads
     )
-    report = verify(Path(task.input), result.files[0], options)
+    report = verify(task.input, result.files[0], options)
     if report.ok:
         return
     for path in result.files:
@@ -229,9 +240,7 @@ def _without(task: Task, result: Result, line: str) -> Entry:
 
 
 def _files(header: Header) -> tuple[File, ...]:
-    """As they were when the header was read."""
-    stamps = [(source.path, source.stamp) for source in header.sources]
-    return tuple(File(path, stamp.n_bytes, stamp.mtime) for path, stamp in stamps)
+    return tuple(map(File.of, header.sources))
 
 
 def _sha256(path: Path) -> str:

@@ -32,7 +32,7 @@ from gguf_fuse.cli.fuse import beside
 from gguf_fuse.cli.layers import fused_tensor, layer_table
 from gguf_fuse.cli.options import AsJson, existing_file
 from gguf_fuse.format.shards import ShardName
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import GGUFError, expand, is_address
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
 
@@ -46,49 +46,53 @@ _PROOFS = {
 
 def inspect(
     inputs: Annotated[
-        list[Path],
-        existing_file("IN...", "GGUF files, and folders of them; of shards, any one of a set."),
+        list[str],
+        existing_file(
+            "IN...",
+            "GGUF files, folders of them, addresses, hf:OWNER/REPO; of shards, any one of a set.",
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
     """Show what IN holds and what fusing would do to it. Reads headers only."""
-    if len(inputs) == 1 and not inputs[0].is_dir():
+    names = [name for given in inputs for name in expand(given)]
+    if names == inputs and len(inputs) == 1 and not Path(inputs[0]).is_dir():
         found = gguf_fuse.inspect(inputs[0])
         return print_json(inspection_json(found)) if as_json else print_parts(_parts(found))
-    files = list(_files(inputs))
+    files = list(_files(names))
     if not files:
         fail(f"{inputs[0]}: no *.gguf file in it", EXIT_ERROR)
     good, bad = _inspect_all(files)
     if as_json:
         print_json({"inputs": [*map(inspection_json, good), *bad]})
     elif good:
-        print_parts(_overview(good))
+        print_parts([*_overview(good), *_fetched(files)])
     if bad:
         fail(f"{len(bad)} of {len(files)} files cannot be read", EXIT_ERROR)
 
 
-def _files(inputs: Iterable[Path]) -> Iterator[Path]:
+def _files(inputs: Iterable[str]) -> Iterator[str]:
     """Each file, those in folders in the order of their names; of each set of shards, one."""
     seen = set[tuple[str, int]]()
     for path in inputs:
-        for file in sorted(_in_folder(path)) if path.is_dir() else [path]:
-            name = ShardName.parse(str(file))
+        for file in sorted(_in_folder(path)) if Path(path).is_dir() else [path]:
+            name = ShardName.parse(file)
             if name is None or (name.prefix, name.count) not in seen:
                 yield file
             if name is not None:
                 seen.add((name.prefix, name.count))
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
+def _in_folder(folder: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
     for place, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(place, name) for name in names if name.endswith(".gguf"))
+        yield from (str(Path(place, name)) for name in names if name.endswith(".gguf"))
 
 
 def _inspect_all(
-    files: Iterable[Path],
+    files: Iterable[str],
 ) -> tuple[list[gguf_fuse.Inspection], list[dict[str, str]]]:
     """Those that can be read, and what is wrong with the others, told at once."""
     good, bad = list[gguf_fuse.Inspection](), list[dict[str, str]]()
@@ -97,8 +101,16 @@ def _inspect_all(
             good.append(gguf_fuse.inspect(file))
         except GGUFError as error:
             complain(str(error))
-            bad.append({"input": str(file), "error": str(error)})
+            bad.append({"input": file, "error": str(error)})
     return good, bad
+
+
+def _fetched(names: Iterable[str]) -> Iterator[RenderableType]:
+    """How much was fetched, where files lie elsewhere."""
+    if any(map(is_address, names)):
+        from gguf_fuse.fetching.place import fetched
+
+        yield text(f"{decimal(fetched.n_bytes)} fetched", "dim")
 
 
 def _overview(found: Sequence[gguf_fuse.Inspection]) -> Iterator[RenderableType]:
@@ -149,6 +161,7 @@ def _parts(found: gguf_fuse.Inspection) -> Iterator[RenderableType]:
     yield layer_table(_rows(found))
     yield ""
     yield from (Flowing(total, indent=2) for total in _totals(found))
+    yield from _fetched([found.header.path])
     yield from _next(found)
 
 

@@ -30,6 +30,18 @@ def find(address: str) -> Place:
     raise FetchError(f"{scheme}:// is not known; addresses begin with {known}")
 
 
+def expand(name: str) -> list[str]:
+    """Of a whole repository (hf:owner/repo), the addresses of its GGUF files; any name as it is.
+
+    Raises FetchError as `find` does.
+    """
+    if not name.startswith("hf:"):
+        return [name]
+    from gguf_fuse.fetching import hub
+
+    return list(hub.files(name)) if hub.is_repository(name) else [name]
+
+
 def shown(address: str) -> str:
     """Without what may be a secret: a password, the query of a signed address."""
     clean = re.sub(r"(://)[^/?#]*@", r"\1", address)

@@ -24,7 +24,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from gguf_fuse import __version__
 from gguf_fuse.fetching.address import shown
-from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop
+from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop, fetched
 
 TIMEOUT_S = 30.0  # without a byte
 TRIES = 6
@@ -87,6 +87,7 @@ class _Ranges:
         except IndexError:
             session = self._make()
         session.read_into(view, start, self._version, self._total, self._stop)
+        fetched.add(len(view))
         self._idle.append(session)
 
     def abort(self) -> None:

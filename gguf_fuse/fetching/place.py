@@ -51,6 +51,20 @@ class Place:
     open: Callable[[], Ranges] = field(kw_only=True, compare=False, repr=False)
 
 
+class Tally:
+    """How many bytes were fetched, of all places together."""
+
+    def __init__(self) -> None:
+        self._lock, self.n_bytes = threading.Lock(), 0
+
+    def add(self, n_bytes: int) -> None:
+        with self._lock:
+            self.n_bytes += n_bytes
+
+
+fetched = Tally()
+
+
 class Stop:
     """What `abort` sets, and waits between tries look at."""
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop
+from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop, fetched
 
 _RETRY = {"max_retries": 5, "retry_timeout": timedelta(minutes=3)}
 
@@ -59,6 +59,7 @@ class _Ranges:
         if tuple(told) != (start, stop) or len(data) != len(view):
             raise FetchError(f"asked for bytes {start}-{stop - 1}, got {len(data)} bytes")
         view[:] = data
+        fetched.add(len(view))
 
     def abort(self) -> None:
         self._stop.set()

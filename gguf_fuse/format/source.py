@@ -39,6 +39,21 @@ def is_address(name: str) -> bool:
     return _ADDRESS.match(name) is not None
 
 
+def expand(name: str) -> list[str]:
+    """Of a whole repository of a hub (hf:owner/repo), every GGUF's address; else the name.
+
+    Raises GGUFError where the hub cannot be asked.
+    """
+    if not name.startswith("hf:"):
+        return [name]
+    from gguf_fuse.fetching import address
+
+    try:
+        return address.expand(name)
+    except OSError as error:
+        raise GGUFError(f"{name}: {error.strerror}") from error
+
+
 # Of files that are fetched: each range costs a round trip, and each thread waits for its own.
 FETCH_BYTES = 8 << 20
 FETCH_THREADS = 8
