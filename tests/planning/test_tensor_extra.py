@@ -22,6 +22,7 @@ from tests.pack import (
     BOOL,
     FLOAT32,
     INT16,
+    INT64,
     QKV,
     STRING,
     UINT8,
@@ -278,6 +279,11 @@ DAMAGED: dict[str, tuple[File, str]] = {
         recorded(pair("split.no", b"\t\0\0\0\x08\0\0\0" + b"\xff" * 8), [0, 32]),
         "no pair at byte 0",
     ),
+    "negative": (
+        recorded(COUNT, []).key("gguf_fuse.replaced_at", ARRAY, Array(INT64, [0, -5])),
+        "replaced_at has -5",
+    ),
+    "key twice": (recorded(COUNT * 2, [0, len(COUNT), 1, len(COUNT)]), "has a key twice"),
     "no data": (
         fused(valid()).key("gguf_fuse.replaced_at", ARRAY, Array(UINT64, [])),
         "gguf_fuse.replaced is missing",
