@@ -181,6 +181,8 @@ def restored(header: Header) -> list[Replaced]:
     span, found, at = header.metadata.spans[REPLACED_KEY], list[Replaced](), 0
     whole = header.metadata.segment(REPLACED_KEY)
     first = whole.n_bytes - len(data)
+    if min(numbers, default=0) < 0:
+        damaged(header, f"{REPLACED_AT_KEY} has {min(numbers)}")
     for place, n_bytes in zip(numbers[::2], numbers[1::2], strict=False):
         try:
             key = key_of_pair(bytes(data[at : at + n_bytes]), header.byte_order)
@@ -190,6 +192,8 @@ def restored(header: Header) -> list[Replaced]:
             damaged(header, f"{REPLACED_KEY} has {key!r}, which is never replaced")
         found.append(Replaced(place, key, whole.part(first + at, n_bytes)))
         at += n_bytes
+    if len({one.key for one in found}) < len(found):
+        damaged(header, f"{REPLACED_KEY} has a key twice")
     if span.element != ValueType.UINT8 or at != len(data) or len(numbers) % 2:
         damaged(header, f"{REPLACED_KEY} and {REPLACED_AT_KEY} are of different lengths")
     return found

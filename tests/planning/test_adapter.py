@@ -332,3 +332,19 @@ def test_pipe(lora: Make, tmp_path: Path, run: Run) -> None:
         command = [sys.executable, "-m", "gguf_fuse", "fuse", str(adapter), "-"]
         subprocess.run(command, stdout=pipe, check=True)
     assert (tmp_path / "piped.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def test_left_over_keys_of_a_cut_come_back(lora: Make) -> None:
+    adapter = lora()
+    merged = adapter.with_name("merged.gguf")
+    writer = gguf.GGUFWriter(merged, "llama")
+    writer.add_uint16("split.count", 0)
+    reader = gguf.GGUFReader(adapter)
+    for key in ("general.type", "adapter.type"):
+        writer.add_string(key, reader.fields[key].contents())
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    finish(writer)
+    fused = fused_copy(merged)
+    assert "split.count" not in gguf.GGUFReader(fused).fields
+    assert sha256(unfused_copy(fused)) == sha256(merged)

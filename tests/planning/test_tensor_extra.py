@@ -10,16 +10,19 @@ import gguf
 import pytest
 
 from gguf_fuse import VerifyOptions, verify
+from gguf_fuse.api import fuse, unfuse
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.planning.fusions import GATE_UP
 from gguf_fuse.planning.plan import NothingToDo
 from tests.compare import sha256
-from tests.conftest import dry, fused_copy, unfused_copy
+from tests.conftest import FAST, dry, fused_copy, unfused_copy
 from tests.edit import bytes_of
 from tests.pack import (
     ARRAY,
     BOOL,
     FLOAT32,
     INT16,
+    INT64,
     QKV,
     STRING,
     UINT8,
@@ -34,9 +37,11 @@ from tests.pack import (
     V,
     fused,
     save,
+    tensor,
     unrecorded,
     valid,
 )
+from tests.shards import good_set, shard_paths
 
 NAME, PREC = "general.tensor_extra.name", "general.tensor_extra.prec_a4"
 OUTPUT = "blk.0.attn_output.weight"
@@ -170,6 +175,35 @@ def test_a_file_of_the_converter_gets_three_names(tmp_path: Path) -> None:
     assert extra(back) == {Q: False, K: False, V: False, OUTPUT: True}
 
 
+def test_in_shards_that_are_kept(tmp_path: Path) -> None:
+    """The pair in the middle has new bytes, the keys of the cut stay around it where they were."""
+    shards = good_set()
+    first = named([Q, K, V], [False] * 3, shards[0])
+    first.pairs = [first.pairs[0], *first.pairs[-3:], *first.pairs[1:-3]]  # split.* before them
+    before, after, back = (shard_paths(tmp_path / name, 3) for name in ("in", "out", "back"))
+    for shard, path in zip([first, *shards[1:]], before, strict=True):
+        save(shard, path)
+    fuse(before[0], str(after[0]), options=FAST)
+    assert extra(after[0]) == {QKV: False}
+    keys = [key for key in gguf.GGUFReader(after[0]).fields if not key.startswith("GGUF.")]
+    assert keys[:6] == [str(pair.key) for pair in first.pairs[:6]]
+    assert verify(before[0], after[0], VerifyOptions(structure_only=True)).ok
+    unfuse(after[0], str(back[0]), options=FAST)
+    assert [sha256(path) for path in back] == [sha256(path) for path in before]
+
+
+def test_gate_and_up_of_experts(tmp_path: Path) -> None:
+    gate, up, both = (f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "gate_up"))
+    file = named([up, OUTPUT, gate], [False, True, False])
+    file.key("general.architecture", STRING, "qwen35moe")
+    file.tensors += [tensor(name, (32, 8, 4)) for name in (gate, up)]
+    original = save(file, tmp_path / "in.gguf")
+    path = fused_copy(original, fusions=(GATE_UP,))
+    assert extra(path) == {both: False, OUTPUT: True}
+    assert verify(original, path, VerifyOptions(structure_only=True)).ok
+    assert sha256(unfused_copy(path)) == sha256(original)
+
+
 # -- verify: exactly that change -----------------------------------------------------------------
 
 
@@ -245,6 +279,11 @@ DAMAGED: dict[str, tuple[File, str]] = {
         recorded(pair("split.no", b"\t\0\0\0\x08\0\0\0" + b"\xff" * 8), [0, 32]),
         "no pair at byte 0",
     ),
+    "negative": (
+        recorded(COUNT, []).key("gguf_fuse.replaced_at", ARRAY, Array(INT64, [0, -5])),
+        "replaced_at has -5",
+    ),
+    "key twice": (recorded(COUNT * 2, [0, len(COUNT), 1, len(COUNT)]), "has a key twice"),
     "no data": (
         fused(valid()).key("gguf_fuse.replaced_at", ARRAY, Array(UINT64, [])),
         "gguf_fuse.replaced is missing",
