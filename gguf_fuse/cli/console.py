@@ -6,9 +6,11 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -48,8 +50,21 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
             fail(f"not enough memory: {str(error) or 'nothing more can be had'}", EXIT_ERROR)
         except KeyboardInterrupt as interrupt:
             fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
+        except (typer.Exit, typer.BadParameter):  # told elsewhere
+            raise
+        except Exception as error:
+            fail(_mistake(error), EXIT_ERROR)
 
     return run
+
+
+def _mistake(error: Exception) -> str:
+    """One of this program, which is no file's fault."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return (
+        f"internal error, please report it: {type(error).__name__}: {error} "
+        f"({Path(place.filename).name}, line {place.lineno})"
+    )
 
 
 def fail(message: str, code: int) -> NoReturn:
