@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _outcome(action: Callable[[], None]) -> tuple[int, str]:
-    """Exit code, and why it is not 0."""
+    """Exit code, and why it is not 0. Raises BadParameter."""
     try:
         action()
         sys.stdout.flush()
@@ -90,7 +91,20 @@ def _outcome(action: Callable[[], None]) -> tuple[int, str]:
         return EXIT_ERROR, f"not enough memory: {str(error) or 'nothing more can be had'}"
     except KeyboardInterrupt as interrupt:
         return EXIT_INTERRUPTED, "; ".join(["interrupted", *interrupt.args])
+    except typer.BadParameter:  # told where the command line is understood
+        raise
+    except Exception as error:
+        return EXIT_ERROR, _mistake(error)
     return 0, ""
+
+
+def _mistake(error: Exception) -> str:
+    """One of this program, which is no file's fault."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return (
+        f"internal error, please report it: {type(error).__name__}: {error} "
+        f"({Path(place.filename).name}, line {place.lineno})"
+    )
 
 
 def complain(message: str) -> None:

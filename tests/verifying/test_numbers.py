@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from gguf_fuse.cli import app
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.numbers import compare_numbers
@@ -110,6 +112,13 @@ def test_a_mistake_of_our_own_is_not_the_fault_of_a_file(
     monkeypatch.setattr(Trial, "checks", mistaken)
     with pytest.raises(ValueError, match="shapes do not fit"):
         check(*pair)
+    done = CliRunner().invoke(app, ["verify", *map(str, pair)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert re.fullmatch(
+        r"gguf-fuse: internal error, please report it: ValueError: shapes do not fit "
+        r"\(test_numbers\.py, line \d+\)\n",
+        done.stderr,
+    )
 
 
 # -- files that are not any more what was compared -----------------------------------------------
