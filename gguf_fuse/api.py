@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gguf_fuse.choices import OnMismatch, Reflink
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.layout import refuse_unaccounted
+from gguf_fuse.format.layout import nonzero_padding, refuse_unaccounted
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.planning import fuse as fusing
@@ -38,6 +38,7 @@ class Result:
     """What was written, or would be on a dry run.
 
     plan: of the whole; outputs: one, or shards; files: what there is now that was not before.
+    lost_padding: bytes of the source's padding that are not zero; the output has zeros.
     """
 
     source: Header
@@ -47,6 +48,7 @@ class Result:
     files: tuple[Path, ...]
     written: Written
     seconds: float
+    lost_padding: int
 
     @property
     def placement(self) -> Placement:
@@ -178,6 +180,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     started = time.perf_counter()
     outputs = _outputs(source, plan, output, options)
     n_bytes = sum(part.placement.n_bytes for part in outputs)
+    lost = nonzero_padding(source)
     files: tuple[Path, ...] = ()
     if options.dry_run:
         if output != STANDARD_OUTPUT:
@@ -192,7 +195,8 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
         options.on_start(n_bytes)
         written = write(source, outputs, options)
         files = tuple(part.path for part in outputs)
-    return Result(source, output, plan, outputs, files, written, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Result(source, output, plan, outputs, files, written, seconds, lost)
 
 
 def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple[Output, ...]:

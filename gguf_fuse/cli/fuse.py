@@ -77,7 +77,7 @@ def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
 
 def _notes(result: gguf_fuse.Result) -> Iterator[Text]:
     """What to know of a fused file, and what to run next."""
-    yield from layout_notes(result.source)
+    yield from layout_notes(result)
     if result.files and result.source.is_model:
         paths = [result.source.path, str(result.files[0])]
         dashes = ["--"] if any(path.startswith("-") for path in paths) else []
