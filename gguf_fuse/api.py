@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gguf_fuse.choices import OnMismatch, Reflink, WayName, require_word
 from gguf_fuse.format.header import Header
-from gguf_fuse.format.layout import refuse_unaccounted
+from gguf_fuse.format.layout import nonzero_padding, refuse_unaccounted
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Segment, opened
 from gguf_fuse.planning import fuse as fusing
@@ -52,6 +52,7 @@ class Result:
 
     plan: of the whole; outputs: one, or shards; files: what there is now that was not before.
     cut_anew: the shards, or the one file, are not those of the source.
+    lost_padding: bytes of the source's padding that are not zero; the output has zeros.
     """
 
     source: Header
@@ -62,6 +63,7 @@ class Result:
     written: Written
     seconds: float
     cut_anew: bool
+    lost_padding: int
 
     @property
     def placement(self) -> Placement:
@@ -274,6 +276,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     started = time.perf_counter()
     outputs = _outputs(source, plan, output, options)
     n_bytes = sum(part.placement.n_bytes for part in outputs)
+    lost = nonzero_padding(source)
     files: tuple[Path, ...] = ()
     if options.dry_run:
         if output != STANDARD_OUTPUT:
@@ -291,7 +294,7 @@ def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Res
     seconds = time.perf_counter() - started
     limits = (options.split_max_size, options.split_max_tensors)
     cut_anew = len(outputs) != len(source.files) or limits != (None, None)
-    return Result(source, output, plan, outputs, files, written, seconds, cut_anew)
+    return Result(source, output, plan, outputs, files, written, seconds, cut_anew, lost)
 
 
 def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple[Output, ...]:

@@ -143,7 +143,7 @@ def _notes(result: gguf_fuse.Result, dry_run: bool) -> Iterator[RenderableType]:
             "to get these, call OUT as they are called",
             "yellow",
         )
-    yield from layout_notes(result.source)
+    yield from layout_notes(result)
 
 
 def next_after(result: gguf_fuse.Result) -> Iterator[Text]:

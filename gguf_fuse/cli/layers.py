@@ -12,8 +12,7 @@ from rich.text import Text
 
 import gguf_fuse
 from gguf_fuse.cli.console import Flowing, number, print_parts, table
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.layout import is_canonical, nonzero_padding
+from gguf_fuse.format.layout import is_canonical
 from gguf_fuse.planning.fusions import FUSIONS, QKV
 from gguf_fuse.planning.plan import Layer, Plan
 
@@ -70,17 +69,18 @@ def print_result(
     print_parts([shown, "", line, *notes], stderr=result.output == "-")
 
 
-def layout_notes(source: Header) -> Iterator[Flowing]:
-    """What of this file unfuse will not give back."""
-    if is_canonical(source):
+def layout_notes(result: gguf_fuse.Result) -> Iterator[Flowing]:
+    """What of the source unfuse will not give back."""
+    if is_canonical(result.source) and not result.lost_padding:
         return
     yield Flowing(
         "unfuse will give back every tensor and key, but not this file bit for bit: it is not laid "
         "out as llama.cpp writes files",
         "yellow",
     )
-    if n_bytes := nonzero_padding(source):
-        yield Flowing(f"{n_bytes} bytes of padding are not zero and will not come back", "yellow")
+    if result.lost_padding:
+        lost = f"{result.lost_padding} bytes of padding are not zero and will not come back"
+        yield Flowing(lost, "yellow")
 
 
 def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:

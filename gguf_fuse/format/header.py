@@ -25,7 +25,9 @@ from gguf_fuse.format.values import (
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
-MAX_PAIRS = 1 << 16  # no real file comes near; bounds what a damaged one can cost
+# No real file comes near these; they bound what a damaged one can cost.
+MAX_PAIRS = 1 << 14
+MAX_TENSORS = 1 << 15  # the largest models have some 5,000
 MAX_DECODED_BYTES = 1 << 23  # of one value that somebody asks for
 MAX_DECODED_ELEMENTS = 1 << 20  # of an array; as Python's numbers they take 36 bytes each
 

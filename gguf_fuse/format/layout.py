@@ -131,10 +131,9 @@ def _paddings(file: Header) -> Iterator[tuple[int, int]]:
 
 
 def is_canonical(header: Header) -> bool:
-    """Laid out as llama.cpp and gguf-py write: tensors as they are listed, zeros between them.
+    """Laid out as llama.cpp and gguf-py write: tensors as they are listed, nothing after them.
 
-    Only such a file comes back bit for bit; of others all values do. Raises GGUFError as
-    `nonzero_padding` does.
+    Such a file comes back bit for bit if all padding is zero; of others all values do.
     """
     whole = all(_end(file) == file.source.n_bytes for file in header.files)
-    return whole and not misplaced(header) and not nonzero_padding(header)
+    return whole and not misplaced(header)

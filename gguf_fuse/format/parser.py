@@ -17,6 +17,7 @@ from gguf_fuse.format.header import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_PAIRS,
+    MAX_TENSORS,
     Header,
     Metadata,
     PairSpan,
@@ -36,7 +37,6 @@ MAX_ARRAY_DEPTH = 8
 # No real file comes near these; they bound the time and memory that a damaged one can take.
 MAX_ALIGNMENT = 1 << 24
 MAX_ARCHITECTURE = 256  # characters; its keys are looked up for every layer
-MAX_TENSORS = 1 << 15  # the largest models have some 5,000
 MAX_ALL_KEYS = 1 << 24  # bytes of all keys together
 MAX_STRINGS = 1 << 22  # in arrays of the metadata; the largest vocabularies have half a million
 MAX_NESTED_ARRAYS = 1 << 17

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
 
-from gguf_fuse.format.header import Header
+from gguf_fuse.format.header import MAX_TENSORS, Header
 from gguf_fuse.format.layout import refuse_unaccounted
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError, is_address
@@ -27,7 +27,7 @@ COUNT_KEY = "split.count"
 TENSORS_COUNT_KEY = "split.tensors.count"
 SPLIT_KEYS = (NUMBER_KEY, COUNT_KEY, TENSORS_COUNT_KEY)
 
-MAX_SHARDS = 65535  # split.count is a UINT16
+MAX_SHARDS = 65535  # split.count is a UINT16; more than MAX_TENSORS
 
 _MOST_MISSING = 8  # that a message lists
 
@@ -102,9 +102,13 @@ def _read_set(header: Header, count: int) -> tuple[Header, ...]:
             f"there is no {name.name(missing[0])}",
         )
     shards: list[Header] = []
+    n_tensors = 0
     for at in range(1, count + 1):
         shards.append(header if at == name.number else read_header(name.name(at)))
         _check_shard(shards[-1], at, count, shards[0])
+        n_tensors += len(shards[-1].tensors)
+        if n_tensors > MAX_TENSORS:
+            _fail(header, f"the shards have more than {MAX_TENSORS} tensors")
     _check_tensors(shards)
     return tuple(shards)
 

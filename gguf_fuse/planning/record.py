@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from gguf_fuse.format.header import MAX_PAIRS, Header
+from gguf_fuse.format.header import MAX_PAIRS, MAX_TENSORS, Header
 from gguf_fuse.format.shards import SPLIT_KEYS
 from gguf_fuse.format.source import GGUFError, Segment
 from gguf_fuse.format.values import (
@@ -129,7 +129,8 @@ Restored = Mapping[str, Sequence[Placed]]  # by the name of the fused tensor
 def _put_back(header: Header, restored: Restored) -> tuple[plan.PlannedTensor, ...]:
     """Restored tensors at their places, the others in their order between them.
 
-    Raises GGUFError if the places are none of the restored file, or a place or name comes twice.
+    Raises GGUFError if the places are none of the restored file, a place or name comes twice, or
+    there are more tensors than can be read again.
     """
     placed: dict[int, plan.PlannedTensor] = {}
     others: list[plan.PlannedTensor] = []
@@ -142,6 +143,10 @@ def _put_back(header: Header, restored: Restored) -> tuple[plan.PlannedTensor, .
             else:
                 placed[at] = part
     n_tensors = len(placed) + len(others)
+    if n_tensors > MAX_TENSORS:
+        raise GGUFError(
+            f"{header.path}: split it has {n_tensors} tensors; at most {MAX_TENSORS} can be read"
+        )
     if not all(0 <= at < n_tensors for at in placed):
         damaged(header, f"positions are not places among {n_tensors} tensors")
     rest = iter(others)

@@ -14,7 +14,6 @@ from pathlib import Path
 from gguf_fuse.format.header import DEFAULT_ALIGNMENT, Header, align
 from gguf_fuse.format.shards import (
     COUNT_KEY,
-    MAX_SHARDS,
     NUMBER_KEY,
     SPLIT_KEYS,
     TENSORS_COUNT_KEY,
@@ -56,8 +55,6 @@ def divide(
     if max_bytes is not None or max_tensors is not None:
         prefix = output.removesuffix(".gguf") if name is None else name.prefix
         groups = _groups(plan, max_bytes, max_tensors)
-        if len(groups) > MAX_SHARDS:
-            raise GGUFError(f"{output}: {len(groups)} shards; at most {MAX_SHARDS} are possible")
         parts = _cut(plan, groups) if len(groups) > 1 else [plan]  # one shard is no set
     elif name is None or (name.count == 1 and not source.shards):
         return [(Path(output), plan)]

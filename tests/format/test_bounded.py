@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gguf_fuse.format.parser import MAX_NESTED_ARRAYS, MAX_STRINGS, MAX_TENSORS
+from gguf_fuse.format.header import MAX_PAIRS, MAX_TENSORS
+from gguf_fuse.format.parser import MAX_NESTED_ARRAYS, MAX_STRINGS
 from tests.pack import ARRAY, INT, INT8, LONG, STRING, UINT8, UINT32, UINT64
 from tests.server import Outcome, Run
 
@@ -77,7 +78,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], Path], Sequence[str]]] = {
     ),
     "wide keys": (
         lambda path: write(
-            path, [pair(f"{i:08d}{WIDE * 60}", UINT8, b"\1") for i in range(64_000)], ONE
+            path, [pair(f"{i:08d}{WIDE * 240}", UINT8, b"\1") for i in range(MAX_PAIRS - 20)], ONE
         ),
         ("fuse",),
     ),
@@ -93,7 +94,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], Path], Sequence[str]]] = {
     ),
     "short strings as values": (
         lambda path: write(
-            path, [pair(f"{i}", STRING, text(WIDE * 900)) for i in range(20_000)], ONE
+            path, [pair(f"{i}", STRING, text(WIDE * 1000)) for i in range(MAX_PAIRS - 20)], ONE
         ),
         ("fuse",),
     ),

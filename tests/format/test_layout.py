@@ -20,7 +20,7 @@ from tests.pack import K, Q, Tensor, V, fused, save, valid
 from tests.server import Run, assert_one_line
 from tests.shards import good_set, shard_paths
 
-Q1_0, Q2_0, NEWER = 41, 42, 142
+Q8_1, Q1_0, Q2_0, NEWER = 9, 41, 42, 142
 K_AT, V_AT = 4480, 6528  # their offsets in `valid()`
 
 
@@ -152,6 +152,21 @@ def test_types_newer_than_the_table_are_copied_by_their_room(tmp_path: Path) -> 
     assert unfused_copy(fused_copy(path)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(("type_id", "block_bytes"), [(Q8_1, 36 * 2), (Q2_0, 18)])
+def test_types_that_gguf_py_does_not_know_right(
+    type_id: int, block_bytes: int, tmp_path: Path
+) -> None:
+    """It gives Q8_1 (32 elements) 40 bytes in place of 36, and has no Q2_0 (64 in 18)."""
+    file = valid()
+    for name, n_rows in ((Q, 64), (K, 32), (V, 32)):
+        data = bytes(range(1, block_bytes + 1)) * n_rows
+        file.tensor(name, ne=(64, n_rows), type=type_id, data=data)
+    path = save(file, tmp_path / "in.gguf")
+    output = fused_copy(path)
+    assert output.read_bytes() == fused(file).pack()
+    assert unfused_copy(output).read_bytes() == file.pack()
+
+
 @pytest.mark.parametrize("ne", [(0,), (32, 0), (0, 3, 1)])
 @pytest.mark.parametrize("type_id", [pack.F32, pack.Q4_K, NEWER])
 @pytest.mark.parametrize("at", [0, 3, 10])
@@ -180,7 +195,7 @@ def test_padding_that_is_not_zero_is_counted_and_said(run: Run, tmp_path: Path) 
         if name == "padding of 'output_norm.weight'":
             data[at : at + len(field)] = b"x" * len(field)
         at += len(field)
-    assert layout_of(path, bytes(data)) == ([], False)
+    assert layout_of(path, bytes(data)) == ([], True)
     assert nonzero_padding(read_header(path)) == 3 + 28
     outcome = run("fuse", path, tmp_path / "out")
     assert outcome.code == 0 and (tmp_path / "out").read_bytes() == fused(file).pack()

@@ -11,6 +11,7 @@ import pytest
 
 from gguf_fuse import VerifyOptions, verify
 from gguf_fuse.api import fuse, unfuse
+from gguf_fuse.format import shards
 from gguf_fuse.writing.cut import parse_size
 from tests.compare import sha256
 from tests.conftest import FAST, fused_copy
@@ -154,6 +155,14 @@ def test_absurd_count(tmp_path: Path) -> None:
     file.key("split.count", UINT32, 65535)
     path = save(file, tmp_path / "in-00001-of-65535.gguf")
     assert "missing of 65535 shards: 2, 3, 4, 5, 6, 7, 8, 9, ...; " in failure(path, tmp_path / "o")
+
+
+def test_tensors_of_all_shards_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_TENSORS", 9)
+    paths = shard_paths(tmp_path / "in", 3)
+    for file, path in zip(good_set(), paths, strict=True):
+        save(file, path)
+    assert "the shards have more than 9 tensors" in failure(paths[0], tmp_path / "out.gguf")
 
 
 def test_sizes() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gguf_fuse import GGUFError
+from tests.conftest import unfused_copy
 from tests.pack import (
     ARRAY,
     BOOL,
@@ -227,6 +229,15 @@ def test_fused_by_someone_else_and_not_to_be_split(name: str, run: Run, tmp_path
     assert list(tmp_path.iterdir()) == [path], "an unfused file was written"
     assert_one_line(outcome, str(path), *words)
     assert_cheap(outcome)
+
+
+def test_split_into_more_tensors_than_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(unrecorded(), tmp_path / "in.gguf")
+    monkeypatch.setattr("gguf_fuse.planning.record.MAX_TENSORS", 9)
+    with pytest.raises(GGUFError, match=r"in\.gguf: split it has 10 tensors; at most 9 can"):
+        unfused_copy(path)
 
 
 def test_fused_by_someone_else_and_split(run: Run, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from gguf_fuse.format import shards
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.record import SHARDS_KEY
 from gguf_fuse.writing import publish as write
-from tests import pack
 from tests.compare import assert_judged_equal, needs_llama_cpp, sha256
 from tests.conftest import FAST, fused_copy
 from tests.edit import bytes_of
@@ -201,15 +200,6 @@ def test_verify_checks_what_is_recorded_of_the_cut(model: Model) -> None:
 def test_a_pipe_is_one_file(model: Model) -> None:
     with pytest.raises(GGUFError, match=r"^-: standard output is one file; shards need a name"):
         fuse(model(), "-", options=Options(split_max_tensors=1))
-
-
-@pytest.mark.slow
-def test_more_shards_than_can_be_numbered(tmp_path: Path) -> None:
-    file = valid()  # 6 tensors when it is fused
-    small = pack.tensor("", (1,))
-    file.tensors += [replace(small, name=f"t{i}") for i in range(65_530)]
-    text = failure(save(file, tmp_path / "in.gguf"), tmp_path / "out", split_max_tensors=1)
-    assert text == f"{tmp_path}/out: 65536 shards; at most 65535 are possible"
 
 
 # -- the output's name ---------------------------------------------------------------------------
