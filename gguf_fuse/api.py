@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gguf_fuse.choices import OnMismatch, Reflink, WayName
 from gguf_fuse.format.header import Header, TensorInfo
@@ -18,7 +19,6 @@ from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
-from gguf_fuse.planning import recipe as recipes
 from gguf_fuse.planning import unfuse as unfusing
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
 from gguf_fuse.planning.loaders import Architecture
@@ -37,6 +37,9 @@ from gguf_fuse.writing.publish import (
     write,
 )
 from gguf_fuse.writing.stream import stream
+
+if TYPE_CHECKING:
+    from gguf_fuse.planning import recipe as recipes
 
 __all__ = ["Altered", "Inspection", "OnMismatch", "Options", "Reflink", "Result"]
 __all__ += ["fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]
@@ -139,6 +142,8 @@ def recipe(source: AnyPath) -> recipes.Recipe:
 
     Raises GGUFError; NothingToDo where types are in no layer's way.
     """
+    from gguf_fuse.planning import recipe as recipes
+
     return recipes.recipe(read_model(source), TensorInfo.read)
 
 

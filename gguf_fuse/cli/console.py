@@ -14,9 +14,6 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from gguf_fuse.format.source import GGUFError
-from gguf_fuse.planning.plan import NothingToDo
-
 EXIT_ERROR = 1
 EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
@@ -28,6 +25,9 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        from gguf_fuse.format.source import GGUFError
+        from gguf_fuse.planning.plan import NothingToDo
+
         try:
             command(*args, **kwargs)
             sys.stdout.flush()

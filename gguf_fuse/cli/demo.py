@@ -11,7 +11,6 @@ from gguf_fuse.cli.console import EXIT_NOT_VERIFIED, fail, failing, printer
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.unfuse import unfuse
 from gguf_fuse.cli.verify import verify
-from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import QKV
 
 
@@ -43,6 +42,7 @@ def demo(
 
 def _make(model: Path) -> None:
     from gguf_fuse.cli.demo_model import write_demo_model
+    from gguf_fuse.format.source import GGUFError
 
     try:
         model.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import functools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -14,10 +14,12 @@ from rich.text import Text
 import gguf_fuse
 from gguf_fuse.choices import OnMismatch
 from gguf_fuse.cli.console import failing, text
-from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result
+from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result, recipe_hint
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
 from gguf_fuse.planning.fusions import GATE_UP, QKV
-from gguf_fuse.planning.plan import Layer, Plan
+
+if TYPE_CHECKING:
+    from gguf_fuse.planning.plan import Layer, Plan
 
 
 @failing
@@ -83,6 +85,7 @@ def _notes(result: gguf_fuse.Result) -> Iterator[Text]:
             "not laid out as llama.cpp writes files",
             "yellow",
         )
+    yield from recipe_hint(result.source, result.plan.skipped)
     if result.files and result.source.is_model:
         paths = [result.source.path, str(result.files[0])]
         dashes = ["--"] if any(path.startswith("-") for path in paths) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 from rich.markup import escape
@@ -12,10 +12,12 @@ from rich.text import Text
 
 import gguf_fuse
 from gguf_fuse.cli.console import failing, one_line, print_json, printer, text
-from gguf_fuse.cli.layers import fused_tensor, layer_json, layer_table
+from gguf_fuse.cli.layers import fused_tensor, layer_json, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, In
 from gguf_fuse.planning.fusions import GATE_UP, QKV, Fusion
-from gguf_fuse.planning.plan import Layer, Status
+
+if TYPE_CHECKING:
+    from gguf_fuse.planning.plan import Layer
 
 _STYLES = {"fusable": "green", "fused": "cyan"}
 _LOADERS = {  # by the name of a Loader; else "unknown"
@@ -42,10 +44,15 @@ def inspect(source: In, as_json: AsJson = False) -> None:
         out.print(f"[bold]{label:<13}[/]{escape(one_line(value))}", highlight=False)
     out.print()
     out.print(layer_table(_rows(found)) if found.layers else "no layers that could be fused")
+    for line in recipe_hint(found.header, found.layers):
+        out.print()
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _status(layer: Layer) -> str:
     """As people and JSON are told: why a layer is not fusable is in its reason."""
+    from gguf_fuse.planning.plan import Status
+
     shown = Status.MISMATCH if layer.status is Status.INCOMPLETE else layer.status
     return str(shown.value)
 

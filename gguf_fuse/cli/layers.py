@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 from rich.markup import escape
@@ -11,10 +12,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import gguf_fuse
-from gguf_fuse.cli.console import number, printer, table
-from gguf_fuse.format.header import Header
+from gguf_fuse.cli.console import number, printer, table, text
 from gguf_fuse.planning.fusions import FUSIONS, QKV
-from gguf_fuse.planning.plan import Layer, Plan, Status
+
+if TYPE_CHECKING:
+    from gguf_fuse.format.header import Header
+    from gguf_fuse.planning.plan import Layer, Plan
 
 
 def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
@@ -38,6 +41,17 @@ def fused_tensor(layer: Layer) -> str:
     return "" if layer.fusion is QKV else f"{layer.fusion.fused}: "
 
 
+def recipe_hint(source: Header, layers: Sequence[Layer]) -> Iterator[Text]:
+    """Where types keep layers of a model separate: the command that tells what to do about it."""
+    from gguf_fuse.planning import record
+    from gguf_fuse.planning.plan import of_mixed_types
+
+    if source.is_model and not record.exists(source) and of_mixed_types(layers):
+        dashes = ["--"] if source.path.startswith("-") else []
+        command = shlex.join(["gguf-fuse", "recipe", *dashes, source.path])
+        yield text(f"how layers of mixed types can be fused too: {command}")
+
+
 def ranges(names: Sequence[str]) -> str:
     """ "blk.0-5, 7" for blk.0 ... blk.5 and blk.7."""
     by_prefix: dict[str, list[int]] = {}
@@ -58,6 +72,8 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def layer_json(layer: Layer, status: str) -> dict[str, Any]:
+    from gguf_fuse.planning.plan import Status
+
     was_fused = status == "skipped" and layer.status is Status.FUSED
     return {
         "layer": layer.label,

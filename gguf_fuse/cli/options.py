@@ -18,7 +18,6 @@ from gguf_fuse.choices import Reflink
 from gguf_fuse.cli.console import print_json, progress_bar
 from gguf_fuse.cli.layers import result_json
 from gguf_fuse.machine import COPY_THREADS
-from gguf_fuse.planning.plan import NothingToDo
 
 
 def existing_file(metavar: str, words: str) -> Any:
@@ -83,6 +82,8 @@ class Writing:
         Where nothing is to be done, `--json` gets its object all the same. Raises what `rewrite`
         raises, and BadParameter.
         """
+        from gguf_fuse.planning.plan import NothingToDo
+
         max_size = self._max_size(output, dry_run, as_json)
         with progress_bar(self.quiet, of_bytes=True) as bar:
             options = gguf_fuse.Options(

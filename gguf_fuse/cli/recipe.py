@@ -18,7 +18,6 @@ from gguf_fuse.cli import console
 from gguf_fuse.cli.console import text
 from gguf_fuse.cli.layers import layer_json, ranges, result_json
 from gguf_fuse.cli.options import AsJson, In, Quiet, existing_file
-from gguf_fuse.format.types import type_name
 
 if TYPE_CHECKING:
     from gguf_fuse.planning.recipe import Recipe, Way
@@ -164,6 +163,8 @@ _LOSSES = {
 
 def _changes(recipe: Recipe, way: Way) -> str:
     """blk.0-3: Q4_K, Q4_K, Q6_K -> Q6_K."""
+    from gguf_fuse.format.types import type_name
+
     alike: dict[str, list[str]] = {}
     for layer in recipe.layers:
         parts = (f"{layer.name}.{part}.weight" for part in layer.fusion.parts)
@@ -179,6 +180,8 @@ def _size(recipe: Recipe, way: Way) -> str:
 
 
 def _json(shell: _Shell) -> dict[str, Any]:
+    from gguf_fuse.format.types import type_name
+
     recipe = shell.recipe
     return {
         "input": recipe.header.path,

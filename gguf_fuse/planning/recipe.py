@@ -18,8 +18,15 @@ from gguf_fuse.choices import WayName
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.types import TYPES, is_known, row_bytes, type_name
 from gguf_fuse.planning import fuse, record
-from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.plan import Layer, NothingToDo, Read, Refused, Status, summary
+from gguf_fuse.planning.plan import (
+    Layer,
+    NothingToDo,
+    Read,
+    Refused,
+    Status,
+    of_mixed_types,
+    summary,
+)
 
 FILE_TYPE_KEY = "general.file_type"
 MATRIX_KEY = "quantize.imatrix.file"  # that llama-quantize notes
@@ -108,7 +115,7 @@ def recipe(header: Header, read: Read) -> Recipe:
         )
     layers = fuse.examine(header, read)
     record.refuse_twice(header, "; unfuse it, then ask again", layers)
-    mixed = differing(layers)
+    mixed = of_mixed_types(layers)
     if not mixed:
         raise NothingToDo(header, _no_recipe(layers), layers)
     _refuse_unknown(header)
@@ -121,15 +128,6 @@ def recipe(header: Header, read: Read) -> Recipe:
         raise NothingToDo(header, f"of one type, it could not be fused: {summary(left)}", layers)
     ways = tuple(_way(header, mixed, way.name) for way in ways)
     return Recipe(header, tuple(mixed), len(fusable) - len(mixed), ways)
-
-
-def differing(layers: Sequence[Layer]) -> list[Layer]:
-    """Attention layers whose weights have different types."""
-    return [
-        layer
-        for layer in layers
-        if layer.status is Status.MISMATCH and layer.fusion is QKV and len(set(layer.types)) > 1
-    ]
 
 
 def _no_recipe(layers: Sequence[Layer]) -> str:
