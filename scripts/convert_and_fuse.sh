@@ -27,15 +27,15 @@ fi
 scratch=$(mktemp -d "$(dirname "$output")/convert-and-fuse.XXXXXX")
 
 python3 "$LLAMA_CPP/convert_hf_to_gguf.py" "$model" --outtype f16 --outfile "$scratch/f16.gguf"
-matrix=(${IMATRIX:+--imatrix "$IMATRIX"})
-llama-quantize "${matrix[@]}" "$scratch/f16.gguf" "$scratch/quantized.gguf" "$type"
+llama-quantize ${IMATRIX:+--imatrix "$IMATRIX"} \
+    "$scratch/f16.gguf" "$scratch/quantized.gguf" "$type"
 
 status=0
 gguf-fuse --fuse-qkv-weights "$scratch/quantized.gguf" "$output" || status=$?
 if [ "$status" = 3 ]; then
     status=0
     gguf-fuse recipe "$scratch/quantized.gguf" "$output" --run --from "$scratch/f16.gguf" \
-        "${matrix[@]}" || status=$? # it verifies what it writes
+        ${IMATRIX:+--imatrix "$IMATRIX"} || status=$? # it verifies what it writes
     verified=yes
 fi
 if [ "$status" = 3 ]; then
