@@ -17,6 +17,7 @@ from tests.edit import edited
 from tests.pack import UINT32, lora, save, valid
 from tests.quantize import Arguments, parsed, quantizable
 from tests.server import Run, assert_one_line
+from tests.shards import in_three
 
 Model = Callable[..., Path]
 
@@ -154,3 +155,10 @@ def test_what_llama_quantize_does_not_read_is_refused(run: Run, tmp_path: Path) 
     newer = valid().tensor("blk.0.attn_v.weight", type=1).tensor("output_norm.weight", type=142)
     path = save(newer.key("general.file_type", UINT32, 1), tmp_path / "newer.gguf")
     assert_one_line(run("recipe", path), "output_norm.weight", "type 142")
+
+
+def test_of_shards_llama_quantize_is_given_the_first(model: Model, run: Run) -> None:
+    mixed = {"*": T.Q4_K, "*attn_v.weight": T.Q6_K}
+    paths = in_three(model(n_embd=256, types=mixed), "cut")
+    asked = quantization(recipe(run, paths[1])["ways"][0]["commands"])
+    assert asked.source == str(paths[0])
