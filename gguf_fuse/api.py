@@ -186,8 +186,10 @@ def requantize_and_fuse(
     prefix = f"{output.name}{TEMPORARY_MARK}"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as folder:
         new = str(Path(folder) / "requantized.gguf")
-        source = found.source if unquantized is None else os.fspath(unquantized)
-        words = found.quantize(chosen, source, new, None if matrix is None else os.fspath(matrix))
+        # Absolute, lest a name be taken for an option.
+        source = Path(found.source if unquantized is None else unquantized).absolute()
+        with_matrix = None if matrix is None else str(Path(matrix).absolute())
+        words = found.quantize(chosen, str(source), new, with_matrix)
         again = ["--allow-requantize"] if unquantized is None else []
         on_start("llama-quantize", len(found.header.tensors))
         quantize.quantize(program, [*again, *words], on_progress)

@@ -144,7 +144,8 @@ def _lines(shell: _Shell) -> Iterator[Text]:
         for command in commands:
             yield Text(console.one_line(command, len(command)))
     yield text()
-    if shell.matrix is None and (wanted := recipe.ways[0].wants_matrix):
+    wanted = next((way.wants_matrix for way in recipe.ways if way.wants_matrix), None)
+    if wanted and shell.matrix is None:
         made_with = recipe.header.metadata.get(MATRIX_KEY)
         own = f" (this file was made with {made_with})" if made_with else ""
         yield text(

@@ -35,11 +35,23 @@ def test_help_of_a_command_has_an_example(command: str) -> None:
     assert f"Example: gguf-fuse {command}" in done.stdout
 
 
-def test_help_loads_nothing_heavy() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "gguf_fuse", "--help"]
+def assert_not_loaded(arguments: list[str | Path], *modules: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "gguf_fuse", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for heavy in ("numpy", "gguf", "rich.progress", "gguf_fuse.api", "gguf_fuse.format.header"):
-        assert not re.search(rf"\| +{heavy}$", done.stderr, re.MULTILINE)
+    for module in modules:
+        assert not re.search(rf"\| +{re.escape(module)}$", done.stderr, re.MULTILINE), module
+
+
+def test_nothing_heavy_is_loaded_for_little(packed: Path) -> None:
+    heavy = ("numpy", "gguf", "rich.progress")
+    assert_not_loaded(["--help"], *heavy, "gguf_fuse.api", "gguf_fuse.format.header")
+    assert_not_loaded(["inspect", packed], *heavy, "concurrent.futures", "rich._emoji_codes")
+    assert_not_loaded(["fuse", packed, packed.with_name("out.gguf")], *heavy, "rich._emoji_codes")
+
+
+def test_names_are_printed_as_they_are(packed: Path) -> None:
+    odd = packed.rename(packed.with_name(":cat: [red].gguf"))
+    assert str(odd) in gguf_fuse("inspect", odd).stdout
 
 
 def test_version() -> None:
