@@ -19,7 +19,6 @@ from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Segment, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
-from gguf_fuse.planning import recipe as recipes
 from gguf_fuse.planning import unfuse as unfusing
 from gguf_fuse.planning.base import require_base
 from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
@@ -42,6 +41,9 @@ from gguf_fuse.writing.stream import stream
 
 __all__ = ["Altered", "Inspection", "OnMismatch", "Options", "Reflink", "Result"]
 __all__ += ["fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]
+
+if TYPE_CHECKING:
+    from gguf_fuse.planning import recipe as recipes
 
 STANDARD_OUTPUT = "-"
 
@@ -146,6 +148,8 @@ def recipe(source: AnyPath) -> recipes.Recipe:
 
     Raises GGUFError; NothingToDo where types are in no layer's way.
     """
+    from gguf_fuse.planning import recipe as recipes
+
     return recipes.recipe(read_model(source), Segment.read)
 
 

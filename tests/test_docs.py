@@ -13,14 +13,17 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as T
 
 import gguf_fuse
 from gguf_fuse.cli.demo_model import write_demo_model
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
 from tests.models.architectures import LAYOUTS
+from tests.quantize import stand_in
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -159,32 +162,42 @@ def test_scripts_are_sound(script: str) -> None:
     assert "set -euo pipefail" in path.read_text()
 
 
-def test_pipeline_with_stand_ins_for_llama_cpp(tmp_path: Path) -> None:
-    """convert_and_fuse.sh runs through; conversion and quantization only copy a model."""
-    write_demo_model(tmp_path / "model.gguf")
-    tools = tmp_path / "llama.cpp" / "build" / "bin"
+def pipeline(folder: Path, model: Path, quantize: str) -> None:
+    """Run convert_and_fuse.sh; conversion only copies the model. quantize: lines of a script."""
+    tools = folder / "llama.cpp" / "build" / "bin"
     tools.mkdir(parents=True)
-    source = shlex.quote(str(tmp_path / "model.gguf"))
+    source = shlex.quote(str(model))
     convert = (
         f"import shutil, sys; shutil.copy({source!r}, sys.argv[sys.argv.index('--outfile') + 1])"
     )
-    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(convert)
-    (tools / "llama-quantize").write_text('#!/bin/sh\n[ "$1" = --pure ] && cp "$2" "$3"\n')
+    (folder / "llama.cpp" / "convert_hf_to_gguf.py").write_text(convert)
+    (tools / "llama-quantize").write_text(f"#!/bin/sh\n{quantize}\n")
     (tools / "gguf-fuse").write_text(f'#!/bin/sh\nexec {sys.executable} -m gguf_fuse "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     done = subprocess.run(
-        [ROOT / "scripts" / "convert_and_fuse.sh", "folder", tmp_path / "out.gguf", "Q4_K"],
-        env={**os.environ, "LLAMA_CPP": str(tmp_path / "llama.cpp")},
+        [ROOT / "scripts" / "convert_and_fuse.sh", "folder", folder / "out.gguf", "Q4_K"],
+        env={**os.environ, "LLAMA_CPP": str(folder / "llama.cpp")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "llama.cpp",
-        "model.gguf",
-        "out.gguf",
-    ]
+    assert not list(folder.glob("convert-and-fuse*"))
+
+
+def test_pipeline_with_stand_ins_for_llama_cpp(tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "model.gguf")
+    pipeline(tmp_path, tmp_path / "model.gguf", 'cp "$1" "$2"')
+
+
+def test_pipeline_where_the_mix_leaves_nothing_to_fuse(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    mixed = model("mixed.gguf", types={"*": T.Q4_0, "*attn_v.weight": T.Q8_0})
+    again = f'[ $# -gt 3 ] && exec {stand_in(tmp_path)} "$@"'
+    pipeline(tmp_path, model("f16.gguf", types={"*": T.F16}), f'{again}\ncp {mixed} "$2"')
+    layers = gguf_fuse.inspect(tmp_path / "out.gguf").layers
+    assert [layer.types for layer in layers] == [("Q8_0",), ("Q8_0",)]
 
 
 def test_small_runs_of_the_benchmarks() -> None:

@@ -175,12 +175,12 @@ def print_parts(parts: Iterable[RenderableType], *, stderr: bool = False) -> Non
         out.print(part if whole else _Trimmed(part), highlight=False, soft_wrap=whole)
 
 
-def next_line(command: str, *paths: str | Path) -> Iterator[Text]:
+def next_line(command: str, *paths: str | Path, label: str = "next") -> Iterator[Text]:
     """The command to run next, to be pasted; none where a path cannot be shown as it is."""
     words = [str(path) for path in paths]
     if all(word.isprintable() for word in words):
         dashes = ["--"] if any(word.startswith("-") for word in words) else []
-        yield Text(f"next: gguf-fuse {command} {shlex.join([*dashes, *words])}", no_wrap=True)
+        yield Text(f"{label}: gguf-fuse {command} {shlex.join([*dashes, *words])}", no_wrap=True)
 
 
 def one_line(content: str, most: int = 1000) -> str:

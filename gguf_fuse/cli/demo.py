@@ -13,7 +13,6 @@ from gguf_fuse.cli.options import option
 from gguf_fuse.cli.unfuse import print_unfused
 from gguf_fuse.cli.usage import OUTPUT
 from gguf_fuse.cli.verify import verify
-from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import QKV
 
 
@@ -47,6 +46,7 @@ def demo(
 
 def _make(model: Path) -> None:
     from gguf_fuse.cli.demo_model import write_demo_model
+    from gguf_fuse.format.source import GGUFError
 
     try:
         model.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typer import BadParameter
 import gguf_fuse
 from gguf_fuse.choices import OnMismatch
 from gguf_fuse.cli.console import Flowing, next_line, print_parts, text
-from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result
+from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result, recipe_hint
 from gguf_fuse.cli.options import (
     AnyArchitecture,
     AsJson,
@@ -144,6 +144,7 @@ def _notes(result: gguf_fuse.Result, dry_run: bool) -> Iterator[RenderableType]:
             "yellow",
         )
     yield from layout_notes(result)
+    yield from recipe_hint(result.source, result.plan.skipped)
 
 
 def next_after(result: gguf_fuse.Result) -> Iterator[Text]:

@@ -29,7 +29,7 @@ from gguf_fuse.cli.console import (
     text,
 )
 from gguf_fuse.cli.fuse import beside
-from gguf_fuse.cli.layers import fused_tensor, layer_table
+from gguf_fuse.cli.layers import fused_tensor, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, existing_file
 from gguf_fuse.format.shards import ShardName
 from gguf_fuse.format.source import GGUFError, expand, is_address
@@ -162,6 +162,7 @@ def _parts(found: gguf_fuse.Inspection) -> Iterator[RenderableType]:
     yield ""
     yield from (Flowing(total, indent=2) for total in _totals(found))
     yield from _fetched([found.header.path])
+    yield from recipe_hint(found.header, found.layers)
     yield from _next(found)
 
 

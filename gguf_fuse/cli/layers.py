@@ -11,7 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import gguf_fuse
-from gguf_fuse.cli.console import Flowing, number, print_parts, table
+from gguf_fuse.cli.console import Flowing, next_line, number, print_parts, table
+from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import is_canonical
 from gguf_fuse.planning.fusions import FUSIONS, QKV
 from gguf_fuse.planning.plan import Layer, Plan
@@ -36,6 +37,15 @@ def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
 def fused_tensor(layer: Layer) -> str:
     """What begins a line that is not about attention."""
     return "" if layer.fusion is QKV else f"{layer.fusion.fused}: "
+
+
+def recipe_hint(source: Header, layers: Sequence[Layer]) -> Iterator[RenderableType]:
+    """Where types keep layers of a model separate: the command that tells what to do about it."""
+    from gguf_fuse.planning import record
+    from gguf_fuse.planning.plan import of_mixed_types
+
+    if source.is_model and not record.exists(source) and of_mixed_types(layers):
+        yield from next_line("recipe", source.path, label="to fuse layers of mixed types too")
 
 
 def ranges(names: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ from gguf_fuse.cli.answer import layer_json, result_json
 from gguf_fuse.cli.console import text
 from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, In, Quiet, existing_file
-from gguf_fuse.format.types import type_name
 
 if TYPE_CHECKING:
     from gguf_fuse.planning.recipe import Recipe, Way
@@ -145,7 +144,8 @@ def _lines(shell: _Shell) -> Iterator[Text]:
         for command in commands:
             yield Text(console.one_line(command, len(command)))
     yield text()
-    if shell.matrix is None and (wanted := recipe.ways[0].wants_matrix):
+    wanted = next((way.wants_matrix for way in recipe.ways if way.wants_matrix), None)
+    if wanted and shell.matrix is None:
         made_with = recipe.header.metadata.get(MATRIX_KEY)
         own = f" (this file was made with {made_with})" if made_with else ""
         yield text(
@@ -164,6 +164,8 @@ _LOSSES = {
 
 def _changes(recipe: Recipe, way: Way) -> str:
     """blk.0-3: Q4_K, Q4_K, Q6_K -> Q6_K."""
+    from gguf_fuse.format.types import type_name
+
     alike: dict[str, list[str]] = {}
     for layer in recipe.layers:
         parts = (f"{layer.name}.{part}.weight" for part in layer.fusion.parts)
@@ -179,6 +181,8 @@ def _size(recipe: Recipe, way: Way) -> str:
 
 
 def _json(shell: _Shell) -> dict[str, Any]:
+    from gguf_fuse.format.types import type_name
+
     recipe = shell.recipe
     return {
         "input": recipe.header.path,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from gguf_fuse.format.header import TensorInfo
+if TYPE_CHECKING:
+    from gguf_fuse.format.header import TensorInfo
 
 ATTENTION_PARTS = ("attn_q", "attn_k", "attn_v")
 FUSED_ATTENTION = "attn_qkv"

@@ -337,7 +337,10 @@ def require_fusable(header: Header, layers: tuple[plan.Layer, ...], nothing: str
         by_loader = layer.reason not in (plan.KEPT_SEPARATE, ENCODER_BESIDE_TEXT)
         if layer.status is plan.Status.SEPARATE and by_loader:
             refuse_loader(header, loader_of(header, layer.name), layer.fusion)
-    raise plan.NothingToDo(header, f"nothing to fuse: {plan.summary(layers) or nothing}", layers)
+    mixed = header.is_model and plan.of_mixed_types(layers)
+    hint = "; gguf-fuse recipe shows how they can be of one type" if mixed else ""
+    problem = f"nothing to fuse: {plan.summary(layers) or nothing}{hint}"
+    raise plan.NothingToDo(header, problem, layers)
 
 
 def _no_parts(fusion: Fusion) -> str:

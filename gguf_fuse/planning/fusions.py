@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.models.names import (
     ATTENTION_PARTS,
     FUSED_ATTENTION,
     attention_layers,
     layers_with_weights,
 )
+
+if TYPE_CHECKING:
+    from gguf_fuse.format.header import TensorInfo
 
 JOINED = ("weight", "bias")  # suffixes of tensors that are laid end to end
 SHARED = ("scale", "input_scale")  # the same values, so the fused tensor has them once

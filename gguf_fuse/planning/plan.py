@@ -159,6 +159,15 @@ def summary(layers: Sequence[Layer]) -> str:
     )
 
 
+def of_mixed_types(layers: Sequence[Layer]) -> list[Layer]:
+    """Attention layers whose weights have different types: a recipe may make them fusable."""
+    return [
+        layer
+        for layer in layers
+        if layer.status is Status.MISMATCH and layer.fusion is QKV and len(set(layer.types)) > 1
+    ]
+
+
 def refuse_any(header: Header, layers: Sequence[Layer], status: Status, hint: str = "") -> None:
     """Raises Refused, with their reasons and then the hint, if layers have this status."""
     found = [layer for layer in layers if layer.status is status]

@@ -18,14 +18,21 @@ from gguf_fuse.choices import WayName
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.types import TYPES, is_known, row_bytes, type_name
 from gguf_fuse.planning import fuse, record
-from gguf_fuse.planning.fusions import QKV
-from gguf_fuse.planning.plan import Layer, NothingToDo, Read, Refused, Status, summary
+from gguf_fuse.planning.plan import (
+    Layer,
+    NothingToDo,
+    Read,
+    Refused,
+    Status,
+    of_mixed_types,
+    summary,
+)
 
 FILE_TYPE_KEY = "general.file_type"
 MATRIX_KEY = "quantize.imatrix.file"  # that llama-quantize notes
 # By general.file_type (llama_ftype in llama.h): how llama-quantize calls it. Those of F32, F16 and
 # BF16 are left out: --tensor-type has no effect beside them.
-_FILE_TYPES = {
+_FILE_TYPES: Mapping[int | None, str] = {
     2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
     19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S",
@@ -88,11 +95,10 @@ class Recipe:
         words = ["--imatrix", matrix] if matrix else []
         for pattern, type_id in (*_patterns(way.types, types), *_patterns(kept, types)):
             words += ["--tensor-type", f"{pattern}={type_name(type_id).lower()}"]
-        file_type = _file_type(self.header)
-        if file_type is None and FILE_TYPE_KEY in self.header.metadata:
-            number = self.header.metadata[FILE_TYPE_KEY]
+        number = _file_type(self.header)
+        if number is not None and number not in _FILE_TYPES:
             words += ["--override-kv", f"{FILE_TYPE_KEY}=int:{number}"]
-        return [*words, source, target, file_type or _likely_file_type(types)]
+        return [*words, source, target, _FILE_TYPES.get(number) or _likely_file_type(types)]
 
 
 def recipe(header: Header, read: Read) -> Recipe:
@@ -108,7 +114,7 @@ def recipe(header: Header, read: Read) -> Recipe:
         )
     layers = fuse.examine(header, read)
     record.refuse_twice(header, "; unfuse it, then ask again", layers)
-    mixed = differing(layers)
+    mixed = of_mixed_types(layers)
     if not mixed:
         raise NothingToDo(header, _no_recipe(layers), layers)
     _refuse_unknown(header)
@@ -121,15 +127,6 @@ def recipe(header: Header, read: Read) -> Recipe:
         raise NothingToDo(header, f"of one type, it could not be fused: {summary(left)}", layers)
     ways = tuple(_way(header, mixed, way.name) for way in ways)
     return Recipe(header, tuple(mixed), len(fusable) - len(mixed), ways)
-
-
-def differing(layers: Sequence[Layer]) -> list[Layer]:
-    """Attention layers whose weights have different types."""
-    return [
-        layer
-        for layer in layers
-        if layer.status is Status.MISMATCH and layer.fusion is QKV and len(set(layer.types)) > 1
-    ]
 
 
 def _no_recipe(layers: Sequence[Layer]) -> str:
@@ -196,8 +193,9 @@ def _types(header: Header) -> dict[str, int]:
     }
 
 
-def _file_type(header: Header) -> str | None:
-    return _FILE_TYPES.get(header.metadata.get(FILE_TYPE_KEY, -1))
+def _file_type(header: Header) -> int | None:
+    number = header.metadata.get(FILE_TYPE_KEY)
+    return number if type(number) is int else None
 
 
 def _likely_file_type(types: Mapping[str, int]) -> str:
@@ -209,7 +207,7 @@ def _likely_file_type(types: Mapping[str, int]) -> str:
 
 def _wants_matrix(header: Header, types: Mapping[str, int]) -> str | None:
     wanting = set(_MATRIX_TYPES)
-    if _file_type(header) == "Q2_K_S":
+    if _FILE_TYPES.get(_file_type(header)) == "Q2_K_S":
         wanting.add("Q2_K")
     found = (type_name(type_id) for name, type_id in types.items() if name not in _NO_MATRIX)
     return next((name for name in found if name in wanting), None)
