@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gguf_fuse.choices import OnMismatch, Reflink, WayName, require_word
 from gguf_fuse.format.header import Header
