@@ -27,7 +27,6 @@ from gguf_fuse.cli.options import (
 )
 from gguf_fuse.cli.usage import WHAT, complete_path
 from gguf_fuse.cli.verify import verify as verify_command
-from gguf_fuse.format.shards import ShardName
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.plan import Layer
 
@@ -107,6 +106,8 @@ def fuse(
 
 def beside(source: Path | str) -> str:
     """Where the fused file is written when nobody says where: of shards, the first one."""
+    from gguf_fuse.format.shards import ShardName
+
     name = ShardName.parse(str(source))
     if name is None:
         return f"{str(source).removesuffix('.gguf')}-fused.gguf"

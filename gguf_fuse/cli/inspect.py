@@ -31,7 +31,6 @@ from gguf_fuse.cli.console import (
 from gguf_fuse.cli.fuse import beside
 from gguf_fuse.cli.layers import fused_tensor, layer_table
 from gguf_fuse.cli.options import AsJson, existing_file
-from gguf_fuse.format.shards import ShardName
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
@@ -69,6 +68,8 @@ def inspect(
 
 def _files(inputs: Iterable[Path]) -> Iterator[Path]:
     """Each file, those in folders in the order of their names; of each set of shards, one."""
+    from gguf_fuse.format.shards import ShardName
+
     seen = set[tuple[str, int]]()
     for path in inputs:
         for file in sorted(_in_folder(path)) if path.is_dir() else [path]:

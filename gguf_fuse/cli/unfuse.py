@@ -1,5 +1,7 @@
 """The command unfuse."""
 
+from __future__ import annotations
+
 import functools
 
 import gguf_fuse
