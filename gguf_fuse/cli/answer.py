@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gguf_fuse.planning.fusions import FUSIONS
-from gguf_fuse.planning.loaders import Loader
 from gguf_fuse.planning.plan import Layer, Status
 
 if TYPE_CHECKING:
     import gguf_fuse
     from gguf_fuse.format.header import Header
+    from gguf_fuse.planning.loaders import Loader
 
 JSON_FORMAT = 1  # one more whenever a word changes its meaning or is gone; new words may come
 
@@ -68,17 +68,17 @@ _OLD_WORDS_OF_INSPECT = {
     "bytes_in": "file_bytes",
 }
 
-_LOADERS = {
-    Loader.READS_FUSED: "reads fused",
-    Loader.ALREADY_FUSED: "reads fused",
-    Loader.NEEDS_SEPARATE: "needs separate",
-    Loader.CRASHES: "needs separate",
+_LOADERS = {  # by the name of a Loader; else "unknown"
+    "READS_FUSED": "reads fused",
+    "ALREADY_FUSED": "reads fused",
+    "NEEDS_SEPARATE": "needs separate",
+    "CRASHES": "needs separate",
 }
 
 
 def loader_word(loader: Loader) -> str:
     """What a loader wants, in two words."""
-    return _LOADERS.get(loader, "unknown")
+    return _LOADERS.get(loader.name, "unknown")
 
 
 def result_json(

@@ -27,8 +27,6 @@ from gguf_fuse.cli.options import (
 )
 from gguf_fuse.cli.usage import WHAT, complete_path
 from gguf_fuse.cli.verify import verify as verify_command
-from gguf_fuse.format.shards import ShardName
-from gguf_fuse.format.source import is_address
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.plan import Layer
 
@@ -111,6 +109,9 @@ def beside(source: str) -> str:
 
     What is fetched has no folder to be beside: its name alone.
     """
+    from gguf_fuse.format.shards import ShardName
+    from gguf_fuse.format.source import is_address
+
     path = source.rpartition("/")[2] if is_address(source) else source
     name = ShardName.parse(path)
     if name is None:

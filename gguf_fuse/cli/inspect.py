@@ -31,7 +31,6 @@ from gguf_fuse.cli.console import (
 from gguf_fuse.cli.fuse import beside
 from gguf_fuse.cli.layers import fused_tensor, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, existing_file
-from gguf_fuse.format.shards import ShardName
 from gguf_fuse.format.source import GGUFError, expand, is_address
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
@@ -73,6 +72,8 @@ def inspect(
 
 def _files(inputs: Iterable[str]) -> Iterator[str]:
     """Each file, those in folders in the order of their names; of each set of shards, one."""
+    from gguf_fuse.format.shards import ShardName
+
     seen = set[tuple[str, int]]()
     for path in inputs:
         for file in sorted(_in_folder(path)) if Path(path).is_dir() else [path]:

@@ -17,14 +17,14 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from gguf_fuse.cli.console import EXIT_USAGE, complain
+from gguf_fuse.cli.console import EXIT_INTERRUPTED, EXIT_USAGE, complain
 from gguf_fuse.planning.fusions import QKV
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
 WHAT, OUTPUT, SHARDS, SPEED, OTHER = "What", "Output", "Shards", "Speed", "Other"  # parts of --help
 _COLUMN = 25  # of --help: where the words begin
-_PARTS = (WHAT, OUTPUT, SHARDS, SPEED, "Options", OTHER)
+_PARTS = (WHAT, "Options", OUTPUT, SHARDS, SPEED, OTHER)
 
 # What other programs call an option of ours; spelling is `difflib`'s.
 _OTHER_NAMES = {
@@ -83,10 +83,14 @@ class Program(TyperGroup):
             return ["fuse", *args]
         if ctx.resilient_parsing or not words or not _is_path(words[0]):
             return args
-        if len(words) == 1:
+        inspects = {name for each in self.commands["inspect"].params for name in each.opts}
+        others = set(args) - {*words, *inspects, *ctx.help_option_names}
+        if len(words) == 1 and not others:
             return ["inspect", *args]
-        meant = [QKV.flag] if len(words) == 2 else ["inspect"]
-        raise UsageError(f"did you mean: {shlex.join(['gguf-fuse', *meant, *args])}", ctx)
+        meant = ["inspect"] if len(words) > 2 else [QKV.flag]
+        if all(word.isprintable() for word in args):
+            raise UsageError(f"did you mean: {shlex.join(['gguf-fuse', *meant, *args])}", ctx)
+        raise UsageError(f"no command{_ALL}", ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands and not ctx.resilient_parsing:
@@ -136,11 +140,19 @@ def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
         shown += "" if option.is_flag else f" {option.metavar or 'N'}"
         general = option.name == "help" or "completion" in option.name
         part = OTHER if general else getattr(option, "rich_help_panel", None) or "Options"
-        parts[part].append((shown.ljust(_COLUMN), option.help or ""))
+        parts[part].append((shown.ljust(_COLUMN), _explained(option)))
     for part, rows in parts.items():
         if rows:
             with formatter.section(part):
                 formatter.write_dl(rows, col_max=_COLUMN)
+
+
+def _explained(option: Any) -> str:
+    """The help, with a number that is the default, unless it tells that itself."""
+    words, default = option.help or "", option.default
+    if isinstance(default, bool) or not isinstance(default, int) or "default" in words:
+        return words
+    return f"{words.removesuffix('.')} (default: {default})."
 
 
 def complete_path(incomplete: str) -> list[str]:
@@ -171,6 +183,9 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
     except UsageError as error:
         complain(_told(error))
         code = EXIT_USAGE
+    except typer.Abort:  # before a command has begun
+        complain("interrupted")
+        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 

@@ -41,6 +41,7 @@ def test_wrong_usage(arguments: list[str], run: Run, packed: Path, tmp_path: Pat
 TOLD = {  # what is told for what was typed
     "in.gguf out.gguf": "did you mean: gguf-fuse --fuse-qkv-weights in.gguf out.gguf",
     "-f in.gguf out.gguf": "did you mean: gguf-fuse --fuse-qkv-weights -f in.gguf out.gguf",
+    "in.gguf --dry-run": "did you mean: gguf-fuse --fuse-qkv-weights in.gguf --dry-run",
     "a.gguf b.gguf c.gguf": "did you mean: gguf-fuse inspect a.gguf b.gguf c.gguf",
     "inspct in.gguf": "no command 'inspct'; did you mean inspect?",
     "convert": "no command 'convert'; gguf-fuse --help lists all",
@@ -74,6 +75,10 @@ def test_the_right_way_is_named(typed: str, run: Run) -> None:
     outcome = run(*typed.split())
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == f"gguf-fuse: {TOLD[typed]}\n"
+
+
+def test_no_command_is_named_that_cannot_be_pasted(run: Run) -> None:
+    assert "did you mean" not in run("a\nb.gguf", "out.gguf").err
 
 
 def test_no_arguments_show_the_help_and_are_wrong_usage(run: Run) -> None:
