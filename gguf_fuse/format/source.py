@@ -95,6 +95,8 @@ class Source:
         except OSError as error:
             hint = "; a pipe cannot be read, give a file" if name == "-" else ""
             raise GGUFError(f"{name}: {error.strerror}{hint}") from error
+        except ValueError as error:  # a zero byte in the name
+            raise GGUFError(f"{name}: {error}") from error
         if not stat.S_ISREG(status.st_mode):
             raise GGUFError(f"{name}: not a regular file; give the path of a GGUF file")
         return cls(name, Stamp.of(status))

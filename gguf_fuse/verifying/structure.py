@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     weights = [tensor.name for tensor in made if tensor.name.endswith(".weight")]
     n_fused = sum(name.endswith(f".{FORMS[0][0]}.weight") for name in weights)
     counts = (n_fused, len(weights) - n_fused)
-    if unrelated := _unrelated(original, fused, {part.name for part in ranges}, listing):
+    if unrelated := _unrelated(original, fused, listing):
         return Structure((unrelated,), *counts)
     long_pairs, unequal = compare_metadata(original, fused, made)
     ranges[:0] = [
@@ -83,22 +83,21 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     )
 
 
-def _unrelated(
-    original: Header, fused: Header, alike: Collection[str], listing: Sequence[str]
-) -> str | None:
+def _unrelated(original: Header, fused: Header, listing: Sequence[str]) -> str | None:
     """That these are no two files of one model, in one line instead of all that follows from it.
 
-    alike: names of the tensors that are there, and as they should be.
+    listing: what differs in the lists of tensors; each line begins with a name.
     """
     a, b = original.architecture, fused.architecture
     if a != b:
         return f"two different models: architecture {a!r}, but {b!r} in the fused file"
-    n_tensors = len(fused.tensors)
-    if not _are_most(n_tensors - len(alike), n_tensors):
+    n = len({line.partition(": ")[0] for line in listing})
+    n_tensors = max(len(original.tensors), len(fused.tensors))
+    if not _are_most(n, n_tensors):
         return None
     return (
-        f"two different models: {n_tensors - len(alike)} of {n_tensors} tensors differ in name, "
-        f"type or shape; {listing[0]}"
+        f"two different models: {n} of {n_tensors} tensors differ in name, type or shape; "
+        f"{listing[0]}"
     )
 
 
@@ -112,7 +111,7 @@ def _told(original: Header, fused: Header, differing: Sequence[tuple[_Range, int
 
 
 def _are_most(n: int, n_tensors: int) -> bool:
-    return n > max(n_tensors // 2, 3)
+    return n > max(n_tensors // 2, 6)
 
 
 def _layout_problems(fused: Header) -> list[str]:

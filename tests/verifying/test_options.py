@@ -60,6 +60,17 @@ def test_words_of_fuse(value: Any, packed: Path) -> None:
     assert [path.name for path in packed.parent.iterdir()] == ["in.gguf"]
 
 
+def test_paths_of_verify(packed: Path) -> None:
+    """Any path that fuse takes; what cannot be one fails as what is not there."""
+    fused = fused_copy(packed)
+    options = gguf_fuse.VerifyOptions(structure_only=True)
+    for original, other in ((packed, str(fused)), (str(packed), fused)):
+        assert gguf_fuse.verify(original, other, options).ok
+    for missing in ("absent.gguf", "zero\0byte.gguf", str(packed.parent), ""):
+        with pytest.raises(gguf_fuse.GGUFError):
+            gguf_fuse.verify(packed, missing, options)
+
+
 def test_numbers_of_numpy_are_numbers(packed: Path) -> None:
     gguf_fuse.Options(threads=np.int64(2))  # type: ignore[arg-type, unused-ignore]
     options = gguf_fuse.VerifyOptions(n_prompt=np.int32(3), structure_only=True)  # type: ignore[arg-type, unused-ignore]

@@ -383,6 +383,14 @@ def test_parts_with_rows_of_another_length_cannot_be_fused(tmp_path: Path) -> No
 # -- two files that are no pair ------------------------------------------------------------------
 
 
+def test_a_file_without_most_tensors_is_one_line(model: Model) -> None:
+    original = model()
+    contents = Contents.of(fused_copy(original))
+    contents.tensors = dict(list(contents.tensors.items())[:3])
+    (problem,) = problems(original, contents.write())
+    assert problem.startswith("two different models: 18 of 21 tensors differ in name, type or ")
+
+
 def test_another_architecture_is_one_line(model: Model) -> None:
     found = problems(model(), fused_copy(model("other.gguf", architecture="qwen2")))
     assert found == ["two different models: architecture 'llama', but 'qwen2' in the fused file"]
