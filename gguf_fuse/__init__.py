@@ -11,7 +11,9 @@ Functions raise `GGUFError` with the line that the command would print; `Nothing
 are special cases of it. Nothing is loaded before it is used: `import gguf_fuse` costs nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+TYPE_CHECKING = False  # for type checkers it is true; typing itself takes a while to load
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,10 @@ _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.
 __all__ = ["GATE_UP", "QKV", "GGUFError", "Inspection", "NothingToDo", "Options", "Refused"]
 __all__ += ["Report", "Result", "VerifyOptions", "fuse", "inspect", "unfuse", "verify"]
 
-if TYPE_CHECKING:  # for type checkers, which do not read the table; a test compares the two
+if TYPE_CHECKING:
+    from typing import Any
+
+    # For type checkers, which do not read the table; a test compares the two.
     from gguf_fuse.api import Inspection, Options, Result, fuse, inspect, unfuse
     from gguf_fuse.format.source import GGUFError
     from gguf_fuse.planning.fusions import GATE_UP, QKV

@@ -1,11 +1,11 @@
 """What all commands print with: the console, tables, one progress bar, and how a failure ends."""
 
+import contextlib
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,13 +14,13 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
+from gguf_fuse import signals
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.plan import NothingToDo
 
 EXIT_ERROR = 1
 EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
-EXIT_INTERRUPTED = 130
 
 
 def failing(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,27 +29,49 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
+            with signals.raised():
+                command(*args, **kwargs)
+                sys.stdout.flush()
         except NothingToDo as nothing:
             fail(str(nothing), EXIT_NOTHING_TO_DO)
         except GGUFError as error:
             fail(str(error), EXIT_ERROR)
         except OSError as error:  # those of models are GGUFErrors by now
             if error.filename is None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            fail(f"{error.filename or 'standard output'}: {error.strerror}", EXIT_ERROR)
+                raise typer.Exit(not_printed(error)) from error
+            fail(f"{error.filename}: {error.strerror}", EXIT_ERROR)
         except MemoryError as error:
             fail(f"not enough memory: {str(error) or 'nothing more can be had'}", EXIT_ERROR)
-        except KeyboardInterrupt as interrupt:
-            fail("; ".join(["interrupted", *interrupt.args]), EXIT_INTERRUPTED)
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+            fail("no more threads to be had; see ulimit -u", EXIT_ERROR)
+        except signals.Stopped as stop:
+            fail("; ".join([signals.words(stop.number), *stop.args]), stop.exit_code)
 
     return run
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(f"gguf-fuse: {one_line(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the code still tells
+        print(f"gguf-fuse: {one_line(message)}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def not_printed(error: OSError) -> int:
+    """Say that a stream does not take what is printed, in place of Python at its end -> exit code.
+
+    The code of wrong usage stays, where that was to be told.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what it still holds would fail once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with contextlib.suppress(OSError):
+        print(f"gguf-fuse: standard output: {error.strerror}", file=sys.stderr)
+    usage = getattr(error.__context__, "exit_code", EXIT_ERROR)
+    return int(usage)
 
 
 def printer(*, stderr: bool = False) -> Console:
@@ -122,7 +144,7 @@ class Bar:
         self.update(advance=n)
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     """On stderr, where that is a terminal. of_bytes: with their number and speed."""
     if quiet or not sys.stderr.isatty():

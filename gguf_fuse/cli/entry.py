@@ -1,16 +1,16 @@
-"""The program: its commands, its signals, and the bare form that means fuse."""
+"""The program: its commands, and the bare form that means fuse."""
 
 import io
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from gguf_fuse import __version__
 from gguf_fuse.cli.bench import bench
+from gguf_fuse.cli.console import not_printed
 from gguf_fuse.cli.demo import demo
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.inspect import inspect
@@ -28,7 +28,7 @@ app = typer.Typer(
     ),
     epilog=(
         "Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or "
-        "to unfuse, nothing written; 4 verification failed; 130 interrupted."
+        "to unfuse, nothing written; 4 verification failed; 130 interrupted (128 + the signal)."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -62,12 +62,11 @@ def _common(
     pass
 
 
-def main() -> None:
-    """The console command. Flags of fuse without a command's name before them mean `fuse`."""
+def run(arguments: list[str]) -> None:
+    """What the program does. Flags of fuse without a command's name before them mean `fuse`."""
     # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
-    arguments = sys.argv[1:]
     # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
     asked = any(argument.startswith("--fuse-") for argument in arguments)
     if asked and arguments[0] not in {command.__name__ for command in _EXAMPLES}:
@@ -77,20 +76,10 @@ def main() -> None:
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(getattr(sys, stream), io.TextIOWrapper):  # a name may not fit the encoding
             getattr(sys, stream).reconfigure(errors="backslashreplace")
-    for number in _STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _stop)
-    app(arguments, prog_name="gguf-fuse")
-
-
-# Windows has no SIGHUP.
-_STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-
-
-def _stop(caught: int, frame: object) -> NoReturn:
-    """End as the signal asks, once: another one in the midst of the cleaning up would break it."""
-    for number in _STOPPING:
-        signal.signal(number, lambda caught, frame: None)
-    if caught == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + caught)
+    try:
+        try:
+            app(arguments, prog_name="gguf-fuse")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of help, the version, or what is said of wrong usage
+        sys.exit(not_printed(error))

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +75,9 @@ class Writing:
         int | None, typer.Option(min=1, metavar="N", help="Cut OUT into shards of N tensors.")
     ] = None
 
+    # What is there by now: whatever then keeps the report from being printed is to say so.
+    published: list[str] = field(init=False, default_factory=list)
+
     def carry_out(
         self, rewrite: Callable[..., gguf_fuse.Result], output: str, dry_run: bool, as_json: bool
     ) -> gguf_fuse.Result | None:
@@ -103,6 +106,8 @@ class Writing:
                 if as_json:
                     print_json(result_json(nothing.header, nothing.layers, None))
                 raise
+        if result.files:
+            self.published.append(f"{output} is there and whole")
         if as_json:
             print_json(result_json(result.source, result.plan.skipped, result))
         return None if as_json or self.quiet else result
@@ -137,7 +142,16 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         how = {name: kwargs.pop(name) for name in options if name in kwargs}
-        command(*args, **kwargs, how=Writing(**how))
+        chosen = Writing(**how)
+        try:
+            command(*args, **kwargs, how=chosen)
+            sys.stdout.flush()
+        except OSError as error:
+            error.strerror = "; ".join([str(error.strerror), *chosen.published])
+            raise
+        except KeyboardInterrupt as stop:
+            stop.args = stop.args or tuple(chosen.published)
+            raise
 
     shown = signature.replace(parameters=[*own, *options.values()])
     run.__signature__ = shown  # type: ignore[attr-defined]

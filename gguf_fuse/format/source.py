@@ -13,10 +13,11 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
+
+from gguf_fuse import signals
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
@@ -29,16 +30,21 @@ class GGUFError(Exception):
 
 
 class Stamp(NamedTuple):
-    """What tells that a file is still the one that was read; mtime in nanoseconds."""
+    """What tells that a file is still the one that was read; times in nanoseconds.
+
+    ctime: a program may set the mtime back, but not that.
+    """
 
     device: int
     inode: int
     n_bytes: int
     mtime: int
+    ctime: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(status.st_dev, status.st_ino, status.st_size, *times)
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,13 @@ class OpenSource:
             stamp = Stamp.of(os.fstat(self.fd))
         except OSError as error:
             self._fail(str(error.strerror), error)
-        if stamp != self.source.stamp:
+        if stamp[:4] != self.source.stamp[:4]:
             self._fail("changed while it was read; run again when it is at rest")
+        if stamp != self.source.stamp:
+            self._fail(
+                "changed while it was read, or was linked, renamed or given other permissions; run "
+                "again when it is at rest"
+            )
 
     def _fail(self, problem: str, cause: OSError | None = None) -> NoReturn:
         raise GGUFError(f"{self.source.path}: {problem}") from cause
@@ -144,11 +155,16 @@ def opened(sources: Sequence[Source]) -> Iterator[dict[Source, OpenSource]]:
                 fd = os.open(source.path, os.O_RDONLY | _BINARY)
             except OSError as error:
                 raise GGUFError(f"{source.path}: {error.strerror}") from error
-            stack.callback(os.close, fd)
+            stack.callback(_close, fd)
             files[source] = OpenSource(source, fd)
         for file in files.values():
             file.refuse_changed()
         yield files
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):  # of what was only read, it loses nothing
+        os.close(fd)
 
 
 def _allow_open(n_files: int) -> None:
@@ -168,11 +184,12 @@ def _allow_open(n_files: int) -> None:
 def in_turn(
     blocks: Iterator[_Block], threads: int, work: Callable[[Iterator[_Block]], None]
 ) -> None:
-    """Several threads take blocks in turn; `work` is given those of one thread as they come.
+    """Threads, this one among them, take blocks in turn; `work` is given those of one as they come.
 
     Raises what `work` raises in any of them; the others end at their next block then.
     """
     lock, stop = threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
 
     def share() -> Iterator[_Block]:
         while not stop.is_set():
@@ -182,13 +199,29 @@ def in_turn(
                 return
             yield block
 
-    with ThreadPoolExecutor(threads) as pool:
+    def run() -> None:
         try:
-            for future in as_completed([pool.submit(work, share()) for _ in range(threads)]):
-                future.result()
-        except BaseException:
-            stop.set()  # the pool waits for its threads: let them end at once
-            raise
+            work(share())
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    helpers: list[threading.Thread] = []
+    try:
+        # No more threads to be had: fewer do the same.
+        with signals.waiting(), contextlib.suppress(RuntimeError):
+            for _ in range(threads - 1):
+                helper = threading.Thread(target=run)
+                helper.start()
+                helpers.append(helper)
+        run()
+    finally:
+        stop.set()  # after an interrupt: let them end at once
+        with signals.waiting():  # none may go on with files that are closed
+            for helper in helpers:
+                helper.join()
+    if errors:
+        raise errors[0]
 
 
 if sys.platform == "win32":

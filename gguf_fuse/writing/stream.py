@@ -3,41 +3,72 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError, opened
+from gguf_fuse.format.source import GGUFError, Source, opened
 from gguf_fuse.planning.plan import new_bytes
-from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.copy import BLOCK_BYTES, Opened, iter_blocks
 from gguf_fuse.writing.place import Placement
-from gguf_fuse.writing.publish import Written
+from gguf_fuse.writing.publish import Options, Written, flush
 
 
 def stream(
-    source: Header, placement: Placement, target_fd: int, on_progress: OnProgress
+    read: Sequence[Source], placement: Placement, target_fd: int, options: Options
 ) -> Written:
-    """Write the new file to a pipe. Raises GGUFError where reading or writing fails.
+    """Write the new file to a pipe, or to whatever else standard output is.
 
-    The placement must be one without clones.
+    read: as for `publish.write`; the placement must be one without clones.
+
+    Raises GGUFError where reading or writing fails. It, and a KeyboardInterrupt's args, tell how
+    much went out.
     """
+    target = _Target(target_fd)
     try:
-        if any(file.is_file(os.fstat(target_fd)) for file in source.sources):
-            raise GGUFError(f"{source.path}: input and standard output are the same file")
-        with opened(source.sources) as sources:
-            at = 0
+        status = os.fstat(target_fd)
+        for same in (file for file in read if file.is_file(status)):
+            raise GGUFError(f"{same.path}: input and standard output are the same file")
+        with opened(read) as sources:
             for start, data in _pieces(sources, placement):
-                _write_zeros(target_fd, start - at)
-                _write_bytes(target_fd, data)
-                on_progress(start + len(data) - at)
-                at = start + len(data)
-            _write_zeros(target_fd, placement.n_bytes - at)
+                before = target.at
+                target.write_zeros(start)
+                target.write(data)
+                options.on_progress(target.at - before)
+            target.write_zeros(placement.n_bytes)
             for file in sources.values():
                 file.refuse_changed()
-    except OSError as error:
-        raise GGUFError(f"standard output: {error.strerror}") from error
+        if options.sync and stat.S_ISREG(status.st_mode):
+            flush(target_fd)
+    except (OSError, GGUFError, KeyboardInterrupt) as error:
+        went = f"at least {target.at}" if target.at < placement.n_bytes else "all"
+        told = f"{went} of {placement.n_bytes} bytes were written to standard output"
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (told,)
+            raise
+        if isinstance(error, GGUFError):
+            raise type(error)(f"{error}; {told}" if target.at else str(error)) from error
+        raise GGUFError(f"standard output: {error.strerror}; {told}") from error
     return Written(sum(copy.n_bytes for copy in placement.copies), 0)
+
+
+@dataclass
+class _Target:
+    """at: how much is written; an interrupt may come before the last write is counted."""
+
+    fd: int
+    at: int = 0
+
+    def write(self, view: memoryview) -> None:
+        while view:
+            n_bytes = os.write(self.fd, view)
+            self.at, view = self.at + n_bytes, view[n_bytes:]
+
+    def write_zeros(self, end: int) -> None:
+        zeros = memoryview(bytes(min(end - self.at, BLOCK_BYTES)))
+        while self.at < end:
+            self.write(zeros[: end - self.at])
 
 
 def _pieces(sources: Opened, placement: Placement) -> Iterator[tuple[int, memoryview]]:
@@ -52,15 +83,3 @@ def _pieces(sources: Opened, placement: Placement) -> Iterator[tuple[int, memory
         sources[block.source].read_at(view, block.start)
         yield block.target, view
     yield from ((at, new_bytes(data)) for at, data in literals)
-
-
-def _write_zeros(fd: int, count: int) -> None:
-    zeros = memoryview(bytes(min(count, BLOCK_BYTES)))
-    while count:
-        _write_bytes(fd, zeros[:count])
-        count -= len(zeros[:count])
-
-
-def _write_bytes(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view) :]

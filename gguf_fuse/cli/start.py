@@ -1,0 +1,31 @@
+"""The program from its first instruction on: signals first, then everything else is imported.
+
+Before this, Python itself starts: what Ctrl-C does in those hundredths of a second is its affair.
+"""
+
+import os
+import sys
+
+from gguf_fuse import signals
+
+
+def main() -> None:
+    """The console command."""
+    signals.end_at_once()
+    # A closed stream's number would go to the next file that is opened, OUT perhaps, and with it
+    # whatever a library prints there.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    try:
+        from gguf_fuse.cli.entry import run
+
+        run(sys.argv[1:])
+    except MemoryError:
+        _end("not enough memory to start; see ulimit -v")
+    except ImportError as error:
+        _end(f"cannot start: {error}")
+
+
+def _end(message: str) -> None:
+    sys.exit(f"gguf-fuse: {message}")
