@@ -30,6 +30,14 @@ def wide_terminal() -> Iterator[None]:
         yield
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the harnesses counted: see `tests.writing.harness`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, told in report.user_properties:
+            if name == "harness":
+                terminalreporter.write_line(f"harness: {told}")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Callable[..., Path]:
     """Write a random model: model("name.gguf", n_layer=2, ...)."""

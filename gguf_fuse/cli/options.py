@@ -106,8 +106,9 @@ class Writing:
                 if as_json:
                     print_json(result_json(nothing.header, nothing.layers, None))
                 raise
-        if result.files:
-            self.published.append(f"{output} is there and whole")
+        if not dry_run:
+            there = "all of it was written to standard output"
+            self.published.append(f"{output} is there and whole" if result.files else there)
         if as_json:
             print_json(result_json(result.source, result.plan.skipped, result))
         return None if as_json or self.quiet else result

@@ -3,6 +3,7 @@
 Before this, Python itself starts: what Ctrl-C does in those hundredths of a second is its affair.
 """
 
+import contextlib
 import os
 import sys
 
@@ -14,9 +15,10 @@ def main() -> None:
     signals.end_at_once()
     # A closed stream's number would go to the next file that is opened, OUT perhaps, and with it
     # whatever a library prints there.
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(fd)
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+            pass
+        os.close(fd)
     try:
         from gguf_fuse.cli.entry import run
 
@@ -28,4 +30,5 @@ def main() -> None:
 
 
 def _end(message: str) -> None:
-    sys.exit(f"gguf-fuse: {message}")
+    print(f"gguf-fuse: {message}", file=sys.stderr)
+    sys.exit(1)

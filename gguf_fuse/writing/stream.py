@@ -42,8 +42,9 @@ def stream(
         if options.sync and stat.S_ISREG(status.st_mode):
             flush(target_fd)
     except (OSError, GGUFError, KeyboardInterrupt) as error:
-        went = f"at least {target.at}" if target.at < placement.n_bytes else "all"
-        told = f"{went} of {placement.n_bytes} bytes were written to standard output"
+        went = f"at least {target.at} of {placement.n_bytes} bytes were"
+        whole = target.at == placement.n_bytes
+        told = f"{'all of it was' if whole else went} written to standard output"
         if isinstance(error, KeyboardInterrupt):
             error.args = (told,)
             raise
