@@ -86,7 +86,8 @@ class Run(Protocol):
 def serve(folder: Path, warm: Sequence[Sequence[str]] = (), **variables: str) -> Iterator[Run]:
     """A server that is up; its streams and the files of its start lie in `folder`.
 
-    warm: commands that it begins with; variables: of its environment. A run's `prelude` is Python that its process begins with.
+    warm: commands that it begins with; variables: of its environment. A run's `prelude` is Python
+    that its process begins with.
     """
     out, err = folder / "out", folder / "err"
     pipe = subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Commands whose n-th call fails, or is met by a signal; and what must be so after each of them.
+"""Commands whose n-th call fails, or comes with a signal; and what must be so after each of them.
 
 The calls are those of libc (`failing_calls.c`, loaded before it), the files are real ones. Each
 run is a process forked by `tests.server`, so that thousands of them take seconds.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ from tests.shards import in_three
 
 FACTOR = float(os.environ.get("GGUF_FUSE_HARNESS", "1"))  # how much more than usual is tried
 SEED = 0
+
+TEMPORARY_NAME = re.compile(r".+\.gguf-fuse-[0-9a-f]{8}\.tmp")  # as README tells them
 
 _ARM = "import ctypes; ctypes.CDLL(None).harness_arm({}, {}, {}, {}, {!r}.encode())"
 
@@ -94,11 +98,11 @@ class Harness:
             assert len(scenario.calls) > 20, (name, scenario.calls)
 
     def _run(
-        self, scenario: Scenario, at: int, variant: int = 0, sticky: int = 0, signal: int = 0
+        self, scenario: Scenario, at: int, variant: int = 0, sticky: int = 0, number: int = 0
     ) -> Outcome:
         scenario.prepare()
         log = str(self.folder / "log")
-        arm = _ARM.format(at, variant, sticky, signal, log)
+        arm = _ARM.format(at, variant, sticky, number, log)
         return self.run(*scenario.arguments, prelude=arm)
 
     def fail(self, name: str, most: int) -> int:
@@ -122,10 +126,36 @@ class Harness:
         """The signal comes with one of the calls."""
         scenario = self.scenarios[name]
         for at in _chosen(range(1, len(scenario.calls) + 1), most):
-            outcome = self._run(scenario, at, signal=number)
+            outcome = self._run(scenario, at, number=number)
             what = f"{name}: signal {number} at call {at} ({scenario.calls[at - 1]})"
             assert outcome.code in (0, 128 + number), (what, outcome)
             self._check(scenario, outcome, what, heard=True)
+        return self.n_runs
+
+    def kill(self, name: str, most: int) -> int:
+        """SIGKILL cannot be caught: only the order of the steps protects what is there.
+
+        A set is loaded by its first shard: where that is, all of them are of one kind. The next
+        run finds what is left in its way, and does not mind.
+        """
+        scenario = self.scenarios[name]
+        for at in _chosen(range(1, len(scenario.calls) + 1), most):
+            outcome = self._run(scenario, at, number=signal.SIGKILL)
+            context = f"{name}: killed at call {at} ({scenario.calls[at - 1]})", outcome
+            assert outcome.code == -signal.SIGKILL, context
+            assert contents(self.inputs) == self.untouched, context
+            now = contents(scenario.folder)
+            stray = {name for name in now if name not in scenario.after}
+            assert all(TEMPORARY_NAME.fullmatch(name) for name in stray), context
+            files = {name: hash for name, hash in now.items() if name not in stray}
+            if min(scenario.after) in files:
+                assert files in (scenario.before, scenario.after), (*context, now)
+            if files != scenario.after:  # what was there is lost by no kill
+                assert set(scenario.before.values()) <= set(now.values()), (*context, now)
+            again = self.run(*scenario.arguments, *([] if scenario.old else ["--force"]))
+            assert again.code == 0, (context, again)
+            assert scenario.after.items() <= contents(scenario.folder).items(), context
+            self.n_runs += 1
         return self.n_runs
 
     def _check(self, scenario: Scenario, outcome: Outcome, what: str, heard: bool) -> None:

@@ -30,12 +30,18 @@ def count(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_fails(name: str, tried: Harness, count: Callable[[str], None]) -> None:
-    tried.fail(name, most=100)
+    tried.fail(name, most=80)
     count(f"failing calls, {name}")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_signal_comes(name: str, tried: Harness, count: Callable[[str], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        tried.stop(name, number, most=30)
+        tried.stop(name, number, most=22)
     count(f"signals, {name}")
+
+
+@pytest.mark.parametrize("name", ["fuse", "fuse --force", "shards", "shards --force"])
+def test_killed(name: str, tried: Harness, count: Callable[[str], None]) -> None:
+    tried.kill(name, most=30)
+    count(f"kills, {name}")

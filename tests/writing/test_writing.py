@@ -39,7 +39,7 @@ def test_threads_write_the_same_file(model: Model, tmp_path: Path, threads: int)
     assert output.read_bytes() == expected
 
 
-NOWHERE = Source("nowhere.gguf", Stamp(0, 0, 0, 0))
+NOWHERE = Source("nowhere.gguf", Stamp(0, 0, 0, 0, 0))
 
 
 @given(
