@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +25,16 @@ _GROUP_FILES = (
 )
 
 SPARE = 0.8  # of what is free, the most to take
+
+
+def little_address_space() -> bool:
+    """Whether `ulimit -v` leaves less than a math library takes for its threads, at its ease."""
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return soft != resource.RLIM_INFINITY and soft < 1 << 32
 
 
 def free_bytes(root: Path = Path("/")) -> float:

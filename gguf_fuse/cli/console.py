@@ -1,6 +1,7 @@
 """What all commands print with: the console, tables, one progress bar, and how a failure ends."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -37,6 +38,8 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
         except GGUFError as error:
             fail(str(error), EXIT_ERROR)
         except OSError as error:  # those of models are GGUFErrors by now
+            if error.errno == errno.ENOMEM:
+                fail(f"not enough memory: {error.strerror}", EXIT_ERROR)
             if error.filename is None:
                 raise typer.Exit(not_printed(error)) from error
             fail(f"{error.filename}: {error.strerror}", EXIT_ERROR)

@@ -1,5 +1,6 @@
 """The program: its commands, and the bare form that means fuse."""
 
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,7 @@ from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.inspect import inspect
 from gguf_fuse.cli.unfuse import unfuse
 from gguf_fuse.cli.verify import verify
+from gguf_fuse.machine import little_address_space
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 
 app = typer.Typer(
@@ -67,6 +69,8 @@ def run(arguments: list[str]) -> None:
     # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+    if little_address_space():  # a thread that it cannot start makes it send itself SIGINT
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
     asked = any(argument.startswith("--fuse-") for argument in arguments)
     if asked and arguments[0] not in {command.__name__ for command in _EXAMPLES}:
@@ -82,4 +86,6 @@ def run(arguments: list[str]) -> None:
         finally:
             sys.stdout.flush()
     except OSError as error:  # of help, the version, or what is said of wrong usage
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
         sys.exit(not_printed(error))

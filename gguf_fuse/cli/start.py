@@ -23,10 +23,11 @@ def main() -> None:
         from gguf_fuse.cli.entry import run
 
         run(sys.argv[1:])
-    except MemoryError:
-        _end("not enough memory to start; see ulimit -v")
-    except ImportError as error:
-        _end(f"cannot start: {error}")
+    except (MemoryError, ImportError) as error:
+        why = str(error).strip().rpartition("\n")[2]
+        if isinstance(error, MemoryError) or "map segment" in why:
+            why = "not enough memory; see ulimit -v"
+        _end(f"cannot start: {why}")
 
 
 def _end(message: str) -> None:

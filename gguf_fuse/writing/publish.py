@@ -289,7 +289,7 @@ def _publish(moves: Sequence[tuple[Path, Path]], options: Options, left: list[st
         for temporary, destination in reversed(moves):
             if destination == first and options.sync and len(moves) > 1:
                 _flush_folders([first], [])  # what fails is told in the end
-            _give_name(temporary, destination)
+            _give_name(temporary, destination, left)
             placed.append(destination)
     except BaseException:
         _remove([path for path in placed if path not in replaced], left)
@@ -300,7 +300,7 @@ def _publish(moves: Sequence[tuple[Path, Path]], options: Options, left: list[st
     return list(replaced.values())
 
 
-def _give_name(temporary: Path, destination: Path) -> None:
+def _give_name(temporary: Path, destination: Path, left: list[str]) -> None:
     """A second name never replaces what is there, and so does no other way here.
 
     The temporary name may stay. Raises GGUFError for what appeared there in the last instant.
@@ -308,11 +308,12 @@ def _give_name(temporary: Path, destination: Path) -> None:
     try:
         if not (_link(temporary, destination) or _rename_new(temporary, destination)):
             # Where neither is known: an empty file of our own is in the way of all others.
-            os.close(os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            fd = os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
+                os.close(fd)
                 temporary.replace(destination)
             except BaseException:
-                destination.unlink()
+                _remove([destination], left)
                 raise
     except FileExistsError:
         raise GGUFError(f"{destination}: exists already; --force replaces it") from None

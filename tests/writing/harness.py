@@ -30,7 +30,7 @@ SEED = 0
 
 TEMPORARY_NAME = re.compile(r".+\.gguf-fuse-[0-9a-f]{8}\.tmp")  # as README tells them
 
-_ARM = "import ctypes; ctypes.CDLL(None).harness_arm({}, {}, {}, {}, {!r}.encode())"
+_ARM = "import ctypes; ctypes.CDLL(None).harness_arm({}, {}, {}, {}, {:d}, {!r}.encode())"
 
 Files = dict[str, str]  # the hash of each, by name
 
@@ -43,13 +43,15 @@ def contents(folder: Path) -> Files:
 class Scenario:
     """A command; OUT and what was there before it are in a folder of their own.
 
-    old: files of that folder, before. The folder's files after a run that nothing stopped are
+    old: files of that folder, before. no_links: on a file system that has neither second names nor
+    a rename that replaces nothing. The folder's files after a run that nothing stopped are
     found by one.
     """
 
     arguments: Sequence[str | Path]
     folder: Path
     old: dict[str, bytes] = field(default_factory=dict)
+    no_links: bool = False
     calls: list[str] = field(default_factory=list)
     before: Files = field(default_factory=dict)
     after: Files = field(default_factory=dict)
@@ -75,11 +77,12 @@ class Harness:
         old = {"out.gguf": b"precious", "other": b"of someone else"}
         old_set = {set_of_3.name.replace("00001-", f"0000{n}-"): b"old %d" % n for n in (1, 2, 3)}
         self.scenarios = {
-            name: Scenario([command, *arguments], out, before)
+            name: Scenario([command, *arguments], out, before, "no links" in name)
             for name, command, before, *arguments in (
                 ("fuse", "fuse", {}, model, one),
                 ("unfuse", "unfuse", {}, fused, one),
                 ("fuse --force", "fuse", old, model, one, "--force"),
+                ("fuse, no links", "fuse", {}, model, one),
                 ("merge", "fuse", {}, first, one),
                 ("shards", "fuse", {}, first, set_of_3),
                 ("shards --force", "fuse", old_set, first, set_of_3, "--force"),
@@ -102,7 +105,7 @@ class Harness:
     ) -> Outcome:
         scenario.prepare()
         log = str(self.folder / "log")
-        arm = _ARM.format(at, variant, sticky, number, log)
+        arm = _ARM.format(at, variant, sticky, number, scenario.no_links, log)
         return self.run(*scenario.arguments, prelude=arm)
 
     def fail(self, name: str, most: int) -> int:

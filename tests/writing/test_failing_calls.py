@@ -9,7 +9,16 @@ import pytest
 
 from tests.writing.harness import Harness, harness
 
-NAMES = ["fuse", "unfuse", "fuse --force", "merge", "shards", "shards --force", "stdout"]
+NAMES = [
+    "fuse",
+    "unfuse",
+    "fuse --force",
+    "fuse, no links",
+    "merge",
+    "shards",
+    "shards --force",
+    "stdout",
+]
 NAMES += ["adapter --base"]
 
 
