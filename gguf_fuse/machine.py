@@ -43,7 +43,7 @@ def free_bytes(root: Path = Path("/")) -> float:
     The smaller of what the machine has and what each control group around this process still may
     take. root: where /proc and /sys are.
     """
-    return SPARE * min(_available(root), *(_group_room(group) for group in _groups(root)))
+    return SPARE * min([_available(root), *(_group_room(group) for group in _groups(root))])
 
 
 def _available(root: Path) -> float:
@@ -52,7 +52,7 @@ def _available(root: Path) -> float:
 
 def _groups(root: Path) -> Iterator[Path]:
     """The folders of this process's control groups and of those around them, as far as seen."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
             for mount in _MOUNTS if not controllers else _MOUNTS_V1:

@@ -45,6 +45,7 @@ def test_output_is_the_base(run: Run, packed: Path) -> None:
     shards = in_three(packed)
     (folder / "soft.gguf").symlink_to("in.gguf")
     (folder / "hard.gguf").hardlink_to(packed)
+    (folder / "second.gguf").hardlink_to(shards[1])
     (folder / "third.gguf").symlink_to(shards[2])
     before = contents(folder)
     for base, out in (
@@ -52,7 +53,7 @@ def test_output_is_the_base(run: Run, packed: Path) -> None:
         (packed, folder / "soft.gguf"),
         (packed, folder / "hard.gguf"),
         (folder / "soft.gguf", packed),
-        (shards[0], shards[1]),
+        (shards[0], folder / "second.gguf"),
         (shards[0], folder / "third.gguf"),
     ):
         for options in (["--force"], ["--force", "--dry-run"]):
