@@ -11,7 +11,9 @@ Functions raise `GGUFError` with the line that the command would print; `Nothing
 are special cases of it. Nothing is loaded before it is used: `import gguf_fuse` costs nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+TYPE_CHECKING = False  # for type checkers it is true; typing itself takes a while to load
 
 __version__ = "0.1.0"
 
@@ -29,7 +31,10 @@ __all__ = ["GATE_UP", "QKV", "Altered", "GGUFError", "Inspection", "NothingToDo"
 __all__ += ["Recipe", "Refused", "Report", "Result", "VerifyOptions", "Way", "fuse", "inspect"]
 __all__ += ["recipe", "requantize_and_fuse", "unfuse", "verify"]
 
-if TYPE_CHECKING:  # for type checkers, which do not read the table; a test compares the two
+if TYPE_CHECKING:
+    from typing import Any
+
+    # For type checkers, which do not read the table; a test compares the two.
     from gguf_fuse.api import (
         Altered,
         Inspection,

@@ -1,3 +1,3 @@
-from gguf_fuse.cli import main
+from gguf_fuse.cli.start import main
 
 main()

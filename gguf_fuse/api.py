@@ -99,13 +99,14 @@ def fuse(
     require_word("on_mismatch", on_mismatch, OnMismatch)
     header = read_model(source)
     refuse_unaccounted(header)
+    base_header = None if base is None else read_model(base)
     try:
-        plan = _fuse_plan(header, base, fusions, any_architecture)
+        plan = _fuse_plan(header, base_header, fusions, any_architecture)
     except NothingToDo as nothing:
         _refuse_mismatch(header, nothing.layers, on_mismatch)
         raise
     _refuse_mismatch(header, plan.skipped, on_mismatch)
-    return _carry_out(header, plan, os.fspath(output), options or Options())
+    return _carry_out(header, plan, os.fspath(output), options or Options(), base_header)
 
 
 def _refuse_mismatch(header: Header, layers: Sequence[Layer], on_mismatch: OnMismatch) -> None:
@@ -218,7 +219,7 @@ def requantize_and_fuse(
 
 def _check_room(found: recipes.Recipe, way: recipes.Way, output: Path, force: bool) -> None:
     """Before hours of work. Raises GGUFError."""
-    check_place(found.header, output, Path(os.path.realpath(output)), force)
+    check_place(found.header.sources, output, Path(os.path.realpath(output)), force)
     needed = 2 * (found.header.file_bytes + way.n_bytes)  # what llama-quantize writes, and OUT
     free = shutil.disk_usage(output.parent).free
     if free < needed:
@@ -240,7 +241,7 @@ def _examine(header: Header) -> tuple[Layer, ...]:
 
 
 def _fuse_plan(
-    header: Header, base: AnyPath | None, fusions: Sequence[Fusion], any_architecture: bool
+    header: Header, base: Header | None, fusions: Sequence[Fusion], any_architecture: bool
 ) -> Plan:
     if header.is_model:
         if base is not None:
@@ -256,9 +257,8 @@ def _fuse_plan(
         )
     rows: Rows | None = None
     if base is not None:
-        base_header = read_model(base)
-        rows = unfusing.base_rows(base_header, Segment.read, any_architecture=any_architecture)
-        require_base(header, base_header, rows)
+        rows = unfusing.base_rows(base, Segment.read, any_architecture=any_architecture)
+        require_base(header, base, rows)
     if general_type == "imatrix":
         return imatrix.fuse(header, Segment.read, rows=rows)
     from gguf_fuse.planning import fuse_adapter  # numpy, which only adapters need: 0.1 s
@@ -277,24 +277,27 @@ def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
     return unfusing.unfuse(header, any_architecture=any_architecture)
 
 
-def _carry_out(source: Header, plan: Plan, output: str, options: Options) -> Result:
+def _carry_out(
+    source: Header, plan: Plan, output: str, options: Options, base: Header | None = None
+) -> Result:
     started = time.perf_counter()
+    read = source.sources if base is None else (*source.sources, *base.sources)
     outputs = _outputs(source, plan, output, options)
     n_bytes = sum(part.placement.n_bytes for part in outputs)
     lost = nonzero_padding(source)
     files: tuple[Path, ...] = ()
     if options.dry_run:
         if output != STANDARD_OUTPUT:
-            check_destinations(source, outputs, force=True)  # it replaces nothing
+            check_destinations(read, outputs, force=True)  # it replaces nothing
         copies = [copy.n_bytes for part in outputs for copy in part.placement.copies]
         written = Written(sum(copies), sum(part.placement.n_cloned for part in outputs))
     elif output == STANDARD_OUTPUT:
         options.on_start(n_bytes)
         placement = outputs[0].placement
-        written = stream(source, placement, sys.stdout.fileno(), options.on_progress)
+        written = stream(read, placement, sys.stdout.fileno(), options)
     else:
         options.on_start(n_bytes)
-        written = write(source, outputs, options)
+        written = write(read, outputs, options)
         files = tuple(part.path for part in outputs)
     seconds = time.perf_counter() - started
     limits = (options.split_max_size, options.split_max_tensors)

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,17 @@ import typer.main
 from gguf_fuse import cli
 # Each call builds all commands anew, which takes longer than what they then do.
 typer.main.get_command = functools.cache(typer.main.get_command)
-for command in ("inspect", "fuse", "unfuse"):  # import whatever is imported only on use
-    for path in sys.argv[1:]:
-        sys.argv = ["gguf-fuse", command, path, path]
-        del sys.argv[3 if command == "inspect" else 4 :]
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            with contextlib.suppress(SystemExit):
-                cli.main()
+for arguments in json.loads(sys.argv[1]):  # import whatever is imported only on use
+    sys.argv = ["gguf-fuse", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            cli.main()
 for line in sys.stdin:
     job = json.loads(line)
     if (child := os.fork()) == 0:
+        # As a shell starts it: not ignored, as after the first command here, or in the background.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         for fd, path in ((1, job["out"]), (2, job["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         signal.alarm(30)
@@ -49,6 +50,7 @@ for line in sys.stdin:
             os.setuid(job["uid"])
         sys.argv, code = ["gguf-fuse", *job["arguments"]], 0
         try:
+            exec(job["prelude"])
             cli.main()
         except SystemExit as end:
             code = end.code or 0
@@ -77,27 +79,39 @@ class Outcome:
 
 
 class Run(Protocol):
-    def __call__(self, *arguments: str | Path, uid: int = 0) -> Outcome: ...
+    def __call__(self, *arguments: str | Path, uid: int = 0, prelude: str = "") -> Outcome: ...
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Run]:
-    """A server that is up; its streams and two models for its start lie in `folder`."""
+def serve(folder: Path, warm: Sequence[Sequence[str]] = (), **variables: str) -> Iterator[Run]:
+    """A server that is up; its streams and the files of its start lie in `folder`.
+
+    warm: commands that it begins with; variables: of its environment. A run's `prelude` is Python
+    that its process begins with.
+    """
     out, err = folder / "out", folder / "err"
     pipe = subprocess.PIPE
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # its buffers count as memory
-    sound = save(valid(), folder / "sound.gguf")
-    command = [sys.executable, "-c", _SERVER, str(sound), str(folder / "missing.gguf")]
+    environment = (
+        os.environ | variables | {"OPENBLAS_NUM_THREADS": "1"}
+    )  # its buffers count as memory
+    sound, fused, back = (str(folder / f"{name}.gguf") for name in ("sound", "fused", "back"))
+    save(valid(), Path(sound))
+    first = [*warm, ["fuse", sound, fused], ["unfuse", fused, back], ["fuse", sound, fused]]
+    first += [["inspect", sound], ["inspect", f"{sound}.missing"]]
+    command = [sys.executable, "-c", _SERVER, json.dumps(first)]
     server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
     assert server.stdin and server.stdout
 
-    def ask(*arguments: str | Path, uid: int = 0) -> Outcome:
+    def ask(*arguments: str | Path, uid: int = 0, prelude: str = "") -> Outcome:
         assert server.stdin and server.stdout
         texts = [str(argument) for argument in arguments]
         job = {"arguments": texts, "out": str(out), "err": str(err), "uid": uid}
+        job["prelude"] = prelude
         print(json.dumps(job), file=server.stdin, flush=True)
         code, seconds, memory = json.loads(server.stdout.readline())
-        printed, complained = out.read_bytes().decode(), err.read_bytes().decode()
+        printed, complained = (
+            path.read_bytes().decode(errors="surrogateescape") for path in (out, err)
+        )
         return Outcome(code, printed, complained, seconds - baseline, memory)
 
     baseline = 0.0

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped, unused-ignore]
@@ -47,7 +47,12 @@ def run_on_threads(work: Callable[[], None], n_threads: int) -> None:
             work()
 
     with blas_threads(1):
-        helpers = [_pool(n_threads - 1).submit(help_out) for _ in range(n_threads - 1)]
+        helpers: list[Future[None]] = []
+        try:
+            for _ in range(n_threads - 1):
+                helpers.append(_pool(n_threads - 1).submit(help_out))
+        except RuntimeError:  # no more threads to be had: fewer do the same
+            _pool.cache_clear()
         try:
             work()
         finally:
@@ -60,3 +65,7 @@ def run_on_threads(work: Callable[[], None], n_threads: int) -> None:
 def _pool(n_workers: int) -> ThreadPoolExecutor:
     # Kept: starting threads for each decoded token would cost more than a short decode.
     return ThreadPoolExecutor(n_workers, thread_name_prefix="split-kv")
+
+
+if hasattr(os, "register_at_fork"):  # a child has the pools of its parent, but not their threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

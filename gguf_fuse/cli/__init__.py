@@ -5,6 +5,6 @@ load (numpy, the progress bar, what reads and writes files) is imported where it
 named as `gguf_fuse.fuse`, which loads it when it is called: `--help` needs none of it.
 """
 
-from gguf_fuse.cli.entry import app, main
+from gguf_fuse.cli.start import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import math
@@ -12,7 +14,6 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +24,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from gguf_fuse import signals
 from gguf_fuse.cli.answer import JSON_FORMAT
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.plan import NothingToDo
@@ -34,7 +36,6 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_NOTHING_TO_DO = 3
 EXIT_NOT_VERIFIED = 4
-EXIT_INTERRUPTED = 130
 
 
 class Failed(Exception):
@@ -73,8 +74,9 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
 def _outcome(action: Callable[[], None]) -> tuple[int, str]:
     """Exit code, and why it is not 0. Raises BadParameter."""
     try:
-        action()
-        sys.stdout.flush()
+        with signals.raised():
+            action()
+            sys.stdout.flush()
     except Failed as failed:
         return failed.code, str(failed)
     except typer.Exit as end:  # all is said
@@ -84,18 +86,26 @@ def _outcome(action: Callable[[], None]) -> tuple[int, str]:
     except GGUFError as error:
         return EXIT_ERROR, str(error)
     except OSError as error:  # those of models are GGUFErrors by now
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR, f"{error.filename or 'standard output'}: {error.strerror}"
+        return _not_done(error)
     except MemoryError as error:
         return EXIT_ERROR, f"not enough memory: {str(error) or 'nothing more can be had'}"
-    except KeyboardInterrupt as interrupt:
-        return EXIT_INTERRUPTED, "; ".join(["interrupted", *interrupt.args])
+    except signals.Stopped as stop:
+        return stop.exit_code, "; ".join([signals.words(stop.number), *stop.args])
     except typer.BadParameter:  # told where the command line is understood
         raise
     except Exception as error:
+        if "start new thread" in str(error):
+            return EXIT_ERROR, "no more threads to be had; see ulimit -u"
         return EXIT_ERROR, _mistake(error)
     return 0, ""
+
+
+def _not_done(error: OSError) -> tuple[int, str]:
+    if error.errno == errno.ENOMEM:
+        return EXIT_ERROR, f"not enough memory: {error.strerror}"
+    if error.filename is None:
+        return not_printed(error), ""
+    return EXIT_ERROR, f"{error.filename}: {error.strerror}"
 
 
 def _mistake(error: Exception) -> str:
@@ -110,7 +120,24 @@ def _mistake(error: Exception) -> str:
 def complain(message: str) -> None:
     """One line on stderr, its beginning red on a terminal."""
     line = Text.assemble(("gguf-fuse:", "bold red"), f" {one_line(message)}")
-    printer(stderr=True).print(line, highlight=False, soft_wrap=True)
+    with contextlib.suppress(OSError):  # the exit code still tells
+        printer(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def not_printed(error: OSError) -> int:
+    """Say that a stream does not take what is printed, in place of Python at its end -> exit code.
+
+    The code of wrong usage stays, where that was to be told.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what it still holds would fail once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with contextlib.suppress(OSError):
+        print(f"gguf-fuse: standard output: {error.strerror}", file=sys.stderr)
+    usage = getattr(error.__context__, "exit_code", EXIT_ERROR)
+    return int(usage)
 
 
 def printer(*, stderr: bool = False) -> Console:
@@ -269,7 +296,7 @@ class Bar:
         self.update(advance=n)
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     """On stderr, where that is a terminal. of_bytes: with their number and speed."""
     console = printer(stderr=True)

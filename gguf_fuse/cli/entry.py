@@ -1,12 +1,12 @@
-"""The program: its commands, its signals, and the bare form that means fuse."""
+"""The program: its commands, and the bare form that means fuse."""
 
+import errno
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -14,15 +14,16 @@ from gguf_fuse import __version__
 from gguf_fuse.cli.batch import batch
 from gguf_fuse.cli.bench import bench
 from gguf_fuse.cli.compare import compare
-from gguf_fuse.cli.console import failing
+from gguf_fuse.cli.console import failing, not_printed
 from gguf_fuse.cli.demo import demo
 from gguf_fuse.cli.fuse import fuse
 from gguf_fuse.cli.inspect import inspect
 from gguf_fuse.cli.options import option
 from gguf_fuse.cli.recipe import recipe
 from gguf_fuse.cli.unfuse import unfuse
-from gguf_fuse.cli.usage import OTHER, WHAT, Command, Program, run
+from gguf_fuse.cli.usage import OTHER, WHAT, Command, Program, understand
 from gguf_fuse.cli.verify import verify
+from gguf_fuse.machine import little_address_space
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ app = typer.Typer(
     ),
     epilog=(
         "Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or "
-        "to unfuse, nothing written; 4 verification failed; 130 interrupted."
+        "to unfuse, nothing written; 4 verification failed; 130 interrupted (128 + the signal)."
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -89,30 +90,24 @@ def _common(
     """The flags stand here to be shown: `Program` takes them for those of fuse."""
 
 
-def main() -> None:
-    """The console command."""
+def run(arguments: list[str]) -> None:
+    """What the program does."""
     # OpenBLAS's idle threads spin for a tenth of a second on cores that attention's own threads
     # need; this is 2^16 cycles. It is read when numpy is loaded.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+    if little_address_space():  # a thread that it cannot start makes it send itself SIGINT
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(getattr(sys, stream), io.TextIOWrapper):  # a name may not fit the encoding
             getattr(sys, stream).reconfigure(errors="backslashreplace")
-    for number in _STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _stop)
-    run(app, sys.argv[1:])
-
-
-# Windows has no SIGHUP.
-_STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-
-
-def _stop(caught: int, frame: object) -> NoReturn:
-    """End as the signal asks, once: another one in the midst of the cleaning up would break it."""
-    for number in _STOPPING:
-        signal.signal(number, lambda caught, frame: None)
-    if caught == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + caught)
+    try:
+        try:
+            understand(app, arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of help, the version, or what is said of wrong usage
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
+        sys.exit(not_printed(error))

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +110,9 @@ class Writing:
         ),
     ] = None
 
+    # What is there by now: whatever then keeps the report from being printed is to say so.
+    published: list[str] = field(init=False, default_factory=list)
+
     def carry_out(
         self,
         rewrite: Callable[..., gguf_fuse.Result],
@@ -150,6 +153,9 @@ class Writing:
                 if as_json:
                     print_json(result_json(nothing.header, nothing.layers, None, done))
                 raise
+        if not dry_run:
+            there = "all of it was written to standard output"
+            self.published.append(f"{output} is there and whole" if result.files else there)
         if as_json:
             print_json(result_json(result.source, result.plan.skipped, result, done))
         return result
@@ -184,7 +190,16 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         how = {name: kwargs.pop(name) for name in options if name in kwargs}
-        command(*args, **kwargs, how=Writing(**how))
+        chosen = Writing(**how)
+        try:
+            command(*args, **kwargs, how=chosen)
+            sys.stdout.flush()
+        except OSError as error:
+            error.strerror = "; ".join([str(error.strerror), *chosen.published])
+            raise
+        except KeyboardInterrupt as stop:
+            stop.args = stop.args or tuple(chosen.published)
+            raise
 
     shown = signature.replace(parameters=[*own, *options.values()])
     run.__signature__ = shown  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from gguf_fuse.cli.console import EXIT_INTERRUPTED, EXIT_USAGE, complain
+from gguf_fuse.cli.console import EXIT_USAGE, complain
 from gguf_fuse.planning.fusions import QKV
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # typer has no public name for it
@@ -176,16 +176,13 @@ def complete_path(incomplete: str) -> list[str]:
     return [*files, *folders]
 
 
-def run(app: typer.Typer, arguments: Sequence[str]) -> None:
+def understand(app: typer.Typer, arguments: Sequence[str]) -> None:
     """The command that the arguments ask for; wrong usage is one line on stderr and exit 2."""
     try:
         code = app(list(arguments), prog_name="gguf-fuse", standalone_mode=False)
     except UsageError as error:
         complain(_told(error))
         code = EXIT_USAGE
-    except typer.Abort:  # before a command has begun
-        complain("interrupted")
-        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
+from gguf_fuse import signals
 from gguf_fuse.progress import ignore
 
 if TYPE_CHECKING:
@@ -64,16 +65,21 @@ class GGUFError(Exception):
 
 
 class Stamp(NamedTuple):
-    """What tells that a file is still the one that was read; mtime in nanoseconds."""
+    """What tells that a file is still the one that was read; times in nanoseconds.
+
+    ctime: a program may set the mtime back, but not that.
+    """
 
     device: int
     inode: int
     n_bytes: int
     mtime: int
+    ctime: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(status.st_dev, status.st_ino, status.st_size, *times)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Source:
             place = find(address)
         except OSError as error:
             raise GGUFError(f"{shown(address)}: {error.strerror}") from error
-        return cls(place.address, Stamp(-1, -1, place.n_bytes, -1), place)
+        return cls(place.address, Stamp(-1, -1, place.n_bytes, -1, -1), place)
 
     @property
     def n_bytes(self) -> int:
@@ -200,8 +206,13 @@ class _OpenFile(OpenSource):
             stamp = Stamp.of(os.fstat(self.fd))
         except OSError as error:
             self._fail(str(error.strerror), error)
-        if stamp != self.source.stamp:
+        if stamp[:4] != self.source.stamp[:4]:
             self._fail("changed while it was read; run again when it is at rest")
+        if stamp != self.source.stamp:
+            self._fail(
+                "changed while it was read, or was linked, renamed or given other permissions; run "
+                "again when it is at rest"
+            )
 
     def abort(self) -> None:
         """Nothing: a disk answers soon."""
@@ -237,11 +248,16 @@ def opened(sources: Sequence[Source]) -> Iterator[dict[Source, OpenSource]]:
                 fd = os.open(source.path, os.O_RDONLY | _BINARY)
             except OSError as error:
                 raise GGUFError(f"{source.path}: {error.strerror}") from error
-            stack.callback(os.close, fd)
+            stack.callback(_close, fd)
             files[source] = _OpenFile(source, fd)
         for file in files.values():
             file.refuse_changed()
         yield files
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):  # of what was only read, it loses nothing
+        os.close(fd)
 
 
 def _allow_open(n_files: int) -> None:
@@ -277,14 +293,13 @@ def in_turn(
     work: Callable[[Iterator[_Block]], None],
     on_failure: Callable[[], None] = ignore,
 ) -> None:
-    """Several threads take blocks in turn; `work` is given those of one thread as they come.
+    """Threads, this one among them, take blocks in turn; `work` is given those of one as they come.
 
     Raises what `work` raises in any of them; the others end at their next block then, or as soon
     as `on_failure` makes them.
     """
-    from concurrent.futures import ThreadPoolExecutor, as_completed  # loads logging
-
     lock, stop = threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
 
     def share() -> Iterator[_Block]:
         while not stop.is_set():
@@ -294,14 +309,30 @@ def in_turn(
                 return
             yield block
 
-    with ThreadPoolExecutor(threads) as pool:
+    def run() -> None:
         try:
-            for future in as_completed([pool.submit(work, share()) for _ in range(threads)]):
-                future.result()
-        except BaseException:
-            stop.set()  # the pool waits for its threads: let them end at once
+            work(share())
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
             on_failure()
-            raise
+
+    helpers: list[threading.Thread] = []
+    try:
+        # No more threads to be had: fewer do the same.
+        with signals.waiting(), contextlib.suppress(RuntimeError):
+            for _ in range(threads - 1):
+                helper = threading.Thread(target=run)
+                helper.start()
+                helpers.append(helper)
+        run()
+    finally:
+        stop.set()  # after an interrupt: let them end at once
+        with signals.waiting():  # none may go on with files that are closed
+            for helper in helpers:
+                helper.join()
+    if errors:
+        raise errors[0]
 
 
 if sys.platform == "win32":

@@ -7,6 +7,7 @@ and more threads; without preallocation two threads take about twice as long.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -58,7 +59,8 @@ def copy_ranges(
     """
     if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
         for fd in (file.fd for file in sources.values() if file.fd is not None):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     block_bytes, threads = pace(sources, BLOCK_BYTES, threads)
 
     def work(blocks: Iterator[Copy]) -> None:
@@ -107,18 +109,16 @@ def clone_block(source: OpenSource, folder: Path) -> int | None:
     if sys.platform != "linux" or source.fd is None:
         return None
     try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
-    except OSError:
-        return None  # no file system that clones lacks O_TMPFILE
-    try:
-        block = os.fstatvfs(fd).f_bsize
-        n_bytes = min(block, os.fstat(source.fd).st_size)
-        _clone(source, fd, Copy(source.source, 0, 0, n_bytes))
-        return block
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)  # no file system that clones lacks O_TMPFILE
+        try:
+            block = os.fstatvfs(fd).f_bsize
+            n_bytes = min(block, os.fstat(source.fd).st_size)
+            _clone(source, fd, Copy(source.source, 0, 0, n_bytes))
+        finally:
+            os.close(fd)
     except OSError:
         return None
-    finally:
-        os.close(fd)
+    return block
 
 
 def clone_ranges(
@@ -148,9 +148,16 @@ def _clone(source: OpenSource, target_fd: int, clone: Copy) -> None:
     fcntl.ioctl(target_fd, _FICLONERANGE, request)
 
 
-def _libc_call(name: str, *arguments: int) -> int:
-    """A Linux call that Python has no name for: 0, or the errno."""
-    return ctypes.get_errno() if _libc_function(name)(*map(ctypes.c_long, arguments)) else 0
+def libc_call(name: str, *arguments: int | bytes) -> int:
+    """A Linux call that Python has no name for: 0, or the errno; ENOSYS where there is none."""
+    if not _HAS_LIBC_CALLS:
+        return errno.ENOSYS
+    try:
+        function = _libc_function(name)
+    except AttributeError:  # an older libc
+        return errno.ENOSYS
+    passed = (value if isinstance(value, bytes) else ctypes.c_long(value) for value in arguments)
+    return ctypes.get_errno() if function(*passed) else 0
 
 
 @functools.cache
@@ -162,8 +169,7 @@ def _libc_function(name: str) -> Callable[..., int]:
 
 def start_write_back(fd: int, block: Copy) -> None:
     """Let the disk begin with a block that was written, so that a later fsync has less to wait."""
-    if _HAS_LIBC_CALLS:
-        _libc_call("sync_file_range", fd, block.target, block.n_bytes, _SYNC_FILE_RANGE_WRITE)
+    libc_call("sync_file_range", fd, block.target, block.n_bytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:
@@ -173,10 +179,8 @@ def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:
     where the file system cannot, that writes to every block instead. Raises OSError.
     """
     os.ftruncate(fd, n_bytes)
-    if not _HAS_LIBC_CALLS:
-        return
     for start, end in _targets(copies):
-        error = _libc_call("fallocate", fd, 0, start, end - start)
+        error = libc_call("fallocate", fd, 0, start, end - start)
         if error in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise OSError(error, os.strerror(error))
 

@@ -1,13 +1,15 @@
 """Placement -> new file, published atomically.
 
-The new file grows under a temporary name beside its destination and is renamed when it is whole:
-at every instant the destination is absent, old, or complete. The source is only ever read. Shards
-are renamed only when all of them are whole.
+The new file grows under a temporary name beside its destination and gets its own when it is whole:
+at every instant the destination is absent, old, or complete. What is read is never written to.
+Shards get their names only when all of them are whole. Whatever ends the writing early says what
+has become of the output: nothing was written, or it is there and whole, and what was not done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -17,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from gguf_fuse import signals
 from gguf_fuse.choices import MOST_THREADS, Reflink, require_count, require_word
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError, opened
+from gguf_fuse.format.source import GGUFError, OpenSource, Source, opened
 from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.plan import new_bytes
 from gguf_fuse.progress import OnProgress, ignore
@@ -27,6 +29,7 @@ from gguf_fuse.writing.copy import (
     Opened,
     clone_ranges,
     copy_ranges,
+    libc_call,
     reserve,
     start_write_back,
     without_holes,
@@ -38,6 +41,9 @@ from gguf_fuse.writing.whole import refuse_other_bytes
 TEMPORARY_MARK = ".gguf-fuse-"
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
+_RENAME_NOREPLACE, _AT_FDCWD = 1, -100  # linux/fs.h, linux/fcntl.h
+# What a file system says that has no fsync.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -86,25 +92,28 @@ class Output:
     placement: Placement
 
 
-def check_destinations(source: Header, outputs: Sequence[Output], *, force: bool) -> list[Path]:
+def check_destinations(
+    read: Sequence[Source], outputs: Sequence[Output], *, force: bool
+) -> list[Path]:
     """The real paths to write to, links resolved.
 
-    Raises GGUFError where one is a source itself, no regular file, there already (without force),
-    in no folder, two are the same, or a disk has too little space free for all of them.
+    read: every file that is read, not only those that are copied from. Raises GGUFError where an
+    output is one of them, no regular file, there already (without force), in no folder, two are the
+    same, or a disk has too little space free for all of them.
     """
     reals = [Path(os.path.realpath(output.path)) for output in outputs]
     needed: dict[Path, int] = {}
     try:
         for output, real in zip(outputs, reals, strict=True):
             path = output.path
-            check_place(source, path, real, force)
+            check_place(read, path, real, force)
             if reals.count(real) > 1:
                 raise GGUFError(f"{path}: two shards would be the same file, {real}")
             n_bytes = output.placement.n_bytes - output.placement.n_cloned
             needed[real.parent] = needed.get(real.parent, 0) + n_bytes
         path = outputs[0].path
         for folder, n_bytes in needed.items():
-            free = shutil.disk_usage(folder).free
+            free = _free_bytes(folder)
             if free < n_bytes:
                 raise GGUFError(
                     f"{path}: {n_bytes} bytes are needed, {free} are free on the disk of {folder}"
@@ -114,15 +123,28 @@ def check_destinations(source: Header, outputs: Sequence[Output], *, force: bool
     return reals
 
 
-def check_place(source: Header, destination: Path, real: Path, force: bool) -> None:
+def _free_bytes(folder: Path) -> float:
+    """No limit where a mount does not tell, or tells of a disk of no size."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return float("inf")
+    return usage.free if usage.total else float("inf")
+
+
+def check_place(read: Sequence[Source], destination: Path, real: Path, force: bool) -> None:
     """Raises GGUFError where nothing can, or without force may, be put there."""
     if not real.parent.is_dir():
         fault = "is not a folder" if real.parent.exists() else "does not exist"
         raise GGUFError(f"{destination}: the folder {real.parent} {fault}")
     with contextlib.suppress(FileNotFoundError):
         status = destination.stat()  # not of `real`: /dev/stdout may lead to a pipe without a name
-        if any(file.is_file(status) for file in source.sources):
-            raise GGUFError(f"{destination}: input and output are the same file")
+        for file in read:
+            if file.is_file(status):
+                raise GGUFError(
+                    f"{destination}: input and output are the same file, {file.path}; give OUT "
+                    "another name"
+                )
         if stat.S_ISDIR(status.st_mode):
             raise GGUFError(f"{destination}: a folder, not a regular file; give the name of a file")
         if not stat.S_ISREG(status.st_mode):
@@ -131,40 +153,80 @@ def check_place(source: Header, destination: Path, real: Path, force: bool) -> N
             raise GGUFError(f"{destination}: exists already; --force replaces it")
 
 
-def write(source: Header, outputs: Sequence[Output], options: Options) -> Written:
+def write(read: Sequence[Source], outputs: Sequence[Output], options: Options) -> Written:
     """Write the new files, all of them whole or none at all.
 
+    read: every file that is read; the first one's permissions are those of the outputs.
+
     Raises GGUFError for anything `check_destinations` refuses, a failed read or write, and a
-    source that changed since its header was read.
+    source that changed since its header was read. It, and a KeyboardInterrupt's args, tell what has
+    become of the outputs.
     """
-    reals = check_destinations(source, outputs, force=options.force)
-    at = outputs[0]
-    n_copied = n_cloned = 0
+    reals = check_destinations(read, outputs, force=options.force)
+    moves = [(_beside(real), real) for real in reals]
+    temporaries = [temporary for temporary, _ in moves]
+    at, whole = outputs[0], False
+    left: list[str] = []  # what could not be undone, or not be done behind the renaming
     try:
-        with (
-            opened(source.sources) as sources,
-            _published(source, reals, options.force) as temporaries,
-        ):
-            for at, temporary, real in zip(outputs, temporaries, reals, strict=True):
-                with _created(temporary, like=real) as target_fd:
-                    clones, copies = _fill(sources, target_fd, at, options)
-                    for file in sources.values():
-                        file.refuse_changed()
-                    if options.sync:
-                        if at is outputs[-1]:
-                            options.on_flush()
-                        os.fsync(target_fd)
+        with opened(read) as sources:
+            n_cloned = n_copied = 0
+            for at, temporary in zip(outputs, temporaries, strict=True):
+                clones, copies = _write_one(sources, temporary, at, options, at is outputs[-1])
                 n_cloned, n_copied = n_cloned + clones, n_copied + copies
-            placements = [output.placement for output in outputs]
-            refuse_other_bytes(sources, placements, temporaries)
-    except OSError as error:
-        raise GGUFError(f"{at.path}: {error.strerror}; nothing was written") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
-    if options.sync:
-        for folder in {real.parent for real in reals}:
-            _sync_folder(folder)
+            refuse_other_bytes(sources, [output.placement for output in outputs], temporaries)
+        at = outputs[0]
+        for real in reals:
+            check_place(read, real, real, options.force)  # time has gone by
+        with signals.waiting():
+            replaced = _publish(moves, options, left)
+            whole = True
+            _remove([*temporaries, *replaced], left)
+        if options.sync:
+            _flush_folders(reals, left)
+    except BaseException as error:
+        with signals.waiting():
+            if whole and options.sync:
+                left.append("its name may not be on the disk yet")
+            told = _outcome(outputs, whole, left)
+            stale: list[str] = []
+            _remove([] if whole else temporaries, stale)
+            told = "; ".join([told, *stale])
+            if isinstance(error, OSError):
+                raise GGUFError(f"{at.path}: {error.strerror}; {told}") from error
+            if isinstance(error, GGUFError) and (left or stale):
+                raise GGUFError(f"{error}; {told}") from error
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (told,)
+            raise
+    if left:
+        raise GGUFError(_outcome(outputs, whole, left))
     return Written(n_copied, n_cloned)
+
+
+def _outcome(outputs: Sequence[Output], whole: bool, left: Sequence[str]) -> str:
+    if not whole:
+        first = "it could not be undone" if left else "nothing was written"
+    elif len(outputs) == 1:
+        first = f"{outputs[0].path} is there and whole"
+    else:
+        first = f"{outputs[0].path} and the other {len(outputs) - 1} shards are there and whole"
+    return "; ".join([first, *left])
+
+
+def _write_one(
+    sources: Opened, path: Path, output: Output, options: Options, is_last: bool
+) -> tuple[int, int]:
+    """A whole new file under a temporary name -> bytes cloned and copied. Raises as `write`."""
+    with _created(path) as target_fd:
+        clones, copies = _fill(sources, target_fd, output, options)
+        for file in sources.values():
+            file.refuse_changed()
+        _set_permissions(target_fd, next(iter(sources.values())))
+        if options.sync:
+            if is_last:
+                options.on_flush()
+            flush(target_fd)
+    return clones, copies
 
 
 def _fill(sources: Opened, target_fd: int, output: Output, options: Options) -> tuple[int, int]:
@@ -189,24 +251,6 @@ def _fill(sources: Opened, target_fd: int, output: Output, options: Options) -> 
     return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies)
 
 
-@contextlib.contextmanager
-def _published(source: Header, destinations: Sequence[Path], force: bool) -> Iterator[list[Path]]:
-    """Temporary names beside the destinations; renamed to them at the end, all or none.
-
-    Removed on any failure, an interrupt included.
-    """
-    temporaries = [_beside(destination) for destination in destinations]
-    try:
-        yield temporaries
-        for destination in destinations:
-            check_place(source, destination, destination, force)  # time has gone by
-        _rename_all(list(zip(temporaries, destinations, strict=True)), force)
-    except BaseException:
-        for path in temporaries:
-            path.unlink(missing_ok=True)
-        raise
-
-
 def _beside(destination: Path) -> Path:
     # 255 bytes is the usual limit of a name.
     stem = os.fsencode(destination.name)[:200].decode(errors="ignore")
@@ -214,71 +258,136 @@ def _beside(destination: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _created(path: Path, like: Path) -> Iterator[int]:
-    """A new file, with the permissions of the one it is to replace, else with a new file's."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+def _created(path: Path) -> Iterator[int]:
+    """A new file that nobody else can open before it is whole."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
     try:
-        with contextlib.suppress(OSError):
-            path.chmod(stat.S_IMODE(like.stat().st_mode))
         yield fd
     finally:
         os.close(fd)
 
 
-def _rename_all(moves: Sequence[tuple[Path, Path]], force: bool) -> None:
-    """Rename each of (old name, new name), or none.
+def _set_permissions(fd: int, like: OpenSource) -> None:
+    """As `cp` does: the source's, less the umask; never setuid, setgid or sticky.
 
-    The first shard comes last: loading begins with it, so that half a set is none.
+    Of a source that is fetched: those of a new file.
     """
-    if len(moves) == 1 and force:
-        _rename(*moves[0], force)  # one step, the old file until then
+    if not hasattr(os, "fchmod"):
         return
-    replaced: dict[Path, Path] = {}  # by name: another one for what was there before
+    umask = os.umask(0o077)  # the only way to read it
+    os.umask(umask)
+    with contextlib.suppress(OSError):  # a mount may have no permissions
+        mode = 0o666 if like.fd is None else os.fstat(like.fd).st_mode
+        os.fchmod(fd, mode & 0o777 & ~umask)
+
+
+def _publish(moves: Sequence[tuple[Path, Path]], options: Options, left: list[str]) -> list[Path]:
+    """Give each of (temporary, destination) its name, or none -> new names of what was there.
+
+    Loading begins with the first shard: of an old set it goes first, and of the new one it comes
+    last, so that at no moment some shards of both can be loaded, nor after a power failure. Raises
+    OSError and GGUFError; left: what could not be undone then.
+    """
+    first = moves[0][1]
+    if options.force and len(moves) == 1:
+        moves[0][0].replace(moves[0][1])  # one step, the old file until then
+        return []
+    placed: list[Path] = []
+    replaced: dict[Path, Path] = {}  # by destination: where the old file is now
     try:
+        for _, destination in moves:
+            if options.force and destination.exists():
+                aside = _beside(destination)
+                destination.replace(aside)
+                replaced[destination] = aside
+                if destination == first and options.sync:
+                    _flush_folders([first], [])
         for temporary, destination in reversed(moves):
-            if force and destination.exists():
-                old = replaced[destination] = _beside(destination)
-                try:
-                    os.link(destination, old)
-                except OSError:  # a file system without second names
-                    destination.replace(old)
-            _rename(temporary, destination, force)
+            if destination == first and options.sync and len(moves) > 1:
+                _flush_folders([first], [])  # what fails is told in the end
+            _give_name(temporary, destination, left)
+            placed.append(destination)
     except BaseException:
-        for temporary, destination in moves:
-            if destination in replaced:
-                if replaced[destination].exists():
-                    replaced[destination].replace(destination)
-            # An interrupt may come between the giving of the new name and the taking of the old.
-            elif not temporary.exists() or (
-                destination.exists() and temporary.samefile(destination)
-            ):
-                destination.unlink(missing_ok=True)
+        _remove([path for path in placed if path not in replaced], left)
+        for destination, aside in replaced.items():
+            with _noted(left, f"{aside} is what {destination} was"):
+                aside.replace(destination)
         raise
-    finally:
-        for path in replaced.values():
+    return list(replaced.values())
+
+
+def _give_name(temporary: Path, destination: Path, left: list[str]) -> None:
+    """A second name never replaces what is there, and so does no other way here.
+
+    The temporary name may stay. Raises GGUFError for what appeared there in the last instant.
+    """
+    try:
+        if not (_link(temporary, destination) or _rename_new(temporary, destination)):
+            # Where neither is known: an empty file of our own is in the way of all others.
+            fd = os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.close(fd)
+                temporary.replace(destination)
+            except BaseException:
+                _remove([destination], left)
+                raise
+    except FileExistsError:
+        raise GGUFError(f"{destination}: exists already; --force replaces it") from None
+
+
+def _link(temporary: Path, destination: Path) -> bool:
+    try:
+        os.link(temporary, destination)
+    except FileExistsError:
+        if not destination.samefile(temporary):  # NFS may say so of a link that it has just made
+            raise
+    except OSError:
+        return False  # a file system without second names
+    return True
+
+
+def _rename_new(temporary: Path, destination: Path) -> bool:
+    names = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(destination))
+    error = libc_call("renameat2", *names, _RENAME_NOREPLACE)
+    if error == errno.EEXIST:
+        raise FileExistsError
+    return error == 0
+
+
+def _remove(paths: Sequence[Path], left: list[str]) -> None:
+    for path in paths:
+        with _noted(left, f"{path} could not be removed"):
             path.unlink(missing_ok=True)
 
 
-def _rename(temporary: Path, destination: Path, force: bool) -> None:
-    """Without force, what appeared in the last instant stays: a second name never replaces."""
-    if not force:
-        try:
-            os.link(temporary, destination)
-        except FileExistsError:
-            raise GGUFError(f"{destination}: exists already; --force replaces it") from None
-        except OSError:
-            pass  # a file system without second names
-        else:
-            temporary.unlink()
-            return
-    temporary.replace(destination)
+@contextlib.contextmanager
+def _noted(left: list[str], words: str) -> Iterator[None]:
+    """A failure ends nothing here: it is told with the rest."""
+    try:
+        yield
+    except OSError as error:
+        left.append(f"{words}: {error.strerror}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself durable, where a folder can be synchronised at all."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+def flush(fd: int) -> None:
+    """Raises OSError, which tells of the way out for a file system that cannot."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+        words = f"{error.strerror}: this disk cannot be waited for; --no-sync does not wait"
+        raise OSError(error.errno, words) from error
+
+
+def _flush_folders(files: Sequence[Path], left: list[str]) -> None:
+    """Make new names durable themselves. Windows cannot."""
+    if os.name != "posix":
+        return
+    for folder in {path.parent for path in files}:
+        with _noted(left, f"the folder {folder} was not flushed to the disk"):
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                flush(fd)
+            finally:
+                os.close(fd)

@@ -4,43 +4,74 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
-from gguf_fuse.format.header import Header
-from gguf_fuse.format.source import GGUFError, abort, opened, pace
+from gguf_fuse.format.source import GGUFError, Source, abort, opened, pace
 from gguf_fuse.planning.plan import new_bytes
-from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.copy import BLOCK_BYTES, Opened, iter_blocks
 from gguf_fuse.writing.place import Copy, Placement
-from gguf_fuse.writing.publish import Written
+from gguf_fuse.writing.publish import Options, Written, flush
 
 
 def stream(
-    source: Header, placement: Placement, target_fd: int, on_progress: OnProgress
+    read: Sequence[Source], placement: Placement, target_fd: int, options: Options
 ) -> Written:
-    """Write the new file to a pipe. Raises GGUFError where reading or writing fails.
+    """Write the new file to a pipe, or to whatever else standard output is.
 
-    The placement must be one without clones.
+    read: as for `publish.write`; the placement must be one without clones.
+
+    Raises GGUFError where reading or writing fails. It, and a KeyboardInterrupt's args, tell how
+    much went out.
     """
+    target = _Target(target_fd)
     try:
-        if any(file.is_file(os.fstat(target_fd)) for file in source.sources):
-            raise GGUFError(f"{source.path}: input and standard output are the same file")
-        with opened(source.sources) as sources:
-            at = 0
+        status = os.fstat(target_fd)
+        for same in (file for file in read if file.is_file(status)):
+            raise GGUFError(f"{same.path}: input and standard output are the same file")
+        with opened(read) as sources:
             for start, data in _pieces(sources, placement):
-                _write_zeros(target_fd, start - at)
-                _write_bytes(target_fd, data)
-                on_progress(start + len(data) - at)
-                at = start + len(data)
-            _write_zeros(target_fd, placement.n_bytes - at)
+                before = target.at
+                target.write_zeros(start)
+                target.write(data)
+                options.on_progress(target.at - before)
+            target.write_zeros(placement.n_bytes)
             for file in sources.values():
                 file.refuse_changed()
-    except OSError as error:
-        raise GGUFError(f"standard output: {error.strerror}") from error
+        if options.sync and stat.S_ISREG(status.st_mode):
+            flush(target_fd)
+    except (OSError, GGUFError, KeyboardInterrupt) as error:
+        went = f"at least {target.at} of {placement.n_bytes} bytes were"
+        whole = target.at == placement.n_bytes
+        told = f"{'all of it was' if whole else went} written to standard output"
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (told,)
+            raise
+        if isinstance(error, GGUFError):
+            raise type(error)(f"{error}; {told}" if target.at else str(error)) from error
+        raise GGUFError(f"standard output: {error.strerror}; {told}") from error
     return Written(sum(copy.n_bytes for copy in placement.copies), 0)
+
+
+@dataclass
+class _Target:
+    """at: how much is written; an interrupt may come before the last write is counted."""
+
+    fd: int
+    at: int = 0
+
+    def write(self, view: memoryview) -> None:
+        while view:
+            n_bytes = os.write(self.fd, view)
+            self.at, view = self.at + n_bytes, view[n_bytes:]
+
+    def write_zeros(self, end: int) -> None:
+        zeros = memoryview(bytes(min(end - self.at, BLOCK_BYTES)))
+        while self.at < end:
+            self.write(zeros[: end - self.at])
 
 
 def _pieces(sources: Opened, placement: Placement) -> Iterator[tuple[int, memoryview]]:
@@ -69,6 +100,8 @@ def _read(sources: Opened, copies: Iterable[Copy]) -> Generator[tuple[Copy, memo
     if threads == 1:
         yield from (fill(block, buffers[0]) for block in blocks)
         return
+    from concurrent.futures import ThreadPoolExecutor  # loads logging
+
     with ThreadPoolExecutor(threads) as pool:
         first = zip(islice(blocks, threads), buffers, strict=False)
         ahead = deque((pool.submit(fill, block, buffer), buffer) for block, buffer in first)
@@ -81,15 +114,3 @@ def _read(sources: Opened, copies: Iterable[Copy]) -> Generator[tuple[Copy, memo
                     ahead.append((pool.submit(fill, following, buffer), buffer))
         finally:
             abort(sources)
-
-
-def _write_zeros(fd: int, count: int) -> None:
-    zeros = memoryview(bytes(min(count, BLOCK_BYTES)))
-    while count:
-        _write_bytes(fd, zeros[:count])
-        count -= len(zeros[:count])
-
-
-def _write_bytes(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view) :]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
@@ -85,3 +90,39 @@ def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match="broken chunk"):
         split_attention(*make_case(19, n_kv=1025).args, n_threads=3)
     assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    """It inherits the pool that its parent keeps, but not the threads in it."""
+    case = make_case(18, n_seqs=1, n_kv=1025)
+    wanted = split_attention(*case.args, chunks=THREE_CHUNKS, n_threads=3)
+    if (child := os.fork()) == 0:
+        signal.alarm(20)
+        got = split_attention(*case.args, chunks=THREE_CHUNKS, n_threads=3)
+        os._exit(0 if np.array_equal(got, wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+_NO_THREADS = """
+import os, resource, threading
+from gguf_fuse.attention import split
+from tests.attention.cases import cut, error, make_case
+case = make_case(18, n_seqs=1, n_kv=1025)
+os.setuid(65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+try:
+    threading.Thread(target=int).start()
+except RuntimeError as refused:
+    print(refused)
+got = split.split_attention(*case.args, chunks=cut(1025, [0.3, 0.6]), n_threads=3)
+assert error(got, case.reference) <= case.floor
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="root limits another user")
+def test_threads_that_cannot_start() -> None:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _NO_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "can't start new thread\n"), done.stderr

@@ -164,3 +164,77 @@ def test_nohup_is_respected(model: Model, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, "fuse", str(model()), str(output)]
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert output.exists()
+
+
+# Ctrl-C at the n-th import after the first instruction of ours.
+_INTERRUPT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+from gguf_fuse.cli.start import main
+n = 0
+def count(event, arguments):
+    global n
+    n += event == "import"
+    if event == "import" and n == {at}:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(count)
+main()
+"""
+
+
+@pytest.mark.parametrize("at", [1, 3, 30, 60, 90, 120, 150, 180])
+def test_ctrl_c_while_the_program_is_loaded(at: int, model: Model, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _INTERRUPT.format(at=at), "fuse", str(model()), "out.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr in (
+        "gguf-fuse: interrupted; nothing was written\n",
+        "gguf-fuse: interrupted\n",  # in the command itself, before its file is begun
+    )
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the platform has no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("--help", 1), ("--version", 1), ("fuse --help", 1), ("fuse IN OUT -f", 1), ("fuse", 2)],
+)
+def test_what_is_printed_finds_no_room(arguments: str, code: int, model: Model) -> None:
+    """One line where standard error still takes it, the right code where it does not."""
+    original = model()
+    out = original.with_name("out.gguf")
+    paths = {"IN": str(original), "OUT": str(out)}
+    words = [paths.get(word, word) for word in arguments.split()]
+    with Path("/dev/full").open("w") as full:
+        done = gguf_fuse(*words, stdout=full)
+        silent = gguf_fuse(*words, stdout=full, stderr=full)
+    assert done.returncode == silent.returncode == code
+    if code == 1:
+        whole = f"; {out} is there and whole" if "OUT" in arguments else ""
+        line = f"gguf-fuse: standard output: No space left on device{whole}\n"
+        assert done.stderr == line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX shells close streams")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(closed: str, model: Model) -> None:
+    """Their numbers go to no file that is written: what a library prints would go into it."""
+    original = model()
+    command = f'"$0" -m gguf_fuse fuse "$1" "$1.out" {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, str(original)], check=False)
+    assert done.returncode == 0
+    assert gguf_fuse("verify", original, f"{original}.out", "--structure-only").returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
+@pytest.mark.parametrize("mib", [16, 20, 25, 30, 40, 60, 100])
+def test_too_little_address_space(mib: int, model: Model) -> None:
+    """One line, whatever could not be loaded; less than this, and Python itself does not start."""
+    original = model()
+    command = f'ulimit -v {mib * 1024}; "$0" -m gguf_fuse fuse "$1" "$1.out"'
+    arguments = ["sh", "-c", command, sys.executable, str(original)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode:
+        assert done.returncode == 1
+        assert re.fullmatch("gguf-fuse: .*not enough memory.*\n", done.stderr), done.stderr
+        assert done.stdout == ""

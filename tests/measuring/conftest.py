@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from gguf_fuse.cli import app
+from gguf_fuse.cli.entry import app
 from gguf_fuse.measuring import bench as benchmark
 from gguf_fuse.measuring.bench import Bench, Extent, Row, Shape
 

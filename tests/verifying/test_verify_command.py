@@ -15,7 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as T
 from typer.testing import CliRunner
 
-from gguf_fuse.cli import app
+from gguf_fuse.cli.entry import app
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.verifying.report import Choice, Report, VerifyOptions

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import gguf_fuse, let_others_in
-from tests.pack import fused, save, valid
+from tests.pack import fused, lora, save, valid
 from tests.server import Run, assert_one_line
+from tests.shards import in_three
+from tests.writing.harness import contents
 
 
 def test_output_is_the_input(run: Run, packed: Path) -> None:
@@ -34,6 +36,34 @@ def test_input_through_a_link_is_the_output(run: Run, packed: Path) -> None:
     link = packed.parent / "soft.gguf"
     link.symlink_to("in.gguf")
     assert_one_line(run("fuse", link, packed, "-f"), "same file")
+
+
+def test_output_is_the_base(run: Run, packed: Path) -> None:
+    """`--base` is only read as well, with all its shards, whatever name leads to them."""
+    folder = packed.parent
+    adapter = save(lora(), folder / "lora.gguf")
+    shards = in_three(packed)
+    (folder / "soft.gguf").symlink_to("in.gguf")
+    (folder / "hard.gguf").hardlink_to(packed)
+    (folder / "second.gguf").hardlink_to(shards[1])
+    (folder / "third.gguf").symlink_to(shards[2])
+    before = contents(folder)
+    for base, out in (
+        (packed, packed),
+        (packed, folder / "soft.gguf"),
+        (packed, folder / "hard.gguf"),
+        (folder / "soft.gguf", packed),
+        (shards[0], folder / "second.gguf"),
+        (shards[0], folder / "third.gguf"),
+    ):
+        for options in (["--force"], ["--force", "--dry-run"]):
+            outcome = run("fuse", adapter, out, "--base", base, *options)
+            assert_one_line(outcome, "input and output are the same file")
+    with shards[2].open("ab") as stream:
+        done = gguf_fuse("fuse", adapter, "-", "--base", shards[0], stdout=stream)
+    assert done.returncode == 1
+    assert "input and standard output are the same file" in done.stderr
+    assert contents(folder) == before
 
 
 def test_output_exists(run: Run, packed: Path, tmp_path: Path) -> None:

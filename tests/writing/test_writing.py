@@ -39,7 +39,7 @@ def test_threads_write_the_same_file(model: Model, tmp_path: Path, threads: int)
     assert output.read_bytes() == expected
 
 
-NOWHERE = Source("nowhere.gguf", Stamp(0, 0, 0, 0))
+NOWHERE = Source("nowhere.gguf", Stamp(0, 0, 0, 0, 0))
 
 
 @given(
@@ -226,7 +226,7 @@ def test_the_input_moved_to_the_output_meanwhile_survives(
         if original.exists():
             original.rename(output)
 
-    with pytest.raises(GGUFError, match="input and output are the same file"):
+    with pytest.raises(GGUFError, match=r"are the same file|was linked, renamed"):
         fuse(original, str(output), options=replace(FAST, force=force, on_progress=move))
     assert output.read_bytes() == before
     assert list(tmp_path.iterdir()) == [output]

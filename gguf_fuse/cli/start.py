@@ -1,0 +1,35 @@
+"""The program from its first instruction on: signals first, then everything else is imported.
+
+Before this, Python itself starts: what Ctrl-C does in those hundredths of a second is its affair.
+"""
+
+import contextlib
+import os
+import sys
+
+from gguf_fuse import signals
+
+
+def main() -> None:
+    """The console command."""
+    signals.end_at_once()
+    # A closed stream's number would go to the next file that is opened, OUT perhaps, and with it
+    # whatever a library prints there.
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+            pass
+        os.close(fd)
+    try:
+        from gguf_fuse.cli.entry import run
+
+        run(sys.argv[1:])
+    except (MemoryError, ImportError) as error:
+        why = str(error).strip().rpartition("\n")[2]
+        if isinstance(error, MemoryError) or "map segment" in why:
+            why = "not enough memory; see ulimit -v"
+        _end(f"cannot start: {why}")
+
+
+def _end(message: str) -> None:
+    print(f"gguf-fuse: {message}", file=sys.stderr)
+    sys.exit(1)
