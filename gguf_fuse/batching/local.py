@@ -49,6 +49,9 @@ def execute(
                 entry = worker.run(task, on_bytes)
                 with lock:
                     done(task, entry)
+        except BaseException:
+            worker.interrupt()  # else its end would be waited for
+            raise
         finally:
             worker.close()
 

@@ -145,10 +145,10 @@ def _notes(result: gguf_fuse.Result, dry_run: bool) -> Iterator[RenderableType]:
             "yellow",
         )
     yield from layout_notes(result)
-    yield from recipe_hint(result.source, result.plan.skipped)
 
 
 def next_after(result: gguf_fuse.Result) -> Iterator[Text]:
     """verify takes models, and what was written to a file."""
+    yield from recipe_hint(result.source, result.plan.skipped)
     if result.files and result.source.is_model:
         yield from next_line("verify", result.source.path, result.files[0])

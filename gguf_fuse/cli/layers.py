@@ -39,7 +39,7 @@ def fused_tensor(layer: Layer) -> str:
     return "" if layer.fusion is QKV else f"{layer.fusion.fused}: "
 
 
-def recipe_hint(source: Header, layers: Sequence[Layer]) -> Iterator[RenderableType]:
+def recipe_hint(source: Header, layers: Sequence[Layer]) -> Iterator[Text]:
     """Where types keep layers of a model separate: the command that tells what to do about it."""
     from gguf_fuse.planning import record
     from gguf_fuse.planning.plan import of_mixed_types
