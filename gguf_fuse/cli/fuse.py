@@ -101,7 +101,7 @@ def fuse(
     if verify and result.files:
         verify_command(source, str(result.files[0]), quiet=not told)
     elif told:
-        print_parts(next_after(result))
+        print_parts(next_after(result), stderr=output == "-")
 
 
 def beside(source: str) -> str:
