@@ -166,6 +166,7 @@ def _parts(report: gguf_fuse.Report, verbose: bool) -> Iterator[RenderableType]:
         yield from _number_parts(report)
         if report.timing is not None:
             yield from _timing_lines(report.timing)
+        yield text()
     yield from (text(note, "yellow") for note in report.structure.notes)
     notes: dict[str, list[str]] = {}
     for layer in report.layers:
