@@ -49,7 +49,7 @@ def raised() -> Iterator[None]:
     try:
         yield
     finally:
-        _heed(signal.SIG_IGN)
+        _heed(_ignore)
 
 
 @contextlib.contextmanager
@@ -83,8 +83,12 @@ def _heed(handler: Handler) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    _heed(signal.SIG_IGN)
+    _heed(_ignore)
     raise Stopped(number)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN: of a signal that came just before, Python would complain that it ignores it."""
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
