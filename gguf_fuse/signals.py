@@ -25,10 +25,6 @@ class Stopped(KeyboardInterrupt):
         super().__init__()
         self.number = number
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.number
-
 
 def words(number: int) -> str:
     return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
             if "start new thread" not in str(error):
                 raise
             fail("no more threads to be had; see ulimit -u", EXIT_ERROR)
-        except signals.Stopped as stop:
-            fail("; ".join([signals.words(stop.number), *stop.args]), stop.exit_code)
+        except KeyboardInterrupt as stop:
+            number = stop.number if isinstance(stop, signals.Stopped) else signal.SIGINT
+            fail("; ".join([signals.words(number), *stop.args]), 128 + number)
 
     return run
 
