@@ -25,10 +25,6 @@ class Stopped(KeyboardInterrupt):
         super().__init__()
         self.number = number
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.number
-
 
 def words(number: int) -> str:
     return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
@@ -49,7 +45,7 @@ def raised() -> Iterator[None]:
     try:
         yield
     finally:
-        _heed(signal.SIG_IGN)
+        _heed(_ignore)
 
 
 @contextlib.contextmanager
@@ -83,8 +79,12 @@ def _heed(handler: Handler) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    _heed(signal.SIG_IGN)
+    _heed(_ignore)
     raise Stopped(number)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN: of a signal that came just before, Python would complain that it ignores it."""
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

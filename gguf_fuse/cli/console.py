@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import textwrap
 import traceback
@@ -89,8 +90,9 @@ def _outcome(action: Callable[[], None]) -> tuple[int, str]:
         return _not_done(error)
     except MemoryError as error:
         return EXIT_ERROR, f"not enough memory: {str(error) or 'nothing more can be had'}"
-    except signals.Stopped as stop:
-        return stop.exit_code, "; ".join([signals.words(stop.number), *stop.args])
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, signals.Stopped) else signal.SIGINT
+        return 128 + number, "; ".join([signals.words(number), *stop.args])
     except typer.BadParameter:  # told where the command line is understood
         raise
     except Exception as error:

@@ -39,18 +39,18 @@ def count(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_fails(name: str, tried: Harness, count: Callable[[str], None]) -> None:
-    tried.fail(name, most=80)
+    tried.fail(name, most=72)
     count(f"failing calls, {name}")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_signal_comes(name: str, tried: Harness, count: Callable[[str], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        tried.stop(name, number, most=22)
+        tried.stop(name, number, most=18)
     count(f"signals, {name}")
 
 
 @pytest.mark.parametrize("name", ["fuse", "fuse --force", "shards", "shards --force"])
 def test_killed(name: str, tried: Harness, count: Callable[[str], None]) -> None:
-    tried.kill(name, most=30)
+    tried.kill(name, most=18)
     count(f"kills, {name}")

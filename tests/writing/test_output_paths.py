@@ -208,3 +208,28 @@ def test_standard_output_is_closed(out: str, packed: Path) -> None:
     assert "Traceback" not in result.stderr, result.stderr
     assert result.returncode in ((1, 2) if out == "-" else (0,))
     assert packed.read_bytes() == valid().pack()
+
+
+_NO_THREADS = """
+import resource, threading
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+try:
+    threading.Thread(target=int).start()
+except RuntimeError:
+    pass
+else:
+    os._exit(9)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root can become another user")
+def test_threads_that_cannot_start(run: Run, tmp_path: Path) -> None:
+    """One copies what two would have."""
+    let_others_in(tmp_path)
+    packed = save(valid(), tmp_path / "in.gguf")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    folder.chmod(0o777)
+    outcome = run("fuse", packed, folder / "out.gguf", uid=65534, prelude=_NO_THREADS)
+    assert outcome.code == 0, outcome
+    assert (folder / "out.gguf").read_bytes() == fused(valid()).pack()
