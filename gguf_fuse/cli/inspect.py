@@ -45,13 +45,13 @@ _PROOFS = {
 
 def inspect(
     inputs: Annotated[
-        list[Path],
+        list[str],
         existing_file("IN...", "GGUF files, and folders of them; of shards, any one of a set."),
     ],
     as_json: AsJson = False,
 ) -> None:
     """Show what IN holds and what fusing would do to it. Reads headers only."""
-    if len(inputs) == 1 and not inputs[0].is_dir():
+    if len(inputs) == 1 and not _is_folder(inputs[0]):
         found = gguf_fuse.inspect(inputs[0])
         return print_json(inspection_json(found)) if as_json else print_parts(_parts(found))
     files = list(_files(inputs))
@@ -66,30 +66,34 @@ def inspect(
         fail(f"{len(bad)} of {len(files)} files cannot be read", EXIT_ERROR)
 
 
-def _files(inputs: Iterable[Path]) -> Iterator[Path]:
+def _is_folder(name: str) -> bool:
+    return os.path.isdir(name)  # noqa: PTH112 (the Path of an empty name is the current folder)
+
+
+def _files(inputs: Iterable[str]) -> Iterator[str]:
     """Each file, those in folders in the order of their names; of each set of shards, one."""
     from gguf_fuse.format.shards import ShardName
 
     seen = set[tuple[str, int]]()
     for path in inputs:
-        for file in sorted(_in_folder(path)) if path.is_dir() else [path]:
-            name = ShardName.parse(str(file))
+        for file in sorted(_in_folder(path)) if _is_folder(path) else [path]:
+            name = ShardName.parse(file)
             if name is None or (name.prefix, name.count) not in seen:
                 yield file
             if name is not None:
                 seen.add((name.prefix, name.count))
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
+def _in_folder(folder: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
     for place, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(place, name) for name in names if name.endswith(".gguf"))
+        yield from (str(Path(place, name)) for name in names if name.endswith(".gguf"))
 
 
 def _inspect_all(
-    files: Iterable[Path],
+    files: Iterable[str],
 ) -> tuple[list[gguf_fuse.Inspection], list[dict[str, str]]]:
     """Those that can be read, and what is wrong with the others, told at once."""
     good, bad = list[gguf_fuse.Inspection](), list[dict[str, str]]()
@@ -98,7 +102,7 @@ def _inspect_all(
             good.append(gguf_fuse.inspect(file))
         except GGUFError as error:
             complain(str(error))
-            bad.append({"input": str(file), "error": str(error)})
+            bad.append({"input": file, "error": str(error)})
     return good, bad
 
 

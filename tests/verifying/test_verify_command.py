@@ -29,7 +29,7 @@ def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
     run = gguf_fuse("verify", *pair, "--json")
     assert (run.returncode, run.stderr) == (0, "")
     value = json.loads(run.stdout)
-    assert set(value) == {"ok", "structure", "layers", "timing"}
+    assert {"ok", "structure", "layers", "timing"} <= set(value)
     assert value["ok"] is True
     assert value["structure"] == {"ok": True, "problems": []}
     for layer, name in zip(value["layers"], ("blk.0", "blk.1"), strict=True):
