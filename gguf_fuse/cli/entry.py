@@ -59,9 +59,12 @@ for _command, _example in _EXAMPLES.items():
 
 @app.command("help", cls=Command, epilog="Example: gguf-fuse help fuse")
 def _help(
-    ctx: typer.Context, command: Annotated[str | None, typer.Argument(metavar="COMMAND")] = None
+    ctx: typer.Context,
+    command: Annotated[
+        str | None, typer.Argument(metavar="COMMAND", help="Which; without one, all in short.")
+    ] = None,
 ) -> None:
-    """Explain a command, or all in short."""
+    """Explain a command."""
     arguments = ["--help"] if command is None else [command, "--help"]
     ctx.find_root().command.main(arguments, prog_name="gguf-fuse", standalone_mode=False)
 

@@ -55,7 +55,7 @@ def inspect(
 ) -> None:
     """Show what IN holds and what fusing would do to it. Reads headers only."""
     names = [name for given in inputs for name in expand(given)]
-    if names == inputs and len(inputs) == 1 and not Path(inputs[0]).is_dir():
+    if names == inputs and len(inputs) == 1 and not _is_folder(inputs[0]):
         found = gguf_fuse.inspect(inputs[0])
         return print_json(inspection_json(found)) if as_json else print_parts(_parts(found))
     files = list(_files(names))
@@ -70,13 +70,17 @@ def inspect(
         fail(f"{len(bad)} of {len(files)} files cannot be read", EXIT_ERROR)
 
 
+def _is_folder(name: str) -> bool:
+    return os.path.isdir(name)  # noqa: PTH112 (the Path of an empty name is the current folder)
+
+
 def _files(inputs: Iterable[str]) -> Iterator[str]:
     """Each file, those in folders in the order of their names; of each set of shards, one."""
     from gguf_fuse.format.shards import ShardName
 
     seen = set[tuple[str, int]]()
     for path in inputs:
-        for file in sorted(_in_folder(path)) if Path(path).is_dir() else [path]:
+        for file in sorted(_in_folder(path)) if _is_folder(path) else [path]:
             name = ShardName.parse(file)
             if name is None or (name.prefix, name.count) not in seen:
                 yield file

@@ -77,6 +77,10 @@ def test_the_right_way_is_named(typed: str, run: Run) -> None:
     assert outcome.err == f"gguf-fuse: {TOLD[typed]}\n"
 
 
+def test_what_cannot_be_a_name(run: Run) -> None:
+    assert_one_line(run("x" * 300), "no command", code=2)
+
+
 def test_no_command_is_named_that_cannot_be_pasted(run: Run) -> None:
     assert "did you mean" not in run("a\nb.gguf", "out.gguf").err
 

@@ -30,7 +30,10 @@ def test_input_is_missing(run: Run, tmp_path: Path) -> None:
 
 def test_input_is_a_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder.gguf").mkdir()
-    assert_input_refused(run, tmp_path / "folder.gguf", "folder.gguf", "not a regular file")
+    for command in ("fuse", "unfuse"):
+        outcome = run(command, tmp_path / "folder.gguf", tmp_path / "out")
+        assert_one_line(outcome, "folder.gguf", "not a regular file")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.gguf"]
 
 
 def test_input_is_a_pipe_that_nobody_writes_to(run: Run, tmp_path: Path) -> None:
