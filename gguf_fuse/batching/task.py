@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gguf_fuse import __version__, api
-from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.choices import OnMismatch, Reflink, Verified
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Source
@@ -21,7 +21,6 @@ from gguf_fuse.progress import OnProgress, ignore
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
 
-Verify = Literal["none", "structure", "numbers"]
 Result = Literal["fused", "nothing to fuse", "refused", "failed"]
 
 _BLOCK_BYTES = 1 << 20
@@ -34,7 +33,7 @@ class Settings:
     fused: tuple[str, ...] = (QKV.fused,)
     on_mismatch: OnMismatch = "skip"
     any_architecture: bool = False
-    verify: Verify = "structure"
+    verify: Verified = "structure"
     split_max_size: int | None = None
     split_max_tensors: int | None = None
     reflink: Reflink = "auto"

@@ -58,20 +58,6 @@ VOCABULARY = {
     "timing": "medians in milliseconds",
 }
 
-# Words of before format 1, beside those of today: scripts may ask for them.
-_OLD_WORDS = {
-    "layers_fused": "fused",
-    "layers_split": "fused",
-    "layers_skipped": "skipped",
-}
-_OLD_WORDS_OF_INSPECT = {
-    "input": "file",
-    "gguf_version": "version",
-    "tensors_in": "n_tensors",
-    "keys_in": "n_metadata",
-    "bytes_in": "file_bytes",
-}
-
 _LOADERS = {  # by the name of a Loader; else "unknown"
     "READS_FUSED": "reads fused",
     "ALREADY_FUSED": "reads fused",
@@ -92,51 +78,41 @@ def result_json(
     changed = result.plan.changed if result else ()
     found = [(layer, done) for layer in changed] + [(layer, "skipped") for layer in skipped]
     found.sort(key=lambda entry: _order(entry[0]))
-    return _with(
-        _OLD_WORDS,
-        {
-            "input": source.path,
-            "output": result and result.output,
-            "files": [str(path) for path in result.files] if result else [],
-            "architecture": source.architecture,
-            "layers": [layer_json(*entry) for entry in found],
-            f"layers_{done}": len(changed),
-            "layers_skipped": len(skipped),
-            "tensors_in": len(source.tensors),
-            "tensors_out": len(result.plan.tensors) if result else 0,
-            "bytes_in": source.file_bytes,
-            "bytes_out": result.n_bytes if result else 0,
-            "bytes_copied": result.written.n_copied if result else 0,
-            "bytes_cloned": result.written.n_cloned if result else 0,
-            "seconds": round(result.seconds, 3) if result else 0.0,
-        },
-    )
+    return {
+        "input": source.path,
+        "output": result and result.output,
+        "files": [str(path) for path in result.files] if result else [],
+        "architecture": source.architecture,
+        "layers": [layer_json(*entry) for entry in found],
+        f"layers_{done}": len(changed),
+        "layers_skipped": len(skipped),
+        "tensors_in": len(source.tensors),
+        "tensors_out": len(result.plan.tensors) if result else 0,
+        "bytes_in": source.file_bytes,
+        "bytes_out": result.n_bytes if result else 0,
+        "bytes_copied": result.written.n_copied if result else 0,
+        "bytes_cloned": result.written.n_cloned if result else 0,
+        "seconds": round(result.seconds, 3) if result else 0.0,
+    }
 
 
 def inspection_json(found: gguf_fuse.Inspection) -> dict[str, Any]:
     header = found.header
-    return _with(
-        _OLD_WORDS_OF_INSPECT,
-        {
-            "input": header.path,
-            "gguf_version": header.version,
-            "byte_order": header.byte_order,
-            "alignment": header.alignment,
-            "architecture": header.architecture,
-            "name": header.metadata.get("general.name"),
-            "tensors_in": len(header.tensors),
-            "keys_in": len(header.metadata),
-            "bytes_in": header.file_bytes,
-            "layers": [layer_json(layer, status(layer)) for layer in found.layers],
-            "layers_fusable": sum(layer.status is Status.FUSABLE for layer in found.layers),
-            "layers_fused": sum(layer.status is Status.FUSED for layer in found.layers),
-            "loader": loader_word(found.loader.qkv.loader),
-        },
-    )
-
-
-def _with(old_words: dict[str, str], answer: dict[str, Any]) -> dict[str, Any]:
-    return answer | {old: answer[word] for word, old in old_words.items() if word in answer}
+    return {
+        "input": header.path,
+        "gguf_version": header.version,
+        "byte_order": header.byte_order,
+        "alignment": header.alignment,
+        "architecture": header.architecture,
+        "name": header.metadata.get("general.name"),
+        "tensors_in": len(header.tensors),
+        "keys_in": len(header.metadata),
+        "bytes_in": header.file_bytes,
+        "layers": [layer_json(layer, status(layer)) for layer in found.layers],
+        "layers_fusable": sum(layer.status is Status.FUSABLE for layer in found.layers),
+        "layers_fused": sum(layer.status is Status.FUSED for layer in found.layers),
+        "loader": loader_word(found.loader.qkv.loader),
+    }
 
 
 def status(layer: Layer) -> str:

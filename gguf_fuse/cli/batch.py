@@ -10,18 +10,20 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
-from gguf_fuse.batching.task import Entry, Settings, Task, Verify
-from gguf_fuse.choices import OnMismatch, Reflink
+from gguf_fuse.choices import OnMismatch, Reflink, Verified
 from gguf_fuse.cli.console import print_json, printer, text
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import FIRST_BUILD
+
+if TYPE_CHECKING:
+    from gguf_fuse.batching.task import Entry, Task
 
 
 def batch(
@@ -49,7 +51,7 @@ def batch(
         typer.Option(help="A layer whose parts cannot be one tensor: leave it, or fail."),
     ] = "skip",
     any_architecture: AnyArchitecture = False,
-    verify: Annotated[Verify, typer.Option(help="What is verified of each file.")] = "structure",
+    verify: Annotated[Verified, typer.Option(help="What is verified of each file.")] = "structure",
     split_max_size: Annotated[
         str | None, typer.Option(metavar="N[K|M|G]", help="Cut outputs into shards.")
     ] = None,
@@ -88,6 +90,7 @@ def batch(
     from gguf_fuse.batching import batch as batches
     from gguf_fuse.batching import inputs as naming
     from gguf_fuse.batching import local, manifest
+    from gguf_fuse.batching.task import Settings
     from gguf_fuse.writing.cut import parse_size
 
     try:

@@ -7,6 +7,7 @@ says goes to standard error.
 from __future__ import annotations
 
 import array
+import importlib
 import json
 import os
 import random
@@ -21,8 +22,7 @@ GREEDY = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": Tru
 
 def parameters(path: str, n_ctx: int, n_threads: int = 0, n_gpu_layers: int | None = None) -> Any:
     """What a server is started with. n_threads 0, n_gpu_layers None: llama.cpp's own choice."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = n_ctx
@@ -42,8 +42,7 @@ def parameters(path: str, n_ctx: int, n_threads: int = 0, n_gpu_layers: int | No
 
 def start(params: Any) -> Any:
     """The server; ends the process with REFUSED where llama.cpp does not load the file."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     try:
         return xllamacpp.Server(params)
     except RuntimeError:  # it says no more than that; llama.cpp's log does
@@ -129,8 +128,7 @@ def _check_evaluated(answer: Any, n_tokens: int) -> None:
 
 def _device() -> dict[str, str]:
     """What computes, in llama-bench's words."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     devices = xllamacpp.get_device_info()
     kinds = {device["type"].name.rsplit("_", 1)[-1]: device["description"] for device in devices}
     names = [d["name"].rstrip("0123456789") for d in devices if not d["type"].name.endswith("_CPU")]

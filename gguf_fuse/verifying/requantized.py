@@ -9,7 +9,7 @@ from gguf_fuse.format.header import Header
 from gguf_fuse.format.types import type_name
 from gguf_fuse.planning.recipe import FILE_TYPE_KEY
 from gguf_fuse.verifying.report import VerifyOptions
-from gguf_fuse.verifying.structure import compare_structure
+from gguf_fuse.verifying.structure import compare_contents
 
 # Keys that llama-quantize writes anew: at the end, whether they were there or not.
 _OWN_KEYS = ("general.quantization_version", FILE_TYPE_KEY)
@@ -34,10 +34,10 @@ def other_problems(
 ) -> list[str]:
     """Where all but the changed tensors, and the keys of llama-quantize, are not the same bytes.
 
-    llama-quantize sorts tensors by name. Raises GGUFError as `compare_structure` does.
+    llama-quantize sorts tensors by name. Raises GGUFError as `compare_contents` does.
     """
     kept, still = (_without(header, changed) for header in (original, new))
-    return list(compare_structure(kept, still, options).problems)
+    return list(compare_contents(kept, still, options).problems)
 
 
 def _without(header: Header, changed: Collection[str]) -> Header:

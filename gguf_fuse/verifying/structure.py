@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,12 +42,26 @@ class _Range:
 
 
 def compare_structure(original: Header, fused: Header, options: VerifyOptions) -> Structure:
+    """What `compare_contents` says; and FUSED must be laid out as llama.cpp wants it.
+
+    Raises GGUFError as it does.
+    """
+    found = compare_contents(original, fused, options)
+    faults = tuple(_layout_problems(fused))
+    return replace(
+        found,
+        problems=(*found.problems, *faults),
+        computable=found.computable and not faults,
+        notes=tuple(f"the original: {fault}" for fault in misplaced(original)),
+    )
+
+
+def compare_contents(original: Header, fused: Header, options: VerifyOptions) -> Structure:
     """Every tensor and every metadata value of both files, byte for byte.
 
     What is fused, and where its rows must come from, follows from ORIGINAL's tensors alone: the
-    record in FUSED's metadata is checked, not believed. FUSED must be laid out as llama.cpp wants
-    it. Memory does not grow with the files. Raises GGUFError for a file that cannot be read, or
-    that changes meanwhile.
+    record in FUSED's metadata is checked, not believed. Memory does not grow with the files. Raises
+    GGUFError for a file that cannot be read, or that changes meanwhile.
     """
     started = time.perf_counter()
     made, unlike_fused = find_fused(original, fused)
@@ -71,14 +85,12 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
         *unequal,
         *own_problems(original, fused, made),
         *listing,
-        *_layout_problems(fused),
     ]
     return Structure(
         (*problems, *_told(original, fused, differing)),
         *counts,
         n_bytes=n_bytes,
         computable=not problems,
-        notes=tuple(f"the original: {fault}" for fault in misplaced(original)),
         seconds=time.perf_counter() - started,
     )
 
