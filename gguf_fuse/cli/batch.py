@@ -21,7 +21,7 @@ from gguf_fuse.cli.console import failing, print_json, printer, text
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
-from gguf_fuse.planning.loaders import FIRST_BUILD
+from gguf_fuse.planning.loaders import TRIED, architecture
 
 
 @failing
@@ -261,7 +261,10 @@ def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:
             counts = f"{entry.fused} of {entry.layers}"
             yield f"| {name} | {decimal(file.bytes)} | {counts} | `{file.sha256}` |"
     yield ""
+    since = [architecture(name).qkv.since for entry in entries if (name := entry.architecture)]
+    builds = [build for build in since if build]
+    when = f"since build {max(builds)}" if len(builds) == len(since) > 0 else f"of {TRIED}"
     yield (
         "Q, K and V of these layers are one tensor, bit for bit as they were: read by llama.cpp "
-        f"since build {FIRST_BUILD}; `gguf-fuse unfuse` gives back the separate files."
+        f"{when}; `gguf-fuse unfuse` gives back the separate files."
     )

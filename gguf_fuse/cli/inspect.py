@@ -81,11 +81,8 @@ def _file_lines(found: gguf_fuse.Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _loader_line(found: gguf_fuse.Inspection, fusion: Fusion) -> str:
-    from gguf_fuse.planning.loaders import FIRST_BUILD, Loader
-
     reads = found.loader.reads(fusion)
-    since = reads.loader is Loader.READS_FUSED and fusion is QKV
-    build = f" since build {FIRST_BUILD}" if since else ""
+    build = f" since build {reads.since}" if reads.since else ""
     return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.proof]})"
 
 
