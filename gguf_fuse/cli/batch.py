@@ -261,9 +261,9 @@ def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:
             counts = f"{entry.fused} of {entry.layers}"
             yield f"| {name} | {decimal(file.bytes)} | {counts} | `{file.sha256}` |"
     yield ""
-    since = [architecture(name).qkv.since for entry in entries if (name := entry.architecture)]
+    since = [architecture(entry.architecture or "").qkv.since for entry in entries]
     builds = [build for build in since if build]
-    when = f"since build {max(builds)}" if len(builds) == len(since) > 0 else f"of {TRIED}"
+    when = f"since build {max(builds)}" if builds and all(since) else f"of {TRIED}"
     yield (
         "Q, K and V of these layers are one tensor, bit for bit as they were: read by llama.cpp "
         f"{when}; `gguf-fuse unfuse` gives back the separate files."

@@ -14,6 +14,7 @@ import gguf_fuse
 from gguf_fuse.cli.console import failing, one_line, print_json, printer, text
 from gguf_fuse.cli.layers import fused_tensor, layer_json, layer_table
 from gguf_fuse.cli.options import AsJson, In
+from gguf_fuse.cli.readers import For, reader_lines, readers_json
 from gguf_fuse.planning.fusions import GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
 
@@ -32,13 +33,13 @@ _PROOFS = {
 
 
 @failing
-def inspect(source: In, as_json: AsJson = False) -> None:
+def inspect(source: In, as_json: AsJson = False, program: For = None) -> None:
     """Show what IN holds and what fusing would do to it. Reads the header only."""
     found = gguf_fuse.inspect(source)
     if as_json:
-        return print_json(_json(found))
+        return print_json(_json(found) | readers_json(found, program))
     out = printer()
-    for label, value in _file_lines(found):
+    for label, value in (*_file_lines(found), *reader_lines(found, program)):
         out.print(f"[bold]{label:<13}[/]{escape(one_line(value))}", highlight=False)
     out.print()
     out.print(layer_table(_rows(found)) if found.layers else "no layers that could be fused")
