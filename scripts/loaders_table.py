@@ -9,12 +9,13 @@ compared. What scripts/data/loaders.tsv holds already is not done again: a new w
 column. A cell is one of
 
     identical     the fused file is read, with the same log-probabilities, bit by bit
+    fused only    the fused file is read, the separate one is not
     differs       it is read, with others
     refused       the loader says that a tensor is missing, or the like
     SIGSEGV, ...  what killed the process; "timeout" after a minute
     -             this wheel does not run the separate file either
 
-`since` is the build from which on the cells are "identical" (or "-").
+`since` is the build from which on all are of the first two (or "-").
 tests/planning/test_loaders.py holds gguf_fuse/planning/loaders.py against the table.
 """
 
@@ -34,6 +35,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from random_models import LAYOUTS, ModelSpec, write_random_model
 
 from gguf_fuse.api import Options, fuse
@@ -46,6 +49,7 @@ from tests.llama_judge import LoadFailed, log_probabilities
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "scripts/data/loaders.tsv"
 UNKNOWN = "-"
+READ = ("identical", "fused only")
 
 Row = tuple[str, str]  # architecture, name of the fused tensor
 Cells = dict[Row, dict[str, str]]  # by column
@@ -64,18 +68,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cache", type=Path, required=True, help="where wheels are kept")
-    parser.add_argument("--again", action="store_true", help="measure all of it anew")
-    asked = parser.parse_args()
-    cells: Cells = {} if asked.again or not TABLE.exists() else read(TABLE)
-    wheels = [fetch(version, asked.cache) for version in versions()]
+    cache = parser.parse_args().cache
+    cells = read(TABLE) if TABLE.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         models = {row: pair for row in rows() if (pair := make(row, Path(folder)))}
-        for wheel in wheels:
-            missing = [row for row in models if wheel.column not in cells.get(row, {})]
-            for row, outcome in measure(wheel, [(row, *models[row]) for row in missing]):
-                cells.setdefault(row, {})[wheel.column] = outcome
-                print(wheel.column, *row, outcome, sep="\t", flush=True)
-    TABLE.write_text("".join("\t".join(line) + "\n" for line in lines(cells)))
+        for version in versions():
+            number = int(version.split(".")[2])
+            done = {row for row in cells if any(build(column) == number for column in cells[row])}
+            missing = [(row, *models[row]) for row in models if row not in done]
+            if not missing:
+                continue
+            wheel = fetch(version, cache)
+            for row, cell in measure(wheel, missing):
+                cells.setdefault(row, {})[wheel.column] = cell
+                print(wheel.column, *row, cell, sep="\t", flush=True)
+            TABLE.write_text("".join("\t".join(line) + "\n" for line in lines(cells)))
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -83,29 +90,30 @@ def main() -> None:
 
 def read(path: Path) -> Cells:
     with path.open(newline="") as file:
-        return {
-            (line.pop("architecture"), line.pop("tensor")): line
-            for line in csv.DictReader(file, delimiter="\t")
-            if line.pop("since")
-        }
+        header, *table = csv.reader(file, delimiter="\t")
+    return {
+        (name, tensor): {c: cell for c, cell in zip(header[3:], found, strict=True) if cell}
+        for name, tensor, _, *found in table
+    }
 
 
 def lines(cells: Cells) -> Iterator[list[str]]:
+    """Of the file; a cell that was not measured is empty."""
     columns = sorted({column for row in cells.values() for column in row}, key=build)
     yield ["architecture", "tensor", "since", *columns]
     for row in sorted(cells):
-        found = [cells[row][column] for column in columns]
-        yield [*row, since(dict(zip(columns, found, strict=True))), *found]
+        found = {column: cells[row].get(column, "") for column in columns}
+        yield [*row, since(found), *found.values()]
 
 
 def since(cells: dict[str, str]) -> str:
-    """The first build from which on all that run the model at all are identical."""
+    """The first build from which on the fused file is read by all that run the model at all."""
     first = UNKNOWN
-    for column, outcome in reversed(cells.items()):
-        if outcome not in ("identical", UNKNOWN):
-            break
-        if outcome == "identical":
+    for column, cell in reversed(cells.items()):
+        if cell in READ:
             first = column.split()[0]
+        elif cell != UNKNOWN:
+            break
     return first
 
 
@@ -190,15 +198,20 @@ def look_first_in(path: str) -> None:
 
 def outcome(separate: Path, fused: Path) -> str:
     """One cell of the table."""
+    expected, found = numbers(separate), numbers(fused)
+    if isinstance(expected, str):
+        return UNKNOWN if isinstance(found, str) else "fused only"
+    if isinstance(found, str):
+        return found
+    return "identical" if (expected == found).all() else "differs"
+
+
+def numbers(path: Path) -> NDArray[np.float32] | str:
+    """Log-probabilities, or how the load ended."""
     try:
-        expected = log_probabilities(separate, PROMPT)
-    except LoadFailed:
-        return UNKNOWN
-    try:
-        found = log_probabilities(fused, PROMPT)
+        return log_probabilities(path, PROMPT)
     except LoadFailed as failed:
         return failed.signal or "refused"
-    return "identical" if (expected == found).all() else "differs"
 
 
 if __name__ == "__main__":
