@@ -5,8 +5,8 @@
 
 For each architecture that tests/models makes a random model of, that model is fused, and both
 files are loaded by each wheel, every load in a process of its own; their log-probabilities are
-compared. What scripts/data/loaders.tsv holds already is not done again: a new wheel is one more
-column. A cell is one of
+compared (of encoders, their embeddings). What scripts/data/loaders.tsv holds already is not done
+again: a new wheel is one more column. A cell is one of
 
     identical     the fused file is read, with the same log-probabilities, bit by bit
     fused only    the fused file is read, the separate one is not
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,18 @@ from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV
 from gguf_fuse.planning.loaders import Loader, architecture
 from gguf_fuse.planning.plan import NothingToDo
 from tests.compare import PROMPT
-from tests.llama_judge import LoadFailed, log_probabilities
+from tests.llama_judge import LoadFailed, embeddings, log_probabilities
+from tests.models.extra_layouts import ENCODERS, EXTRA
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "scripts/data/loaders.tsv"
 UNKNOWN = "-"
 READ = ("identical", "fused only")
 
+for _name, _layout in EXTRA.items():
+    LAYOUTS.setdefault(_name, _layout)
+
+Judge = Callable[..., NDArray[np.float32]]
 Row = tuple[str, str]  # architecture, name of the fused tensor
 Cells = dict[Row, dict[str, str]]  # by column
 
@@ -75,7 +80,7 @@ def main() -> None:
         for version in versions():
             number = int(version.split(".")[2])
             done = {row for row in cells if any(build(column) == number for column in cells[row])}
-            missing = [(row, *models[row]) for row in models if row not in done]
+            missing = {row: models[row] for row in models if row not in done}
             if not missing:
                 continue
             wheel = fetch(version, cache)
@@ -183,22 +188,23 @@ def spec(name: str, tensor: str) -> ModelSpec:
     return ModelSpec(name, n_expert=4) if tensor == GATE_UP.fused else ModelSpec(name)
 
 
-def measure(wheel: Wheel, models: Iterable[tuple[Row, Path, Path]]) -> Iterator[tuple[Row, str]]:
+def measure(wheel: Wheel, models: Mapping[Row, tuple[Path, Path]]) -> Iterator[tuple[Row, str]]:
     """What the wheel makes of each. It comes before an installed one in the path of a process."""
     path = os.pathsep.join([str(wheel.folder), str(ROOT)])
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, look_first_in, (path,)) as process:
-        for row, separate, fused in models:
-            yield row, process.submit(outcome, separate, fused).result()
+        for row, (separate, fused) in models.items():
+            judge = embeddings if row[0] in ENCODERS else log_probabilities
+            yield row, process.submit(outcome, judge, separate, fused).result()
 
 
 def look_first_in(path: str) -> None:
     os.environ["PYTHONPATH"] = path
 
 
-def outcome(separate: Path, fused: Path) -> str:
+def outcome(judge: Judge, separate: Path, fused: Path) -> str:
     """One cell of the table."""
-    expected, found = numbers(separate), numbers(fused)
+    expected, found = numbers(judge, separate), numbers(judge, fused)
     if isinstance(expected, str):
         return UNKNOWN if isinstance(found, str) else "fused only"
     if isinstance(found, str):
@@ -206,10 +212,10 @@ def outcome(separate: Path, fused: Path) -> str:
     return "identical" if (expected == found).all() else "differs"
 
 
-def numbers(path: Path) -> NDArray[np.float32] | str:
-    """Log-probabilities, or how the load ended."""
+def numbers(judge: Judge, path: Path) -> NDArray[np.float32] | str:
+    """What llama.cpp computes, or how the load ended."""
     try:
-        return log_probabilities(path, PROMPT)
+        return judge(path, PROMPT)
     except LoadFailed as failed:
         return failed.signal or "refused"
 

@@ -113,24 +113,25 @@ _ROWS: dict[tuple[Loader, Proof], str] = {
     (Loader.NO_ATTENTION, "source"): "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
 }
 
-# b8672 is the oldest wheel that was tried. Builds before these say that attn_q is missing, or die of
-# a segmentation fault where they load the weights and their graph does not know them (gemma3n,
-# mimo2, olmo2, qwen3next, qwen35 and qwen35moe).
+# b8672 is the oldest wheel that was tried. Builds before these say that attn_q is missing, or die
+# of a segmentation fault where they load the weights and their graph does not know them (gemma3n,
+# mimo2, olmo2, olmoe, qwen3next, qwen35 and qwen35moe).
 _APRIL, _LATE_APRIL = Build(8672, "April 2026"), Build(8929, "April 2026")
 _MAY, _JULY = Build(9093, "May 2026"), Build(10068, "July 2026")
 _AUGUST, _SEPTEMBER = Build(10566, "August 2026"), Build(11063, "September 2026")
 _QKV_SINCE = {
-    _APRIL: "chatglm glm4 phi2 phi3",
+    _APRIL: "bert chatglm glm4 jina-bert-v3 nomic-bert nomic-bert-moe phi2 phi3",
     _LATE_APRIL: """
-        apertus arcee baichuan cohere2 command-r deci ernie4_5 exaone4 falcon-h1 gemma gemma2 gemma3
-        gpt-oss granite granitehybrid hunyuan-dense internlm2 jamba lfm2 llama minicpm mistral3
-        nemotron olmo orion qwen2 qwen3 qwen3moe refact seed_oss smollm3 stablelm starcoder2
-        xverse""",
+        apertus arcee baichuan cohere2 command-r deci deepseek dots1 ernie4_5 ernie4_5-moe exaone
+        exaone4 falcon-h1 gemma gemma2 gemma3 glm4moe gpt-oss granite granitehybrid granitemoe
+        hunyuan-dense internlm2 jamba jina-bert-v2 lfm2 lfm2moe llama llama4 minicpm mistral3
+        nemotron olmo orion qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe refact seed_oss
+        smallthinker smollm3 stablelm starcoder2 xverse""",
     _MAY: "mimo2",
     _JULY: "hy_v3",
     _AUGUST: "granite_swa",
     _SEPTEMBER: """
-        cohere2moe deepseek2-ocr gemma3n gemma4 nemotron_h olmo2 qwen35 qwen35moe qwen3next""",
+        cohere2moe deepseek2-ocr gemma3n gemma4 nemotron_h olmo2 olmoe qwen35 qwen35moe qwen3next""",
 }
 _GATE_UP_SINCE = {
     _APRIL: "deepseek2 deepseek2-ocr gemma4 mistral4 qwen35moe qwen3next",
