@@ -47,10 +47,10 @@ class Build:
     """A build of llama.cpp, and when it was made."""
 
     number: int
-    month: str
+    when: str
 
     def __str__(self) -> str:
-        return f"b{self.number} ({self.month})"
+        return f"b{self.number} ({self.when})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ _ROWS: dict[tuple[Loader, Proof], str] = {
 # b8672 is the oldest wheel that was tried. Builds before these say that attn_q is missing, or die
 # of a segmentation fault where they load the weights and their graph does not know them (gemma3n,
 # mimo2, olmo2, olmoe, qwen3next, qwen35 and qwen35moe).
-_APRIL, _LATE_APRIL = Build(8672, "April 2026"), Build(8929, "April 2026")
+_APRIL, _LATE_APRIL = Build(8672, "April 2026, or before"), Build(8929, "April 2026")
 _MAY, _JULY = Build(9093, "May 2026"), Build(10068, "July 2026")
 _AUGUST, _SEPTEMBER = Build(10566, "August 2026"), Build(11063, "September 2026")
 _QKV_SINCE = {
@@ -131,7 +131,8 @@ _QKV_SINCE = {
     _JULY: "hy_v3",
     _AUGUST: "granite_swa",
     _SEPTEMBER: """
-        cohere2moe deepseek2-ocr gemma3n gemma4 nemotron_h olmo2 olmoe qwen35 qwen35moe qwen3next""",
+        cohere2moe deepseek2-ocr gemma3n gemma4 nemotron_h olmo2 olmoe qwen35 qwen35moe
+        qwen3next""",
 }
 _GATE_UP_SINCE = {
     _APRIL: "deepseek2 deepseek2-ocr gemma4 mistral4 qwen35moe qwen3next",

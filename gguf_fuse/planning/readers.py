@@ -32,8 +32,8 @@ class Since(NamedTuple):
 class Takes:
     """The forms of a layer that a program takes; None: not found out.
 
-    since: the first version that takes the fused one, where that was found. misses: what the others
-    do with it, or the program itself where it does not take it.
+    since: the first version that takes the fused one, where that was found. misses: what becomes of
+    it where the program does not take it.
     """
 
     separate: bool
@@ -137,7 +137,7 @@ _LISTED = (
         "vllm-gguf-plugin 0.0.5, 10 August 2026, weights_adapter/ and weight_utils.py (vLLM itself "
         "gave up GGUF: vllm-project/vllm#39583)",
         ("0.0.1 (May 2026)", ""),
-        "it passes over {fused}, and never sets those weights",
+        "it has no name for {fused}, and never sets those weights",
         # By the names that Transformers' model has, so whatever both know; here what the adapter
         # names itself.
         separate=_names(
@@ -262,11 +262,8 @@ def ask(program: ReaderName, header: Header, layers: Sequence[Layer]) -> Answer:
         if is_fused and takes.since:
             since.append(takes.since)
     proof: Proof = "source" if "source" in proofs else "measured"
-    reason = "it reads every layer as it is"
-    if not since:
-        return Answer(program, True, reason, reader.source, proof)
-    reason += "; older ones stop or crash"
-    return Answer(program, True, reason, reader.source, proof, max(since).version)
+    first = max(since).version if since else None
+    return Answer(program, True, "it reads every layer as it is", reader.source, proof, first)
 
 
 _NONE = Layer("blk.0", Status.SEPARATE, (), ())  # of models without such layers
