@@ -9,6 +9,9 @@ OnMismatch = Literal["skip", "error"]
 Reflink = Literal["auto", "always", "never"]
 WayName = Literal["raise", "lower"]  # of a recipe
 Verified = Literal["none", "structure", "numbers"]  # of each file of a batch
+ReaderName = Literal[
+    "llama.cpp", "ollama", "ik_llama.cpp", "vllm", "candle", "mistral.rs", "transformers"
+]
 
 MOST_THREADS = 256
 MOST_TOKENS = 1 << 24  # or cells, or sequences: more is a slip of the keyboard

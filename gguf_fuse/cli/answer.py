@@ -50,6 +50,8 @@ VOCABULARY = {
     "byte_order": "little or big",
     "alignment": "of tensors, in bytes",
     "name": "general.name; null if the file has none",
+    "readers": "asked for by --for: program, loads, reason, source, proof, since, advice",
+    "llama": "what llama.cpp computed with both files; null if it was not asked",
     "loader": "what llama.cpp does with fused Q, K and V: reads fused, needs separate, unknown",
     "ok": "whether all is equal",
     "same_file": "whether both names are of one file",

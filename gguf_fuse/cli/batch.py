@@ -20,7 +20,7 @@ from gguf_fuse.cli.console import print_json, printer, text
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
-from gguf_fuse.planning.loaders import FIRST_BUILD
+from gguf_fuse.planning.loaders import TRIED, architecture
 
 if TYPE_CHECKING:
     from gguf_fuse.batching.task import Entry, Task
@@ -263,7 +263,10 @@ def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:
             counts = f"{entry.fused} of {entry.layers}"
             yield f"| {name} | {decimal(file.bytes)} | {counts} | `{file.sha256}` |"
     yield ""
+    since = [architecture(entry.architecture or "").qkv.since for entry in entries]
+    builds = [build for build in since if build]
+    when = f"since build {max(builds)}" if builds and all(since) else f"of {TRIED}"
     yield (
         "Q, K and V of these layers are one tensor, bit for bit as they were: read by llama.cpp "
-        f"since build {FIRST_BUILD}; `gguf-fuse unfuse` gives back the separate files."
+        f"{when}; `gguf-fuse unfuse` gives back the separate files."
     )

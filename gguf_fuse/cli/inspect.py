@@ -31,6 +31,7 @@ from gguf_fuse.cli.console import (
 from gguf_fuse.cli.fuse import beside
 from gguf_fuse.cli.layers import fused_tensor, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, existing_file
+from gguf_fuse.cli.readers import For, reader_lines, readers_json
 from gguf_fuse.format.source import GGUFError, expand, is_address
 from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
@@ -51,19 +52,23 @@ def inspect(
             "GGUF files, folders of them, addresses, hf:OWNER/REPO; of shards, any one of a set.",
         ),
     ],
+    program: For = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what IN holds and what fusing would do to it. Reads headers only."""
     names = [name for given in inputs for name in expand(given)]
     if names == inputs and len(inputs) == 1 and not _is_folder(inputs[0]):
         found = gguf_fuse.inspect(inputs[0])
-        return print_json(inspection_json(found)) if as_json else print_parts(_parts(found))
+        if as_json:
+            return print_json(inspection_json(found) | readers_json(found, program))
+        return print_parts(_parts(found, program))
     files = list(_files(names))
     if not files:
         fail(f"{inputs[0]}: no *.gguf file in it", EXIT_ERROR)
     good, bad = _inspect_all(files)
     if as_json:
-        print_json({"inputs": [*map(inspection_json, good), *bad]})
+        told = [inspection_json(found) | readers_json(found, program) for found in good]
+        print_json({"inputs": [*told, *bad]})
     elif good:
         print_parts([*_overview(good), *_fetched(files)])
     if bad:
@@ -155,9 +160,9 @@ def _types(found: gguf_fuse.Inspection) -> Iterator[str]:
     yield from (name for name, _ in counts.most_common())
 
 
-def _parts(found: gguf_fuse.Inspection) -> Iterator[RenderableType]:
+def _parts(found: gguf_fuse.Inspection, program: For) -> Iterator[RenderableType]:
     """Of one file: what it is, its layers, the total, and what to run next."""
-    for label, value in _file_lines(found):
+    for label, value in (*_file_lines(found), *reader_lines(found, program)):
         yield Flowing(value, label=f"{label:<13}", indent=13)
     yield ""
     if not found.layers:
@@ -262,9 +267,6 @@ def _file_lines(found: gguf_fuse.Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _loader_line(found: gguf_fuse.Inspection, fusion: Fusion) -> str:
-    from gguf_fuse.planning.loaders import FIRST_BUILD, Loader
-
     reads = found.loader.reads(fusion)
-    since = reads.loader is Loader.READS_FUSED and fusion is QKV
-    build = f" since build {FIRST_BUILD}" if since else ""
+    build = f" since build {reads.since}" if reads.since else ""
     return f"llama.cpp {reads.loader.phrase(fusion.words)}{build} ({_PROOFS[reads.proof]})"

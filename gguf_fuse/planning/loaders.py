@@ -9,7 +9,9 @@ Where the rows come from (field `proof`), all for llama.cpp of November 2026:
   loader crashed, for the rows that say so).
 - source: read from the loader's source: it calls create_tensor_qkv and its graph build_qkv (or
   requires separate or fused weights), not run.
-The first release that reads a fused file in place of a separate one is build b9093 (May 2026).
+Since when (field `since`): the oldest of the builds in scripts/data/loaders.tsv (April to October
+2026, measured) that reads a fused file, as do all after it. Who is not in that file was tried with
+llama.cpp of November 2026 alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Literal
 
 from gguf_fuse.planning.fusions import GATE_UP, Fusion
 
-FIRST_BUILD = "b9093 (May 2026)"
+TRIED = "November 2026"  # the newest llama.cpp that any row was measured with
 
 Proof = Literal["measured", "source", "none"]
 
@@ -40,17 +42,30 @@ class Loader(Enum):
         return self.value.format(words)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Build:
+    """A build of llama.cpp, and when it was made."""
+
+    number: int
+    when: str
+
+    def __str__(self) -> str:
+        return f"b{self.number} ({self.when})"
+
+
 @dataclass(frozen=True, slots=True)
 class Reads:
     """What a loader does with the fused tensors of one fusion.
 
-    biases, scales: whether the fused path of the graph applies them.
+    biases, scales: whether the fused path of the graph applies them. since: None where older builds
+    were not tried.
     """
 
     loader: Loader
     proof: Proof
     biases: bool = True
     scales: bool = True
+    since: Build | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +113,39 @@ _ROWS: dict[tuple[Loader, Proof], str] = {
     (Loader.NO_ATTENTION, "source"): "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
 }
 
+# b8672 is the oldest wheel that was tried. Builds before these say that attn_q is missing, or die
+# of a segmentation fault where they load the weights and their graph does not know them (gemma3n,
+# mimo2, olmo2, olmoe, qwen3next, qwen35 and qwen35moe).
+_APRIL, _LATE_APRIL = Build(8672, "April 2026, or before"), Build(8929, "April 2026")
+_MAY, _JULY = Build(9093, "May 2026"), Build(10068, "July 2026")
+_AUGUST, _SEPTEMBER = Build(10566, "August 2026"), Build(11063, "September 2026")
+_QKV_SINCE = {
+    _APRIL: "bert chatglm glm4 jina-bert-v3 nomic-bert nomic-bert-moe phi2 phi3",
+    _LATE_APRIL: """
+        apertus arcee baichuan cohere2 command-r deci deepseek dots1 ernie4_5 ernie4_5-moe exaone
+        exaone4 falcon-h1 gemma gemma2 gemma3 glm4moe gpt-oss granite granitehybrid granitemoe
+        hunyuan-dense internlm2 jamba jina-bert-v2 lfm2 lfm2moe llama llama4 minicpm mistral3
+        nemotron olmo orion qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe refact seed_oss
+        smallthinker smollm3 stablelm starcoder2 xverse""",
+    _MAY: "mimo2",
+    _JULY: "hy_v3",
+    _AUGUST: "granite_swa",
+    _SEPTEMBER: """
+        cohere2moe deepseek2-ocr gemma3n gemma4 nemotron_h olmo2 olmoe qwen35 qwen35moe
+        qwen3next""",
+}
+_GATE_UP_SINCE = {
+    _APRIL: "deepseek2 deepseek2-ocr gemma4 mistral4 qwen35moe qwen3next",
+    _JULY: "hy_v3",
+    _AUGUST: "granite_swa",
+    _SEPTEMBER: "cohere2moe qwen4exp",
+}
+
+
+def _since(table: dict[Build, str], name: str) -> Build | None:
+    return next((build for build, names in table.items() if name in names.split()), None)
+
+
 # gemma4's own fused code adds no bias; the fused paths of the others apply no scale in some layers
 # (nor do their separate paths today, but a loader that began with those would break such files).
 # hrm_text's loader asks for a layer's scale by the form of another layer: where only one of the two
@@ -128,7 +176,8 @@ _GATE_UP = set(
 
 def _gate_up(name: str) -> Reads:
     if name in _GATE_UP:
-        return Reads(Loader.READS_FUSED, "measured", biases=False, scales=False)
+        since = _since(_GATE_UP_SINCE, name)
+        return Reads(Loader.READS_FUSED, "measured", biases=False, scales=False, since=since)
     return Reads(Loader.NEEDS_SEPARATE, "source", scales=False)
 
 
@@ -162,7 +211,13 @@ def _encoder(name: str, loader: Loader, proof: Proof) -> Architecture:
 ARCHITECTURES = {
     name: Architecture(
         name,
-        Reads(loader, proof, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
+        Reads(
+            loader,
+            proof,
+            biases=name not in _NO_BIASES,
+            scales=name not in _NO_SCALES,
+            since=_since(_QKV_SINCE, name),
+        ),
         _gate_up(name),
         gated_q=name in _GATED_Q,
         mtp_needs_fused=name in _MTP_NEEDS_FUSED,
