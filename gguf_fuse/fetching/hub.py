@@ -14,7 +14,7 @@ from gguf_fuse.fetching import http
 from gguf_fuse.fetching.place import FetchError, Place
 
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
-_REPOSITORY = re.compile(r"hf:(?://)?([^/@]+/[^/@]+)(?:@([^/]+))?/?")
+_REPOSITORY = re.compile(r"hf:([^/@]+/[^/@]+)(?:@([^/]+))?/?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -42,7 +42,7 @@ def test_one_file(model: Model, run: Run) -> None:
     original = model(n_layer=9, n_embd=256, types=MIXED)
     shown = run("inspect", original).out.splitlines()
     assert "blk.0, 8  2  mixed  256 + 128 + 128  not fusable: V is Q6_K" in shown
-    assert shown[-2] == "7 of 9 attention layers fusable: V is Q6_K in 2"
+    assert shown[-3] == "7 of 9 attention layers fusable: V is Q6_K in 2"
     fused = original.with_name("in-fused.gguf")
     assert shown[-1] == f"next: gguf-fuse --fuse-qkv-weights {original} {fused}"
     assert run(*shlex.split(shown[-1].removeprefix("next: gguf-fuse "))).code == 0
@@ -78,7 +78,7 @@ def test_the_loader_line_is_indented(model: Model, columns: int) -> None:
     lines = shown.splitlines()
     assert max(map(len, lines)) <= columns or lines[-1].startswith("next: ")
     at = next(at for at, line in enumerate(lines) if line.startswith("loader       llama.cpp"))
-    assert "(May 2026)" in " ".join(lines[at : at + 3])
+    assert "(April 2026)" in " ".join(lines[at : at + 3])
     assert columns == 120 or lines[at + 1].startswith(
         " " * 13 + "(m" if columns == 80 else " " * 13
     )

@@ -227,7 +227,7 @@ def test_closed_streams(closed: str, model: Model) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
-@pytest.mark.parametrize("mib", [16, 20, 25, 30, 40, 60, 100])
+@pytest.mark.parametrize("mib", [20, 25, 30, 40, 60, 100])
 def test_too_little_address_space(mib: int, model: Model) -> None:
     """One line, whatever could not be loaded; less than this, and Python itself does not start."""
     original = model()

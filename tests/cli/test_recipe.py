@@ -54,7 +54,7 @@ def test_run_changes_what_it_says_and_fuses(mixed: Path, run: Run, tmp_path: Pat
     done = run("recipe", mixed, output, "--run", "--llama-quantize", stand_in(tmp_path), "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    assert (told["run"], told["result"]["fused"]) == ("raise", 2)
+    assert (told["run"], told["result"]["layers_fused"]) == ("raise", 2)
     assert told["result"]["input"] == str(mixed)
     types = types_of(output)
     assert (types["blk.0.attn_qkv.weight"], types["blk.1.attn_qkv.weight"]) == ("Q8_0", "Q4_0")
@@ -146,7 +146,7 @@ def test_interrupted_it_stops_llama_quantize_and_leaves_nothing(
 
 
 def test_inspect_and_fuse_point_to_it(model: Model, mixed: Path, run: Run, tmp_path: Path) -> None:
-    line = f"how layers of mixed types can be fused too: gguf-fuse recipe {mixed}\n"
+    line = f"to fuse layers of mixed types too: gguf-fuse recipe {mixed}\n"
     assert line in run("inspect", mixed).out
     assert line in run("fuse", mixed, tmp_path / "out.gguf").out
     assert "gguf-fuse recipe" not in run("inspect", tmp_path / "out.gguf").out
