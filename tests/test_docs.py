@@ -137,6 +137,14 @@ def test_numbers_of_architectures() -> None:
     assert len(LAYOUTS) >= 50
 
 
+def test_gains_are_those_of_the_samples() -> None:
+    script = str(ROOT / "scripts" / "gpu_gains.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    table = done.stdout.split("\n\n")[0]
+    assert len(table.splitlines()) > 8
+    assert table in README
+
+
 def masked(line: str) -> str:
     """Without what differs from run to run: times, speeds, errors, folders, spaces at the end."""
     names = re.sub(r"\S*/(?=model)", "", line)
