@@ -17,7 +17,8 @@ from rich.filesize import decimal
 
 from gguf_fuse.choices import OnMismatch, Reflink, Verified
 from gguf_fuse.cli.console import print_json, printer, text
-from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet
+from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet, existing_file, option
+from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import TRIED, architecture
@@ -28,57 +29,105 @@ if TYPE_CHECKING:
 
 def batch(
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="IN...", help="Files, folders and globs.")
+        list[str] | None,
+        existing_file("IN...", "Files, folders, globs, addresses, hf:OWNER/REPO."),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The folder for all outputs.")
+        Path, option("--out", part=WHAT, metavar="DIR", help="The folder for all outputs.")
     ] = ...,  # type: ignore[assignment]
     listed: Annotated[
         str | None,
-        typer.Option("--from", metavar="FILE", help="One input a line; - is standard input."),
+        option("--from", part=WHAT, metavar="FILE", help="One input a line; - is standard input."),
     ] = None,
     name: Annotated[
-        str, typer.Option(metavar="NAME", help="How outputs are called, less .gguf.")
+        str,
+        option("--name", part=OUTPUT, metavar="NAME", help="How outputs are called, less .gguf."),
     ] = "{name}-fused",
     fuse_qkv_weights: Annotated[
-        bool, typer.Option(QKV.flag, help="Q, K and V into attn_qkv; so does no flag.")
+        bool, option(QKV.flag, part=WHAT, help="Q, K and V into attn_qkv; so does no flag.")
     ] = False,
     fuse_gate_up_exps: Annotated[
-        bool, typer.Option(GATE_UP.flag, help="Gate and up of experts into ffn_gate_up_exps.")
+        bool, option(GATE_UP.flag, part=WHAT, help="Gate and up of experts too, or alone.")
     ] = False,
     on_mismatch: Annotated[
         OnMismatch,
-        typer.Option(help="A layer whose parts cannot be one tensor: leave it, or fail."),
+        option(
+            "--on-mismatch",
+            part=WHAT,
+            metavar="skip|error",
+            help="A layer whose parts cannot be one tensor: leave it, or fail.",
+        ),
     ] = "skip",
     any_architecture: AnyArchitecture = False,
-    verify: Annotated[Verified, typer.Option(help="What is verified of each file.")] = "structure",
+    verify: Annotated[
+        Verified,
+        option(
+            "--verify",
+            part=WHAT,
+            metavar="none|structure|numbers",
+            help="What is verified of each file.",
+        ),
+    ] = "structure",
     split_max_size: Annotated[
-        str | None, typer.Option(metavar="N[K|M|G]", help="Cut outputs into shards.")
+        str | None,
+        option(
+            "--split-max-size", part=SHARDS, metavar="N[K|M|G]", help="Cut outputs into shards."
+        ),
     ] = None,
     split_max_tensors: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut outputs into shards of N tensors.")
+        int | None,
+        option(
+            "--split-max-tensors",
+            part=SHARDS,
+            min=1,
+            metavar="N",
+            help="Cut outputs into shards of N tensors.",
+        ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("-f", "--force", help="Do all again, replacing what is there.")
+        bool,
+        option("-f", "--force", part=OUTPUT, help="Do all again, replacing what is there."),
     ] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Files at once.", show_default="by cores and memory"),
+        option(
+            "--jobs",
+            part=SPEED,
+            min=1,
+            max=256,
+            metavar="N",
+            help="Files at once (default: by cores and memory).",
+        ),
     ] = None,
     reflink: Annotated[
-        Reflink, typer.Option(help="Share blocks with IN where the file system can.")
+        Reflink,
+        option(
+            "--reflink",
+            part=SPEED,
+            metavar="auto|always|never",
+            help="Share blocks with IN: where the file system can (auto), or fail.",
+        ),
     ] = "auto",
-    sync: Annotated[bool, typer.Option(help="Wait until each output is on the disk.")] = True,
+    sync: Annotated[
+        bool,
+        option("--sync/--no-sync", part=SPEED, help="Wait until each output is on the disk."),
+    ] = True,
     dask: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Work on a Dask cluster: tcp://host:8786, or local."),
+        option(
+            "--dask",
+            part=SPEED,
+            metavar="ADDRESS",
+            help="Work on a Dask cluster: tcp://host:8786, or local.",
+        ),
     ] = None,
     fail_fast: Annotated[
-        bool, typer.Option("--fail-fast", help="End at the first failure.")
+        bool, option("--fail-fast", part=WHAT, help="End at the first failure.")
     ] = False,
     dry_run: DryRun = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of DIR's files for a model card.")
+        bool,
+        option("--markdown", part=OUTPUT, help="Print the table of DIR's files for a model card."),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
