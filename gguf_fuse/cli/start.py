@@ -23,9 +23,10 @@ def main() -> None:
         from gguf_fuse.cli.entry import run
 
         run(sys.argv[1:])
-    except (MemoryError, ImportError) as error:
+    except (MemoryError, ImportError, SyntaxError) as error:
         why = str(error).strip().rpartition("\n")[2]
-        if isinstance(error, MemoryError) or "map segment" in why:
+        # Of a module that the compiler had no memory for, it may say that its syntax is wrong.
+        if not isinstance(error, ImportError) or "map segment" in why:
             why = "not enough memory; see ulimit -v"
         _end(f"cannot start: {why}")
 

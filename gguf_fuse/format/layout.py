@@ -114,11 +114,15 @@ def nonzero_padding(header: Header) -> int:
     """
     with opened(header.sources) as files:
         return sum(
-            n_bytes - files[file.source].read(start, n_bytes).count(0)
+            _n_nonzero(files[file.source].read(start, n_bytes))
             for file in header.files
             if file.source.place is None
             for start, n_bytes in _paddings(file)
         )
+
+
+def _n_nonzero(data: bytes) -> int:
+    return 0 if data == bytes(len(data)) else len(data) - data.count(0)
 
 
 def _paddings(file: Header) -> Iterator[tuple[int, int]]:

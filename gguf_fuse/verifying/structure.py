@@ -71,7 +71,7 @@ def compare_contents(original: Header, fused: Header, options: VerifyOptions) ->
     n_fused = sum(name.endswith(f".{FORMS[0][0]}.weight") for name in weights)
     counts = (n_fused, len(weights) - n_fused)
     if unrelated := _unrelated(original, fused, listing):
-        return Structure((unrelated,), *counts)
+        return Structure((*unlike_fused, unrelated), *counts)
     long_pairs, unequal = compare_metadata(original, fused, made)
     ranges[:0] = [
         _Range(key, f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()

@@ -19,8 +19,8 @@ import threadpoolctl  # type: ignore[import-untyped, unused-ignore]
 
 from gguf_fuse.attention import attend, split
 from gguf_fuse.attention.projections import Projections
-from gguf_fuse.cli import app
 from gguf_fuse.cli.bench import projection_verdict
+from gguf_fuse.cli.entry import app
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.measuring import bench as benchmark
 from gguf_fuse.measuring.bench import FULL, QUICK, Bench, Extent, Row, Shape, prepare, shape_of
@@ -319,6 +319,8 @@ def test_json_is_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert (row["n_kv"], row["rounds"], row["noisy"]) == (512, 9, False)
     assert row["gain"] == {"ratio": 8.0, "low": 8.0, "high": 8.0, "word": "faster"}
+    assert (value.pop("format"), value.pop("command")) == (1, "bench")
+    assert (value.pop("exit_code"), value.pop("error")) == (0, None)
     assert value == {
         "source": "default shape",
         "shape": asdict(shape) | {"rows": list(shape.rows)},

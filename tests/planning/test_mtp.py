@@ -59,7 +59,7 @@ def test_unfuse_leaves_them(
         left = [layer for layer in answer["layers"] if layer["status"] == "skipped"]
         assert [layer["layer"] for layer in left] == [f"blk.{layer}" for layer in kept]
         assert {layer["reason"] for layer in left} <= {REASON.format("mimo2")}
-        assert (answer["fused"], answer["skipped"]) == (3 - len(kept), len(kept))
+        assert (answer["layers_split"], answer["layers_skipped"]) == (3 - len(kept), len(kept))
 
 
 def test_our_own_fusion_comes_back(tmp_path: Path) -> None:

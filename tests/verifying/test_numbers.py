@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gguf_fuse.cli import app
+from gguf_fuse.cli.entry import app
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.numbers import compare_numbers
