@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,12 @@ from tests.server import Run, serve
 
 # Tests rewrite thousands of small files: none of them has to survive a power failure.
 FAST = Options(sync=False)
+
+
+def pytest_configure() -> None:
+    """A run in the background ignores Ctrl-C, and so would every command that is started here."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
