@@ -17,7 +17,7 @@ from gguf_fuse.choices import OnMismatch, Reflink, WayName, require_word
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import nonzero_padding, refuse_unaccounted
 from gguf_fuse.format.shards import read_model
-from gguf_fuse.format.source import AnyPath, GGUFError, Segment, opened
+from gguf_fuse.format.source import AnyPath, GGUFError, Segment, is_address, opened
 from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
@@ -307,6 +307,8 @@ def _carry_out(
 
 def _outputs(source: Header, plan: Plan, output: str, options: Options) -> tuple[Output, ...]:
     """The files to write, every byte of them in its place. Raises GGUFError."""
+    if is_address(output):
+        raise GGUFError(f"{output}: OUT is a file on this machine, or - for a pipe; no address")
     if output.endswith(os.sep):
         raise GGUFError(f"{output}: a folder, not a regular file; give the name of a file")
     limits = (options.split_max_size, options.split_max_tensors)

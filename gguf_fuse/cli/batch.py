@@ -16,7 +16,7 @@ import typer
 from rich.filesize import decimal
 
 from gguf_fuse.choices import OnMismatch, Reflink, Verified
-from gguf_fuse.cli.console import print_json, printer, text
+from gguf_fuse.cli.console import EXIT_ERROR, fail, print_json, printer, text
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet, existing_file, option
 from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT
 from gguf_fuse.format.source import GGUFError
@@ -159,9 +159,13 @@ def batch(
         reflink=reflink,
         sync=sync,
     )
+    if markdown and as_json:
+        raise typer.BadParameter("give --markdown or --json, not both")
+    if markdown and not out.is_dir() and not (inputs or listed):
+        raise GGUFError(f"{out}: no such folder, so no batch to tell of")
     found = naming.find([*(inputs or ()), *_listed(listed)], out, name)
     if not found and not markdown:
-        raise typer.BadParameter("give files, folders or --from FILE: there is nothing to do")
+        raise typer.BadParameter("there is no *.gguf file: give files, folders or --from FILE")
     shown = _Shown(quiet=quiet or as_json or markdown, fail_fast=fail_fast)
     with manifest.opened(out, dry_run=dry_run or not found) as memory:
         work = batches.survey(found, settings, memory, force=force)
@@ -185,6 +189,9 @@ def batch(
         elif not quiet:
             print(_summary(work, shown.entries, out))
     code = batches.exit_code(entries) if found else 0
+    if code == EXIT_ERROR:
+        n_failed = sum(entry.result == "failed" for entry in entries)
+        fail(f"{n_failed} of {len(found)} files failed", code)
     if code:
         raise typer.Exit(code)
 
@@ -211,15 +218,24 @@ class _Shown:
     quiet: bool
     fail_fast: bool
     entries: list[Entry] = dataclasses.field(default_factory=list)
+    bars: Any = None
     on_end: Callable[[Entry], None] = lambda entry: None
 
     def entry(self, entry: Entry) -> None:
         self.entries.append(entry)
         self.on_end(entry)
         if not self.quiet:
-            printer().print(_line(entry), soft_wrap=True, highlight=False)
+            self._print(entry)
         if self.fail_fast and entry.result == "failed":
             raise _FirstFailure
+
+    def _print(self, entry: Entry) -> None:
+        """The bars make room for it: they stand where the next line goes."""
+        if self.bars is not None:
+            self.bars.stop()
+        printer().print(_line(entry), soft_wrap=True, highlight=False)
+        if self.bars is not None:
+            self.bars.start()
 
     @contextlib.contextmanager
     def progress(self, n_tasks: int) -> Iterator[Callable[[Task, int, int | None], None]]:
@@ -235,7 +251,7 @@ class _Shown:
             rich.TaskProgressColumn(),
         ]
         with rich.Progress(*columns, console=printer(stderr=True), transient=True) as bars:
-            whole = bars.add_task(f"{n_tasks} files", total=n_tasks)
+            whole = bars.add_task(f"{n_tasks} file{'s' if n_tasks > 1 else ''}", total=n_tasks)
             by_output: dict[str, Any] = {}
 
             def on_bytes(task: Task, n_bytes: int, total: int | None) -> None:
@@ -248,8 +264,11 @@ class _Shown:
                 if entry.output in by_output:
                     bars.remove_task(by_output.pop(entry.output))
 
-            self.on_end = on_end
-            yield on_bytes
+            self.on_end, self.bars = on_end, bars
+            try:
+                yield on_bytes
+            finally:
+                self.bars = None
 
 
 def _line(entry: Entry) -> Any:
@@ -312,7 +331,8 @@ def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:
             counts = f"{entry.fused} of {entry.layers}"
             yield f"| {name} | {decimal(file.bytes)} | {counts} | `{file.sha256}` |"
     yield ""
-    since = [architecture(entry.architecture or "").qkv.since for entry in entries]
+    made = [entry for entry in entries if entry.outputs]
+    since = [architecture(entry.architecture or "").qkv.since for entry in made]
     builds = [build for build in since if build]
     when = f"since build {max(builds)}" if builds and all(since) else f"of {TRIED}"
     yield (

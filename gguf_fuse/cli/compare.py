@@ -172,7 +172,7 @@ def _json(result: _Comparison) -> dict[str, Any]:
     return {
         "original": str(result.original),
         "fused": str(result.fused),
-        "command": result.command,
+        "command_line": result.command,
         "version": run.version,
         "backends": run.backends,
         "device": run.device,
@@ -211,7 +211,7 @@ def _words(row: Row) -> list[str]:
 
     test = f"{row.test}, {GRAPH_OPT}=1" if row.graph_opt else str(row.test)
     gain = row.gain
-    interval = f"{_percent(gain.low)} to {_percent(gain.high)}"
+    interval = f"{_percent(gain.low)} to {_percent(gain.high)}" if gain.low < gain.high else "-"
     return [
         test,
         _speed(row.separate),

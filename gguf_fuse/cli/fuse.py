@@ -97,7 +97,7 @@ def fuse(
         on_start=functools.partial(print_parts, [text(f"OUT: {place}")] if said else []),
     )
     if told:
-        print_fused(result, dry_run)
+        print_fused(result, dry_run, how.force)
     if verify and result.files:
         verify_command(source, str(result.files[0]), quiet=not told)
     elif told:
@@ -119,9 +119,9 @@ def beside(source: str) -> str:
     return str(ShardName(f"{name.prefix}-fused", 1, name.count).path(1))
 
 
-def print_fused(result: gguf_fuse.Result, dry_run: bool = False) -> None:
+def print_fused(result: gguf_fuse.Result, dry_run: bool = False, force: bool = False) -> None:
     """What was done, layer by layer, and what to know of the file."""
-    notes = _notes(result, dry_run)
+    notes = _notes(result, dry_run and not force)
     print_result(result, layer_table(_rows(result, dry_run)), "fused", dry_run, notes)
 
 
@@ -134,9 +134,9 @@ def _rows(result: gguf_fuse.Result, dry_run: bool) -> Iterator[tuple[Layer, Text
         yield layer, text(f"{would}left: {reason}", "yellow")
 
 
-def _notes(result: gguf_fuse.Result, dry_run: bool) -> Iterator[RenderableType]:
+def _notes(result: gguf_fuse.Result, says_what_is_there: bool) -> Iterator[RenderableType]:
     there = [output.path for output in result.outputs if output.path.exists()]
-    if dry_run and there and result.output != "-":
+    if says_what_is_there and there and result.output != "-":
         yield Flowing(f"{there[0]} is there already: --force replaces it", "yellow")
     if result.source.shards and result.cut_anew:
         yield Flowing(

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Column
 from rich.text import Text
+from typer import BadParameter
 
 import gguf_fuse
 from gguf_fuse.cli.answer import inspection_json, loader_word, status
@@ -62,6 +63,8 @@ def inspect(
         if as_json:
             return print_json(inspection_json(found) | readers_json(found, program))
         return print_parts(_parts(found, program))
+    if program is not None and not as_json:
+        raise BadParameter("--for tells of one file; of several with --json")
     files = list(_files(names))
     if not files:
         fail(f"{inputs[0]}: no *.gguf file in it", EXIT_ERROR)

@@ -41,7 +41,10 @@ def recipe(
     ] = False,
     way: Annotated[
         WayName,
-        typer.Option(help="What --run does: to the largest type of the three, or the smallest."),
+        typer.Option(
+            metavar="raise|lower",
+            help="What --run does: to the largest type of the three, or the smallest.",
+        ),
     ] = "raise",
     unquantized: Annotated[
         Path | None,

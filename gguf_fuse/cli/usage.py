@@ -194,7 +194,9 @@ def _told(error: Any) -> str:
     parameter = getattr(error, "param", None)
     if parameter is None:
         hint = getattr(error, "param_hint", None)
-        message = error.message[:1].lower() + error.message[1:].rstrip(".")
+        message = error.message.rstrip(".")
+        if message[1:2].islower():  # no name in capitals, as OUT
+            message = message[:1].lower() + message[1:]
         return f"{hint}: {message}" if hint else message
     if hasattr(error, "param_type"):
         usage = " ".join(
