@@ -230,12 +230,10 @@ class _Shown:
             raise _FirstFailure
 
     def _print(self, entry: Entry) -> None:
-        """The bars make room for it: they stand where the next line goes."""
-        if self.bars is not None:
-            self.bars.stop()
-        printer().print(_line(entry), soft_wrap=True, highlight=False)
-        if self.bars is not None:
-            self.bars.start()
+        """Above the bars, where they are on the same screen."""
+        same = self.bars is not None and sys.stdout.isatty()
+        out = self.bars.console if same else printer()
+        out.print(_line(entry), soft_wrap=True, highlight=False)
 
     @contextlib.contextmanager
     def progress(self, n_tasks: int) -> Iterator[Callable[[Task, int, int | None], None]]:

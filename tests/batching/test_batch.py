@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from gguf_fuse.batching.manifest import NAME
 from tests import pack
 from tests.batching.kinds import FAILED, FUSED, NOTHING, fused_alone, write_all
 from tests.conftest import gguf_fuse
+from tests.terminal import on_a_terminal
 
 N_FILES = 60 if os.environ.get("GGUF_FUSE_HARNESS") is None else 200
 
@@ -243,3 +245,17 @@ def test_a_process_that_dies_costs_one_file(tmp_path: Path) -> None:
     assert [entry["result"] for entry in entries(out)].count(FUSED) == 5
     assert batch(tmp_path, "--out", out).returncode == 0
     assert len(list(out.glob("*.gguf"))) == 6
+
+
+def test_on_a_terminal_every_line_stays(tmp_path: Path) -> None:
+    """The bars are drawn below the results, and leave with the last one."""
+    for number in range(3):
+        pack.save(pack.valid(n_embd=512), tmp_path / f"m{number}.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"")
+    shown = on_a_terminal("batch", "--no-sync", tmp_path, "--out", tmp_path / "out", code=1)
+    lines = shown.replace("\r\n", "\n").split("\n")
+    results = [line for line in lines if "verified: m" in line or "it is empty" in line]
+    assert len(results) == 4
+    # Each on a line of its own: what was drawn there before is cleared.
+    for line in results:
+        assert re.fullmatch(r"(.*\x1b\[2K)?(fused|failed).*", line), repr(line)
