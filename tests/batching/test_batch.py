@@ -258,4 +258,4 @@ def test_on_a_terminal_every_line_stays(tmp_path: Path) -> None:
     assert len(results) == 4
     # Each on a line of its own: what was drawn there before is cleared.
     for line in results:
-        assert re.fullmatch(r"(.*\x1b\[2K)?(fused|failed).*", line), repr(line)
+        assert re.fullmatch(r"(.*\x1b\[2K)?(\x1b\[[0-9;]*m)?(fused|failed).*", line), repr(line)
