@@ -190,7 +190,7 @@ def _json(shell: _Shell) -> dict[str, Any]:
     return {
         "input": recipe.header.path,
         "layers": [layer_json(layer, "not fusable") for layer in recipe.layers],
-        "fusable": recipe.n_fusable,
+        "layers_fusable": recipe.n_fusable,
         "advice": recipe.advice or "leave",
         "ways": [
             {

@@ -33,6 +33,7 @@ def test_one_vocabulary(model: Model, tmp_path: Path, run: Run) -> None:
         "unfuse": answer(run("unfuse", fused, back, "--json")),
         "inspect": answer(run("inspect", original, "--json")),
         "verify": answer(run("verify", original, fused, "--structure-only", "--json")),
+        "batch": answer(run("batch", original, "--out", tmp_path / "many", "--json")),
     }
     assert {name: said["command"] for name, said in says.items()} == {name: name for name in says}
     # The same words for the same things.

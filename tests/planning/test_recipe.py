@@ -76,7 +76,7 @@ def test_commands_make_each_mix_fusable_and_change_no_other_tensor(
     own, more, n_mixed = MIXES[mix][1:]
     told = recipe(run, path)
     assert [layer["layer"] for layer in told["layers"]] == [f"blk.{n}" for n in range(n_mixed)]
-    assert told["fusable"] == N_LAYER - n_mixed
+    assert told["layers_fusable"] == N_LAYER - n_mixed
     assert told["advice"] == ("raise" if n_mixed == N_LAYER else "leave")
     for way in told["ways"]:
         raised = way["way"] == "raise"
