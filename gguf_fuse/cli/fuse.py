@@ -16,7 +16,7 @@ from gguf_fuse.choices import OnMismatch
 from gguf_fuse.cli.console import failing, text
 from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
-from gguf_fuse.planning.fusions import GATE_UP, QKV
+from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV
 from gguf_fuse.planning.plan import Layer, Plan
 
 
@@ -30,6 +30,10 @@ def fuse(
     ] = False,
     fuse_gate_up_exps: Annotated[
         bool, typer.Option(GATE_UP.flag, help="Gate and up of experts into ffn_gate_up_exps.")
+    ] = False,
+    stack_experts: Annotated[
+        bool,
+        typer.Option(EXPERTS.flag, help="Experts one by one (old Mixtral files) into ffn_*_exps."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -53,7 +57,9 @@ def fuse(
 
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
-    wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
+    others = [(GATE_UP, fuse_gate_up_exps), (EXPERTS, stack_experts)]
+    qkv = fuse_qkv_weights or not any(chosen for _, chosen in others)
+    wanted = [(QKV, qkv), *others]
     rewrite = functools.partial(
         gguf_fuse.fuse,
         source,

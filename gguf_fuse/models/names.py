@@ -25,7 +25,7 @@ def layer_order(layer: str) -> tuple[str, int]:
 
 def layers_with_weights(tensors: Iterable[TensorInfo], names: Sequence[str]) -> list[str]:
     """Layers that have the weight of at least one of these ("attn_q"), each once, in order."""
-    weight = re.compile(rf"({LAYER})\.(?:{'|'.join(names)})\.weight")
+    weight = re.compile(rf"({LAYER})\.(?:{'|'.join(map(re.escape, names))})\.weight")
     found = {match[1] for tensor in tensors if (match := weight.fullmatch(tensor.name))}
     return sorted(found, key=layer_order)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf_fuse.format.header import TensorInfo
 from gguf_fuse.models.names import (
@@ -24,7 +24,7 @@ SUFFIXES = (*JOINED, *SHARED)
 
 # They bound what a damaged file can cost. llama.cpp has 512 experts at most, and no file has more
 # than some 25,000 in all its layers.
-_MAX_SLICES = 1 << 12
+MAX_SLICES = 1 << 12
 _MAX_ALL_SLICES = 1 << 16
 
 
@@ -53,6 +53,15 @@ class Fusion:
             return attention_layers(tensors)
         return layers_with_weights(tensors, (*self.parts, self.fused))
 
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """How names begin of what belongs to a part."""
+        return tuple(f"{part}." for part in self.parts)
+
+    def of(self, n_expert: int) -> tuple[Fusion, ...]:
+        """What it is in a file with so many experts."""
+        return (self,)
+
     def dims_of(self, suffix: str) -> int:
         """Dimensions that a weight or a bias must have."""
         return self.n_dims if suffix == "weight" else self.n_dims - 1
@@ -66,8 +75,20 @@ class Fusion:
         """Rows of one slice; 1 where there is no such dimension."""
         return (*ne, 1, 1)[_axis(suffix)]
 
-    def with_rows(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+    def joined_ne(self, parts: Sequence[tuple[int, ...]], suffix: str) -> tuple[int, ...]:
+        return self.part_ne(parts[0], sum(self.rows(ne, suffix) for ne in parts), suffix)
+
+    def part_ne(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+        """Of a part with so many rows of the joined tensor."""
         return (*ne[: _axis(suffix)], n_rows, *ne[_axis(suffix) + 1 :])
+
+    def can_split(self, ne: tuple[int, ...], suffix: str) -> bool:
+        """Whether a joined tensor has these dimensions."""
+        return self.fits(ne, suffix)
+
+    def splits(self, ne: tuple[int, ...], rows: Sequence[int], suffix: str) -> bool:
+        """Whether these are the rows of its parts."""
+        return min(rows) > 0 and sum(rows) == self.rows(ne, suffix)
 
     def n_slices(self, ne: tuple[int, ...], suffix: str) -> int:
         """How many times the parts take turns: 1, or the number of experts."""
@@ -76,7 +97,53 @@ class Fusion:
     def too_many(self, ne: tuple[int, ...], suffix: str) -> str | None:
         """Why a tensor is neither joined nor split, if it has more slices than are supported."""
         n = self.n_slices(ne, suffix)
-        return f"{n} experts; at most {_MAX_SLICES} are supported" if n > _MAX_SLICES else None
+        return f"{n} experts; at most {MAX_SLICES} are supported" if n > MAX_SLICES else None
+
+
+class Stack(Fusion):
+    """Experts that are tensors of their own, laid one behind the other: one dimension more.
+
+    Files of early 2024 have such; llama.cpp's loaders read stacked ones alone.
+    """
+
+    __slots__ = ()
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Of experts past the last one, too."""
+        return (self.parts[0].rpartition(".")[0] + ".",)
+
+    def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
+        """As of all; but a layer whose experts are stacked was always so."""
+        return layers_with_weights(tensors, self.parts)
+
+    def of(self, n_expert: int) -> tuple[Fusion, ...]:
+        parts = {name: tuple(f"ffn_{name}.{n}" for n in range(n_expert)) for name in EXPERT_PARTS}
+        return tuple(
+            replace(self, parts=own, fused=f"ffn_{name}_exps") for name, own in parts.items() if own
+        )
+
+    def fits(self, ne: tuple[int, ...], suffix: str) -> bool:
+        return len(ne) == self.dims_of(suffix)
+
+    def rows(self, ne: tuple[int, ...], suffix: str = "weight") -> int:
+        """Of a part, or of all experts of the stack."""
+        return math.prod(ne[_axis(suffix) :])
+
+    def joined_ne(self, parts: Sequence[tuple[int, ...]], suffix: str) -> tuple[int, ...]:
+        return (*parts[0], len(parts))
+
+    def part_ne(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+        return (*ne[: _axis(suffix)], n_rows)
+
+    def can_split(self, ne: tuple[int, ...], suffix: str) -> bool:
+        return len(ne) == self.dims_of(suffix) + 1
+
+    def splits(self, ne: tuple[int, ...], rows: Sequence[int], suffix: str) -> bool:
+        return set(rows) == {ne[-2]} and len(rows) == ne[-1]
+
+    def n_slices(self, ne: tuple[int, ...], suffix: str) -> int:
+        return 1
 
 
 def _axis(suffix: str) -> int:
@@ -92,7 +159,9 @@ GATE_UP = Fusion(
     "ffn_gate_up_exps",
     n_dims=3,
 )
-FUSIONS = (QKV, GATE_UP)
+FUSIONS = (QKV, GATE_UP)  # what converters make too, and can be undone without a record
+EXPERT_PARTS = ("gate", "up", "down")
+EXPERTS = Stack("experts", "--stack-experts", (), "ffn_*_exps", n_dims=2)
 
 
 def too_many_in_all(n_slices: Iterable[int]) -> str | None:
@@ -103,6 +172,7 @@ def too_many_in_all(n_slices: Iterable[int]) -> str | None:
     return f"{n} experts in all layers; at most {_MAX_ALL_SLICES} are supported"
 
 
-def fusion_of(name: str) -> Fusion | None:
-    """The fusion whose fused tensor a name is that of."""
-    return next((fusion for fusion in FUSIONS if name.endswith(fusion.fused_names)), None)
+def fusion_of(name: str, n_expert: int = 1) -> Fusion | None:
+    """The fusion whose fused tensor a name is that of, in a file with so many experts."""
+    known = (*FUSIONS, *EXPERTS.of(n_expert))
+    return next((fusion for fusion in known if name.endswith(fusion.fused_names)), None)

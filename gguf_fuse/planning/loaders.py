@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from gguf_fuse.planning.fusions import GATE_UP, Fusion
+from gguf_fuse.planning.fusions import GATE_UP, Fusion, Stack
 
 FIRST_BUILD = "b9093 (May 2026)"
 
@@ -56,12 +56,13 @@ class Reads:
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One row. qkv: of attn_qkv. gate_up: of ffn_gate_up_exps, in place of ffn_gate_exps and
-    ffn_up_exps.
+    ffn_up_exps. experts: of ffn_gate_exps and the like, in place of a tensor for each expert.
     """
 
     name: str
     qkv: Reads
     gate_up: Reads = Reads(Loader.UNKNOWN, "none", scales=False)
+    experts: Reads = Reads(Loader.UNKNOWN, "none", biases=False, scales=False)
     # The encoders' graph splits a fused tensor into three equal parts.
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
@@ -72,6 +73,8 @@ class Architecture:
     row_norms_abort: bool = False
 
     def reads(self, fusion: Fusion) -> Reads:
+        if isinstance(fusion, Stack):
+            return self.experts
         return self.gate_up if fusion is GATE_UP else self.qkv
 
 
@@ -126,6 +129,17 @@ _GATE_UP = set(
 )
 
 
+# Loaders that once read experts one by one and now want them stacked (create_tensor of
+# LLM_TENSOR_FFN_GATE_EXPS); others never had such files. All of them are measured.
+_ONCE_ONE_BY_ONE = {"grok", "llama", "minicpm", "refact"}
+
+
+def _experts(name: str) -> Reads:
+    measured = name in _ONCE_ONE_BY_ONE
+    loader, proof = (Loader.READS_FUSED, "measured") if measured else (Loader.UNKNOWN, "none")
+    return Reads(loader, proof, biases=False, scales=False)
+
+
 def _gate_up(name: str) -> Reads:
     if name in _GATE_UP:
         return Reads(Loader.READS_FUSED, "measured", biases=False, scales=False)
@@ -164,6 +178,7 @@ ARCHITECTURES = {
         name,
         Reads(loader, proof, biases=name not in _NO_BIASES, scales=name not in _NO_SCALES),
         _gate_up(name),
+        _experts(name),
         gated_q=name in _GATED_Q,
         mtp_needs_fused=name in _MTP_NEEDS_FUSED,
         row_norms_abort=name in _ROW_NORMS_ABORT,

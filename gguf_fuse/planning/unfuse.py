@@ -20,6 +20,7 @@ from gguf_fuse.planning.fuse import (
     ENCODER_BESIDE_TEXT,
     examine,
     loader_of,
+    n_experts,
     refuse_loader,
     require_model,
     require_no_encoder,
@@ -88,7 +89,7 @@ class Split:
             starts, parts = range(0, tensor.n_bytes, slice_bytes), []
             for name, n_rows, end in zip(names, self.rows, accumulate(self.rows), strict=True):
                 data = [tensor.data.part(at + (end - n_rows) * row, n_rows * row) for at in starts]
-                ne = fusion.with_rows(tensor.ne, n_rows, self.suffix)
+                ne = fusion.part_ne(tensor.ne, n_rows, self.suffix)
                 parts.append(PlannedTensor(name, ne, tensor.type, tuple(data)))
         return list(zip(self.positions or [None] * len(parts), parts, strict=True))
 
@@ -177,7 +178,8 @@ def _recorded_splits(header: Header) -> list[Split] | None:
     names = record.array(header, TENSORS_KEY, str)
     if version != record.version_of(names, record.REPLACED_KEY in header.metadata):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
-    fusions = [fusion_of(name) or QKV for name in names]
+    n_expert = n_experts(header)
+    fusions = [fusion_of(name, n_expert) or QKV for name in names]
     n_parts = sum(len(fusion.parts) for fusion in fusions)
     rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
     for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
@@ -212,11 +214,11 @@ def _check_split(header: Header, split: Split) -> None:
             f"{place} is of {of_type}, whose rows this gguf-py does not know; a newer one may"
         )
     in_blocks = split.suffix == "bias" and blocked(tensor.type)
-    if not fusion.fits(tensor.ne, split.suffix) or 0 in tensor.ne or in_blocks:
+    if not fusion.can_split(tensor.ne, split.suffix) or 0 in tensor.ne or in_blocks:
         dimensions = list(tensor.ne)
         raise Refused(f"{place} of {of_type} with dimensions {dimensions} has no rows to split")
-    n_rows = fusion.rows(tensor.ne, split.suffix)
-    if sum(rows) != n_rows or min(rows) < 1:
+    if not fusion.splits(tensor.ne, rows, split.suffix):
+        n_rows = fusion.rows(tensor.ne, split.suffix)
         record.damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
     if too_many := fusion.too_many(tensor.ne, split.suffix):
         raise Refused(f"{place} has {too_many}")
