@@ -16,7 +16,7 @@ from gguf_fuse.choices import OnMismatch
 from gguf_fuse.cli.console import failing, text
 from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
-from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV
+from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN
 from gguf_fuse.planning.plan import Layer, Plan
 
 
@@ -34,6 +34,10 @@ def fuse(
     stack_experts: Annotated[
         bool,
         typer.Option(EXPERTS.flag, help="Experts one by one (old Mixtral files) into ffn_*_exps."),
+    ] = False,
+    split_ssm_in: Annotated[
+        bool,
+        typer.Option(SSM_IN.flag, help="qwen3next's old ssm_in into attn_qkv and attn_gate."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -57,7 +61,11 @@ def fuse(
 
     With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
     """
-    others = [(GATE_UP, fuse_gate_up_exps), (EXPERTS, stack_experts)]
+    others = [
+        (GATE_UP, fuse_gate_up_exps),
+        (EXPERTS, stack_experts),
+        (SSM_IN, split_ssm_in),
+    ]
     qkv = fuse_qkv_weights or not any(chosen for _, chosen in others)
     wanted = [(QKV, qkv), *others]
     rewrite = functools.partial(

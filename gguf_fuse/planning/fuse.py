@@ -6,24 +6,25 @@ first one's gate, its up, the next one's gate, and so on (`fusions` has the tabl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import F32, blocked, is_known, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer, string
 from gguf_fuse.models.names import ENCODER_PREFIXES
-from gguf_fuse.planning import plan, record
+from gguf_fuse.planning import plan, record, ssm_in
 from gguf_fuse.planning.fusions import (
     EXPERTS,
     FUSIONS,
     MAX_SLICES,
     QKV,
     SHARED,
+    SSM_IN,
     SUFFIXES,
     Fusion,
     Stack,
@@ -86,7 +87,7 @@ def examine(
     """
     layers, extra = [], TensorExtra.of(header)
     n_expert = n_experts(header) if EXPERTS in fusions else 0
-    for fusion in (own for fusion in fusions for own in fusion.of(n_expert)):
+    for fusion in itertools.chain(*(fusion.of(n_expert) for fusion in fusions)):
         siblings = _siblings(header, fusion)
         for name in fusion.layers(header.tensors):
             row = loader_of(header, name)
@@ -169,7 +170,7 @@ def _decide(one: _Candidate) -> plan.Layer:
     missing = [name for name, weight in weights.items() if weight is None]
     if missing:
         return layer(plan.Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
-    joins, why_not = _joins(one)
+    joins, why_not = ssm_in.cut(one.header, one.layer) if fusion is SSM_IN else _joins(one)
     why_not = why_not or _unequal_rows(one, rows) or _in_the_way(one)
     why_not = why_not or _norms_in_the_way(one, rows) or one.extra.why_not_joined(joins)
     if why_not:
@@ -396,21 +397,12 @@ def joined_plan(header: Header, layers: Sequence[plan.Layer], *pairs: record.Pai
 
 
 def _joined_tensors(header: Header, joins: Sequence[plan.Join]) -> Iterator[plan.PlannedTensor]:
-    """The file's tensors in order; each joined one where its first part stood."""
+    """The file's tensors in order; what is made of others where the first of these stood."""
     stands_for = {join.parts[0].name: join for join in joins}
     absorbed = {part.name for join in joins for part in join.parts[1:]}
     for tensor in header.tensors:
         join = stands_for.get(tensor.name)
         if join is not None:
-            yield plan.PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
+            yield from join.made
         elif tensor.name not in absorbed:
             yield plan.untouched(tensor)
-
-
-def _joined(join: plan.Join) -> tuple[Segment, ...]:
-    """Slice by slice, the parts in turn; of shared values, the first part's."""
-    if join.shared:
-        return (join.parts[0].data,)
-    n = join.n_slices
-    sized = [(part.data, part.n_bytes // n) for part in join.parts]
-    return tuple(data.part(at * size, size) for at in range(n) for data, size in sized)

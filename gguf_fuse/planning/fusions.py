@@ -54,6 +54,11 @@ class Fusion:
         return layers_with_weights(tensors, (*self.parts, self.fused))
 
     @property
+    def n_numbers(self) -> int:
+        """How many numbers of rows the record has of a fused tensor."""
+        return len(self.parts)
+
+    @property
     def stems(self) -> tuple[str, ...]:
         """How names begin of what belongs to a part."""
         return tuple(f"{part}." for part in self.parts)
@@ -146,6 +151,23 @@ class Stack(Fusion):
         return 1
 
 
+class HeadByHead(Fusion):
+    """One tensor with the rows of several projections, head by head, made one for each use.
+
+    See `ssm_in`, which does it.
+    """
+
+    __slots__ = ()
+
+    @property
+    def n_numbers(self) -> int:
+        """Of q, k, v and z."""
+        return 4
+
+    def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
+        return layers_with_weights(tensors, self.parts)
+
+
 def _axis(suffix: str) -> int:
     """The dimension that counts the rows."""
     return 1 if suffix == "weight" else 0
@@ -164,15 +186,18 @@ EXPERT_PARTS = ("gate", "up", "down")
 EXPERTS = Stack("experts", "--stack-experts", (), "ffn_*_exps", n_dims=2)
 
 
+SSM_IN = HeadByHead("attn_qkv and attn_gate", "--split-ssm-in", ("ssm_in",), "attn_gate", n_dims=2)
+
+
 def too_many_in_all(n_slices: Iterable[int]) -> str | None:
     """Why a file is neither fused nor unfused, if its tensors have so many slices."""
     n = sum(n for n in n_slices if n > 1)
     if n <= _MAX_ALL_SLICES:
         return None
-    return f"{n} experts in all layers; at most {_MAX_ALL_SLICES} are supported"
+    return f"{n} experts or heads in all layers; at most {_MAX_ALL_SLICES} are supported"
 
 
 def fusion_of(name: str, n_expert: int = 1) -> Fusion | None:
     """The fusion whose fused tensor a name is that of, in a file with so many experts."""
-    known = (*FUSIONS, *EXPERTS.of(n_expert))
+    known = (*FUSIONS, SSM_IN, *EXPERTS.of(n_expert))
     return next((fusion for fusion in known if name.endswith(fusion.fused_names)), None)

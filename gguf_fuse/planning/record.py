@@ -233,7 +233,7 @@ def fused_plan(
         )
     order = header.byte_order
     joins = [join for layer in layers for join in layer.joins]
-    names = {part.name: [join.name] for join in joins for part in join.parts}
+    names = {part.name: join.names for join in joins for part in join.parts}
     renamed = TensorExtra.of(header).renamed(names)
     past = replaced(header, renamed)
     if past:
