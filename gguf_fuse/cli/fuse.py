@@ -59,7 +59,8 @@ def fuse(
 ) -> None:
     """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor.
 
-    With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps.
+    With --fuse-gate-up-exps: gate and up of experts as one ffn_gate_up_exps. With --stack-experts
+    or --split-ssm-in: an old layout as llama.cpp reads it now. Several flags: all in one pass.
     """
     others = [
         (GATE_UP, fuse_gate_up_exps),
@@ -84,7 +85,7 @@ def fuse(
 
 def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
     for layer in plan.changed:
-        yield layer, text(f"fused into {layer.fusion.fused}", "green")
+        yield layer, text(layer.fusion.made, "green")
     for layer in plan.skipped:
         yield layer, text(f"left: {fused_tensor(layer)}{layer.reason or 'already fused'}", "yellow")
 

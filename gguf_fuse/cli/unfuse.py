@@ -9,7 +9,7 @@ from rich.text import Text
 
 import gguf_fuse
 from gguf_fuse.cli.console import failing, text
-from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result
+from gguf_fuse.cli.layers import fused_tensor, layer_table, print_result, shown_parts
 from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, In, Out, Writing, writing
 from gguf_fuse.planning.plan import Layer, Plan
 
@@ -34,6 +34,6 @@ def unfuse(
 
 def _rows(plan: Plan) -> Iterator[tuple[Layer, Text]]:
     for layer in plan.changed:
-        yield layer, text(f"split into {', '.join(layer.fusion.parts)}", "green")
+        yield layer, text(f"back to {shown_parts(layer.fusion)}", "green")
     for layer in plan.skipped:
         yield layer, text(f"left: {fused_tensor(layer)}{layer.reason}", "yellow")

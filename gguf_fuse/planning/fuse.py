@@ -89,7 +89,10 @@ def examine(
     n_expert = n_experts(header) if EXPERTS in fusions else 0
     for fusion in itertools.chain(*(fusion.of(n_expert) for fusion in fusions)):
         siblings = _siblings(header, fusion)
-        for name in fusion.layers(header.tensors):
+        names = fusion.layers(header.tensors)
+        if isinstance(fusion, Stack):
+            _require_enough(header, len(names), n_expert)
+        for name in names:
             row = loader_of(header, name)
             layers.append(
                 _decide(_Candidate(header, name, fusion, row, siblings[name], read, extra))
@@ -97,6 +100,15 @@ def examine(
     if encoder_beside_text(header):
         layers = [_leave_encoder(layer, any_architecture) for layer in layers]
     return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
+
+
+def _require_enough(header: Header, n_layers: int, n_expert: int) -> None:
+    """It bounds what a damaged file can cost. Raises Refused."""
+    if n_layers * n_expert > len(header.tensors):
+        raise plan.Refused(
+            f"{header.path}: {n_layers} layers of {n_expert} experts one by one, but only "
+            f"{len(header.tensors)} tensors"
+        )
 
 
 def n_experts(header: Header) -> int:
@@ -370,6 +382,8 @@ def _no_parts(fusion: Fusion) -> str:
     if isinstance(fusion, Stack):
         return "layer has ffn_gate.0.weight and as many more as expert_count says"
     *others, last = fusion.parts
+    if not others:
+        return f"layer has {last}"
     layer = "attention layer" if fusion is QKV else "layer"
     return f"{layer} has {', '.join(others)} or {last}"
 

@@ -43,6 +43,16 @@ class Fusion:
     n_dims: int
 
     @property
+    def label(self) -> str:
+        """What stands for it where layers are listed."""
+        return self.fused
+
+    @property
+    def made(self) -> str:
+        """What becomes of the parts."""
+        return f"fused into {self.fused}"
+
+    @property
     def fused_names(self) -> tuple[str, ...]:
         """How names of fused tensors end."""
         return tuple(f".{self.fused}.{suffix}" for suffix in SUFFIXES)
@@ -114,6 +124,10 @@ class Stack(Fusion):
     __slots__ = ()
 
     @property
+    def made(self) -> str:
+        return f"stacked into {self.fused}"
+
+    @property
     def stems(self) -> tuple[str, ...]:
         """Of experts past the last one, too."""
         return (self.parts[0].rpartition(".")[0] + ".",)
@@ -160,6 +174,14 @@ class HeadByHead(Fusion):
     __slots__ = ()
 
     @property
+    def label(self) -> str:
+        return self.parts[0]
+
+    @property
+    def made(self) -> str:
+        return f"split into {self.words}"
+
+    @property
     def n_numbers(self) -> int:
         """Of q, k, v and z."""
         return 4
@@ -197,7 +219,7 @@ def too_many_in_all(n_slices: Iterable[int]) -> str | None:
     return f"{n} experts or heads in all layers; at most {_MAX_ALL_SLICES} are supported"
 
 
-def fusion_of(name: str, n_expert: int = 1) -> Fusion | None:
-    """The fusion whose fused tensor a name is that of, in a file with so many experts."""
-    known = (*FUSIONS, SSM_IN, *EXPERTS.of(n_expert))
+def fusion_of(name: str, stacks: Sequence[Fusion] = EXPERTS.of(1)) -> Fusion | None:
+    """The fusion whose fused tensor a name is that of. stacks: those of the file."""
+    known = (*FUSIONS, SSM_IN, *stacks)
     return next((fusion for fusion in known if name.endswith(fusion.fused_names)), None)

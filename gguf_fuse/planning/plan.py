@@ -124,7 +124,7 @@ class Layer:
     @property
     def label(self) -> str:
         """The name; with the tensor where it is not attention's: blk.0.ffn_gate_up_exps."""
-        return self.name if self.fusion is QKV else f"{self.name}.{self.fusion.fused}"
+        return self.name if self.fusion is QKV else f"{self.name}.{self.fusion.label}"
 
 
 @dataclass(frozen=True, slots=True)

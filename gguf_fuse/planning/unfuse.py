@@ -26,6 +26,7 @@ from gguf_fuse.planning.fuse import (
     require_no_encoder,
 )
 from gguf_fuse.planning.fusions import (
+    EXPERTS,
     FUSIONS,
     GATE_UP,
     JOINED,
@@ -34,6 +35,7 @@ from gguf_fuse.planning.fusions import (
     SSM_IN,
     SUFFIXES,
     Fusion,
+    Stack,
     fusion_of,
     too_many_in_all,
 )
@@ -204,8 +206,10 @@ def _recorded_splits(header: Header) -> list[Split] | None:
     names = record.array(header, TENSORS_KEY, str)
     if version != record.version_of(names, record.REPLACED_KEY in header.metadata):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
-    n_expert = n_experts(header)
-    fusions = [fusion_of(name, n_expert) or QKV for name in names]
+    fusions = [fusion_of(name) or QKV for name in names]
+    if any(isinstance(fusion, Stack) for fusion in fusions):
+        stacks = EXPERTS.of(n_experts(header))
+        fusions = [fusion_of(name, stacks) or QKV for name in names]
     n_parts = sum(len(fusion.parts) for fusion in fusions)
     n_rows = sum(fusion.n_numbers for fusion in fusions)
     rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
