@@ -20,14 +20,15 @@ __version__ = "0.1.0"
 _PUBLIC = {  # by the module that has them
     "api": "Altered Inspection Options Result fuse inspect recipe requantize_and_fuse unfuse",
     "format.source": "GGUFError",
-    "planning.fusions": "GATE_UP QKV",
+    "planning.fusions": "EXPERTS GATE_UP QKV SSM_IN",
     "planning.plan": "NothingToDo Refused",
     "planning.recipe": "Recipe Way",
     "verifying.report": "Report VerifyOptions",
     "verifying.verify": "verify",
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = ["GATE_UP", "QKV", "Altered", "GGUFError", "Inspection", "NothingToDo", "Options"]
+__all__ = ["EXPERTS", "GATE_UP", "QKV", "SSM_IN", "Altered", "GGUFError", "Inspection"]
+__all__ += ["NothingToDo", "Options"]
 __all__ += ["Recipe", "Refused", "Report", "Result", "VerifyOptions", "Way", "fuse", "inspect"]
 __all__ += ["recipe", "requantize_and_fuse", "unfuse", "verify"]
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         unfuse,
     )
     from gguf_fuse.format.source import GGUFError
-    from gguf_fuse.planning.fusions import GATE_UP, QKV
+    from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN
     from gguf_fuse.planning.plan import NothingToDo, Refused
     from gguf_fuse.planning.recipe import Recipe, Way
     from gguf_fuse.verifying.report import Report, VerifyOptions

@@ -22,8 +22,8 @@ from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
 from gguf_fuse.planning.base import require_base
-from gguf_fuse.planning.fusions import FUSIONS, QKV, Fusion
-from gguf_fuse.planning.loaders import Architecture
+from gguf_fuse.planning.fusions import EXPERTS, FUSIONS, QKV, SSM_IN, Fusion
+from gguf_fuse.planning.loaders import Architecture, Loader
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
 from gguf_fuse.progress import OnProgress, OnStart, ignore
 from gguf_fuse.writing.copy import clone_block
@@ -237,7 +237,9 @@ def _examine(header: Header) -> tuple[Layer, ...]:
         return fuse_adapter.examine(header)
     if general_type == "imatrix":
         return imatrix.examine(header, Segment.read)
-    return fusing.examine(header, Segment.read, fusions=FUSIONS)
+    reads = fusing.loader_of(header).reads(SSM_IN).loader  # others' ssm_in is another layout
+    fusions = [*FUSIONS, EXPERTS, *([SSM_IN] if reads is Loader.READS_FUSED else [])]
+    return fusing.examine(header, Segment.read, fusions=fusions)
 
 
 def _fuse_plan(

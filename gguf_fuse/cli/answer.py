@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gguf_fuse.planning.fusions import FUSIONS
+from gguf_fuse.planning.fusions import QKV
 from gguf_fuse.planning.plan import Layer, Status
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ VOCABULARY = {
     "layers_fused": "how many fuse has fused, or verify found fused",
     "layers_fused_experts": "of experts alone, in verify",
     "layers_split": "how many unfuse has split",
+    "layers_split_ssm_in": "in verify: whose old ssm_in is split",
     "layers_skipped": "how many were left as they are",
     "layers_fusable": "how many fuse would fuse",
     "tensors_in": "of the input",
@@ -158,6 +159,6 @@ def layer_json(layer: Layer, status: str) -> dict[str, Any]:
     }
 
 
-def _order(layer: Layer) -> tuple[str, int, int]:
+def _order(layer: Layer) -> tuple[str, int, bool, str]:
     prefix, _, number = layer.name.rpartition(".")
-    return prefix, int(number), FUSIONS.index(layer.fusion)
+    return prefix, int(number), layer.fusion is not QKV, layer.fusion.fused

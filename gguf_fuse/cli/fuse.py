@@ -27,7 +27,7 @@ from gguf_fuse.cli.options import (
 )
 from gguf_fuse.cli.usage import WHAT, complete_path
 from gguf_fuse.cli.verify import verify as verify_command
-from gguf_fuse.planning.fusions import GATE_UP, QKV
+from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN
 from gguf_fuse.planning.plan import Layer
 
 
@@ -40,6 +40,14 @@ def fuse(
     ] = False,
     fuse_gate_up_exps: Annotated[
         bool, option(GATE_UP.flag, part=WHAT, help="Gate and up of experts into ffn_gate_up_exps.")
+    ] = False,
+    stack_experts: Annotated[
+        bool,
+        option(EXPERTS.flag, part=WHAT, help="Experts one by one (old Mixtral) into ffn_*_exps."),
+    ] = False,
+    split_ssm_in: Annotated[
+        bool,
+        option(SSM_IN.flag, part=WHAT, help="qwen3next's old ssm_in into attn_qkv and attn_gate."),
     ] = False,
     dry_run: DryRun = False,
     verify: Annotated[
@@ -70,14 +78,20 @@ def fuse(
     *,
     how: Writing,
 ) -> None:
-    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor."""
+    """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor.
+
+    With --stack-experts or --split-ssm-in: an old layout as llama.cpp reads it now. Several flags:
+    all in one pass.
+    """
     if verify and output == "-":
         raise BadParameter("--verify needs a file to read, and OUT is -")
     place = beside(source) if output is None else output
     if output is None and how.force:
         raise BadParameter(f"--force replaces only an OUT that is named; name {place}")
     told = not (as_json or how.quiet)
-    wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
+    others = ((GATE_UP, fuse_gate_up_exps), (EXPERTS, stack_experts), (SSM_IN, split_ssm_in))
+    qkv = fuse_qkv_weights or not any(chosen for _, chosen in others)
+    wanted = ((QKV, qkv), *others)
     rewrite = functools.partial(
         gguf_fuse.fuse,
         source,
@@ -128,7 +142,7 @@ def print_fused(result: gguf_fuse.Result, dry_run: bool = False, force: bool = F
 def _rows(result: gguf_fuse.Result, dry_run: bool) -> Iterator[tuple[Layer, Text]]:
     would = "would be " if dry_run else ""
     for layer in result.plan.changed:
-        yield layer, text(f"{would}fused into {layer.fusion.fused}", "green")
+        yield layer, text(f"{would}{layer.fusion.made}", "green")
     for layer in result.plan.skipped:
         reason = f"{fused_tensor(layer)}{layer.reason or 'already fused'}"
         yield layer, text(f"{would}left: {reason}", "yellow")

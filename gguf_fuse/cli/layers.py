@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import gguf_fuse
 from gguf_fuse.cli.console import Flowing, next_line, number, print_parts, table
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import is_canonical
-from gguf_fuse.planning.fusions import FUSIONS, QKV
+from gguf_fuse.planning.fusions import GATE_UP, QKV, SSM_IN, Fusion
 from gguf_fuse.planning.plan import Layer, Plan
 
 
@@ -28,7 +29,7 @@ def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
     for (_, types, n_rows, _), (names, result) in alike.items():
         # Types that differ are in the result's reason.
         ggml_type = types[0] if len(set(types)) == 1 else "mixed"
-        cells = (ggml_type, " + ".join(map(str, n_rows)))
+        cells = (ggml_type, _rows(n_rows))
         lines.append((ranges(names), str(len(names)), *cells, result))
     folded = [Column(title, overflow="fold") for title in ("layers", "result")]
     return table([folded[0], number("#"), "type", "rows", folded[1]], lines)
@@ -36,7 +37,14 @@ def layer_table(layers: Iterable[tuple[Layer, Text]]) -> Table:
 
 def fused_tensor(layer: Layer) -> str:
     """What begins a line that is not about attention."""
-    return "" if layer.fusion is QKV else f"{layer.fusion.fused}: "
+    return "" if layer.fusion is QKV else f"{layer.fusion.label}: "
+
+
+def _rows(n_rows: Sequence[int]) -> str:
+    """ "512 + 128 + 128"; of experts that are alike "8 x 512"."""
+    if len(n_rows) > 3 and len(set(n_rows)) == 1:
+        return f"{len(n_rows)} x {n_rows[0]}"
+    return " + ".join(map(str, n_rows))
 
 
 def recipe_hint(source: Header, layers: Sequence[Layer]) -> Iterator[Text]:
@@ -111,12 +119,12 @@ def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
 
 
 def _counts(plan: Plan) -> str:
-    """ "6 of 8 attention layers", and of the layers with experts, where there are any."""
-    counts = []
-    for fusion in FUSIONS:
-        changed = sum(layer.fusion is fusion for layer in plan.changed)
-        found = sum(layer.fusion is fusion for layer in (*plan.changed, *plan.skipped))
-        if found:
-            what = "attention layers" if fusion is QKV else "layers of experts"
-            counts.append(f"{changed} of {found} {what}")
-    return " and ".join(counts)
+    """ "6 of 8 attention layers", and of what else there is."""
+    changed = Counter(_counted(layer.fusion) for layer in plan.changed)
+    found = changed + Counter(_counted(layer.fusion) for layer in plan.skipped)
+    return " and ".join(f"{changed[what]} of {n} {what}" for what, n in found.items())
+
+
+def _counted(fusion: Fusion) -> str:
+    words = {QKV: "attention layers", GATE_UP: "layers of experts", SSM_IN: "ssm_in"}
+    return words.get(fusion, "stacks of experts")

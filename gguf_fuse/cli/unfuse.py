@@ -41,6 +41,6 @@ def print_unfused(result: gguf_fuse.Result, dry_run: bool = False) -> None:
 def _rows(plan: Plan, dry_run: bool) -> Iterator[tuple[Layer, Text]]:
     would = "would be " if dry_run else ""
     for layer in plan.changed:
-        yield layer, text(f"{would}split into {', '.join(layer.fusion.parts)}", "green")
+        yield layer, text(f"{would}{layer.fusion.unmade}", "green")
     for layer in plan.skipped:
         yield layer, text(f"{would}left: {fused_tensor(layer)}{layer.reason}", "yellow")

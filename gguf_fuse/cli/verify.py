@@ -129,6 +129,7 @@ def _json(report: gguf_fuse.Report) -> dict[str, Any]:
         "bytes_compared": structure.n_bytes,
         "layers_fused": structure.n_fused,
         "layers_fused_experts": structure.n_fused_experts,
+        "layers_split_ssm_in": structure.n_split_ssm_in,
         "structure": {
             "ok": structure.ok,
             "problems": list(structure.problems),
@@ -200,7 +201,8 @@ def _verdict(report: gguf_fuse.Report) -> str:
 
 def _fused_in(report: gguf_fuse.Report) -> list[str]:
     """What is fused, where it is not that which was expected."""
-    if report.structure.n_fused or report.structure.n_fused_experts:
+    counts = report.structure
+    if counts.n_fused or counts.n_fused_experts or counts.n_split_ssm_in:
         return []
     made = any(f".{name}." in t.name for t in report.fused.tensors for name in _FUSED)
     return ["both are fused alike" if made else "neither is fused"]
@@ -259,6 +261,7 @@ def _problems(report: gguf_fuse.Report) -> list[str]:
 def _structure_line(structure: Structure) -> Text:
     layers, n_experts = _n_layers(structure.n_fused, "fused layer"), structure.n_fused_experts
     layers += f" of attention, {n_experts} of experts" if n_experts else ""
+    layers += f", {structure.n_split_ssm_in} of ssm_in" if structure.n_split_ssm_in else ""
     speed = decimal(int(structure.n_bytes / max(structure.seconds, 1e-9)))
     return _mark(structure.ok).append(
         f" structure: {layers}; {decimal(structure.n_bytes)} of tensors compared in "

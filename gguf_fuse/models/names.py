@@ -27,8 +27,12 @@ def layer_order(layer: str) -> tuple[str, int]:
 
 def layers_with_weights(tensors: Iterable[TensorInfo], names: Sequence[str]) -> list[str]:
     """Layers that have the weight of at least one of these ("attn_q"), each once, in order."""
-    weight = re.compile(rf"({LAYER})\.(?:{'|'.join(names)})\.weight")
-    found = {match[1] for tensor in tensors if (match := weight.fullmatch(tensor.name))}
+    weights = {f"{name}.weight" for name in names}
+    found = {
+        match[1]
+        for tensor in tensors
+        if (match := _LAYER_OF_TENSOR.match(tensor.name)) and tensor.name[match.end() :] in weights
+    }
     return sorted(found, key=layer_order)
 
 

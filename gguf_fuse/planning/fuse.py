@@ -6,25 +6,28 @@ first one's gate, its up, the next one's gate, and so on (`fusions` has the tabl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
 
 from gguf_fuse.format.header import Header, TensorInfo
-from gguf_fuse.format.source import Segment
 from gguf_fuse.format.types import F32, blocked, is_known, type_name
 from gguf_fuse.format.values import ValueType
 from gguf_fuse.models.keys import integer, string
 from gguf_fuse.models.names import ENCODER_PREFIXES
-from gguf_fuse.planning import plan, record
+from gguf_fuse.planning import plan, record, ssm_in
 from gguf_fuse.planning.fusions import (
+    EXPERTS,
     FUSIONS,
-    GATE_UP,
+    MAX_SLICES,
     QKV,
     SHARED,
+    SSM_IN,
     SUFFIXES,
     Fusion,
+    Stack,
     too_many_in_all,
 )
 from gguf_fuse.planning.loaders import Architecture, Loader, Reads, architecture, projector
@@ -83,9 +86,13 @@ def examine(
     In the order of the fusions, then of the layers. read: for scales, which must be equal.
     """
     layers, extra = [], TensorExtra.of(header)
-    for fusion in fusions:
+    n_expert = n_experts(header) if EXPERTS in fusions else 0
+    for fusion in itertools.chain(*(fusion.of(n_expert) for fusion in fusions)):
         siblings = _siblings(header, fusion)
-        for name in fusion.layers(header.tensors):
+        names = fusion.layers(header.tensors)
+        if isinstance(fusion, Stack):
+            _require_enough(header, len(names), n_expert)
+        for name in names:
             row = loader_of(header, name)
             layers.append(
                 _decide(_Candidate(header, name, fusion, row, siblings[name], read, extra))
@@ -93,6 +100,23 @@ def examine(
     if encoder_beside_text(header):
         layers = [_leave_encoder(layer, any_architecture) for layer in layers]
     return tuple(obey_loader(header, layer, any_architecture) for layer in layers)
+
+
+def _require_enough(header: Header, n_layers: int, n_expert: int) -> None:
+    """It bounds what a damaged file can cost. Raises Refused."""
+    if n_layers * n_expert > len(header.tensors):
+        raise plan.Refused(
+            f"{header.path}: {n_layers} layers of {n_expert} experts one by one, but only "
+            f"{len(header.tensors)} tensors"
+        )
+
+
+def n_experts(header: Header) -> int:
+    """Raises Refused for more than are supported."""
+    n = integer(header, f"{header.architecture}.expert_count", 0) or 0
+    if n > MAX_SLICES:
+        raise plan.Refused(f"{header.path}: {n} experts; at most {MAX_SLICES} are supported")
+    return n
 
 
 def _leave_encoder(layer: plan.Layer, any_architecture: bool) -> plan.Layer:
@@ -120,7 +144,7 @@ def _siblings(header: Header, fusion: Fusion) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in header.by_name:
         own = name.rpartition("blk.")[2].partition(".")[2]
-        if own.startswith((*fusion.parts, fusion.fused)):
+        if own.startswith((*fusion.stems, f"{fusion.fused}.")):
             found.setdefault(name[: len(name) - len(own) - 1], []).append(own)
     return found
 
@@ -158,7 +182,7 @@ def _decide(one: _Candidate) -> plan.Layer:
     missing = [name for name, weight in weights.items() if weight is None]
     if missing:
         return layer(plan.Status.INCOMPLETE, reason=f"no {', '.join(missing)}")
-    joins, why_not = _joins(one)
+    joins, why_not = ssm_in.cut(one.header, one.layer) if fusion is SSM_IN else _joins(one)
     why_not = why_not or _unequal_rows(one, rows) or _in_the_way(one)
     why_not = why_not or _norms_in_the_way(one, rows) or one.extra.why_not_joined(joins)
     if why_not:
@@ -184,8 +208,7 @@ def _joins(one: _Candidate) -> tuple[list[plan.Join], str | None]:
         if reason:
             return [], reason
         if not shared:
-            n_rows = sum(fusion.rows(part.ne, suffix) for part in parts)
-            ne = fusion.with_rows(ne, n_rows, suffix)
+            ne = fusion.joined_ne([part.ne for part in parts], suffix)
         joins.append(plan.Join(f"{one.layer}.{fusion.fused}.{suffix}", ne, parts, shared, fusion))
     return joins, None
 
@@ -204,7 +227,7 @@ def _not_joinable(parts: Sequence[TensorInfo], suffix: str, fusion: Fusion) -> s
         return f"{label}{type_name(parts[0].type)} is not known"
     if suffix == "weight" and len({part.ne[0] for part in parts}) > 1:
         return f"row lengths differ: {plan.listed(part.ne[0] for part in parts)}"
-    alike = {part.ne if fusion is GATE_UP else len(part.ne) for part in parts}
+    alike = {len(part.ne) if fusion is QKV else part.ne for part in parts}
     if len(alike) > 1:
         return f"{label}dimensions differ: {', '.join(str(list(part.ne)) for part in parts)}"
     return fusion.too_many(parts[0].ne, suffix)
@@ -246,12 +269,13 @@ def _in_the_way(one: _Candidate) -> str | None:
 
     llama.cpp aborts on left-over tensors, such as a clamp of attn_q alone.
     """
+    fusion = one.fusion
+    known = {f"{part}.{suffix}" for part in fusion.parts for suffix in SUFFIXES}
     for name in one.siblings:
-        part, _, suffix = name.partition(".")
-        if part == one.fusion.fused:
+        if name.startswith(f"{fusion.fused}."):
             return f"{name} is there already"
-        if part in one.fusion.parts and suffix not in SUFFIXES:
-            return f"{name} would have no place beside {one.fusion.fused}"
+        if name not in known:
+            return f"{name} would have no place beside {fusion.fused}"
     return None
 
 
@@ -310,11 +334,25 @@ def fuse(
     require_model(header)
     require_no_encoder(header, any_architecture)
     layers = examine(header, read, fusions=fusions, any_architecture=any_architecture)
+    _require_stackable(header, layers)
     flags = " and ".join(fusion.flag for fusion in FUSIONS)
     record.refuse_twice(header, f"; to fuse more of it, unfuse it and give {flags} at once", layers)
     require_fusable(header, layers, f"no {' or '.join(map(_no_parts, fusions))}")
     rows = [n for layer in layers for join in layer.joins for n in join.rows]
     return joined_plan(header, layers, (record.ROWS_KEY, ValueType.UINT64, rows))
+
+
+def _require_stackable(header: Header, layers: Sequence[plan.Layer]) -> None:
+    """Raises Refused where not all experts can be stacked: no loader would read such a file."""
+    experts = [layer for layer in layers if isinstance(layer.fusion, Stack)]
+    left = [layer for layer in experts if layer.status is not plan.Status.FUSABLE]
+    if left and left[0].status is plan.Status.SEPARATE:
+        refuse_loader(header, loader_of(header), left[0].fusion)
+    if left:
+        raise plan.Refused(
+            f"{header.path}: {plan.summary(left)}; a loader reads the experts of all layers "
+            f"stacked or none, so without {EXPERTS.flag}, or convert the model anew"
+        )
 
 
 def require_model(header: Header) -> None:
@@ -344,7 +382,11 @@ def require_fusable(header: Header, layers: tuple[plan.Layer, ...], nothing: str
 
 
 def _no_parts(fusion: Fusion) -> str:
+    if isinstance(fusion, Stack):
+        return "layer has ffn_gate.0.weight and as many more as expert_count says"
     *others, last = fusion.parts
+    if not others:
+        return f"layer has {last}"
     layer = "attention layer" if fusion is QKV else "layer"
     return f"{layer} has {', '.join(others)} or {last}"
 
@@ -372,21 +414,12 @@ def joined_plan(header: Header, layers: Sequence[plan.Layer], *pairs: record.Pai
 
 
 def _joined_tensors(header: Header, joins: Sequence[plan.Join]) -> Iterator[plan.PlannedTensor]:
-    """The file's tensors in order; each joined one where its first part stood."""
+    """The file's tensors in order; what is made of others where the first of these stood."""
     stands_for = {join.parts[0].name: join for join in joins}
     absorbed = {part.name for join in joins for part in join.parts[1:]}
     for tensor in header.tensors:
         join = stands_for.get(tensor.name)
         if join is not None:
-            yield plan.PlannedTensor(join.name, join.ne, tensor.type, _joined(join))
+            yield from join.made
         elif tensor.name not in absorbed:
             yield plan.untouched(tensor)
-
-
-def _joined(join: plan.Join) -> tuple[Segment, ...]:
-    """Slice by slice, the parts in turn; of shared values, the first part's."""
-    if join.shared:
-        return (join.parts[0].data,)
-    n = join.n_slices
-    sized = [(part.data, part.n_bytes // n) for part in join.parts]
-    return tuple(data.part(at * size, size) for at in range(n) for data, size in sized)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gguf_fuse.models.names import (
@@ -27,7 +27,7 @@ SUFFIXES = (*JOINED, *SHARED)
 
 # They bound what a damaged file can cost. llama.cpp has 512 experts at most, and no file has more
 # than some 25,000 in all its layers.
-_MAX_SLICES = 1 << 12
+MAX_SLICES = 1 << 12
 _MAX_ALL_SLICES = 1 << 16
 
 
@@ -46,6 +46,23 @@ class Fusion:
     n_dims: int
 
     @property
+    def label(self) -> str:
+        """What stands for it where layers are listed."""
+        return self.fused
+
+    @property
+    def made(self) -> str:
+        """What becomes of the parts."""
+        return f"fused into {self.fused}"
+
+    @property
+    def unmade(self) -> str:
+        """What the way back does; of experts one by one, the first and the last are named."""
+        first, *others = self.parts
+        few = len(others) < 3
+        return f"split into {', '.join(self.parts) if few else f'{first} to {others[-1]}'}"
+
+    @property
     def fused_names(self) -> tuple[str, ...]:
         """How names of fused tensors end."""
         return tuple(f".{self.fused}.{suffix}" for suffix in SUFFIXES)
@@ -55,6 +72,20 @@ class Fusion:
         if self is QKV:
             return attention_layers(tensors)
         return layers_with_weights(tensors, (*self.parts, self.fused))
+
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers of rows the record has of a fused tensor."""
+        return len(self.parts)
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """How names begin of what belongs to a part."""
+        return tuple(f"{part}." for part in self.parts)
+
+    def of(self, n_expert: int) -> tuple[Fusion, ...]:
+        """What it is in a file with so many experts."""
+        return (self,)
 
     def dims_of(self, suffix: str) -> int:
         """Dimensions that a weight or a bias must have."""
@@ -69,8 +100,20 @@ class Fusion:
         """Rows of one slice; 1 where there is no such dimension."""
         return (*ne, 1, 1)[_axis(suffix)]
 
-    def with_rows(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+    def joined_ne(self, parts: Sequence[tuple[int, ...]], suffix: str) -> tuple[int, ...]:
+        return self.part_ne(parts[0], sum(self.rows(ne, suffix) for ne in parts), suffix)
+
+    def part_ne(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+        """Of a part with so many rows of the joined tensor."""
         return (*ne[: _axis(suffix)], n_rows, *ne[_axis(suffix) + 1 :])
+
+    def can_split(self, ne: tuple[int, ...], suffix: str) -> bool:
+        """Whether a joined tensor has these dimensions."""
+        return self.fits(ne, suffix)
+
+    def splits(self, ne: tuple[int, ...], rows: Sequence[int], suffix: str) -> bool:
+        """Whether these are the rows of its parts."""
+        return min(rows) > 0 and sum(rows) == self.rows(ne, suffix)
 
     def n_slices(self, ne: tuple[int, ...], suffix: str) -> int:
         """How many times the parts take turns: 1, or the number of experts."""
@@ -79,7 +122,86 @@ class Fusion:
     def too_many(self, ne: tuple[int, ...], suffix: str) -> str | None:
         """Why a tensor is neither joined nor split, if it has more slices than are supported."""
         n = self.n_slices(ne, suffix)
-        return f"{n} experts; at most {_MAX_SLICES} are supported" if n > _MAX_SLICES else None
+        return f"{n} experts; at most {MAX_SLICES} are supported" if n > MAX_SLICES else None
+
+
+class Stack(Fusion):
+    """Experts that are tensors of their own, laid one behind the other: one dimension more.
+
+    Files of early 2024 have such; llama.cpp's loaders read stacked ones alone.
+    """
+
+    __slots__ = ()
+
+    @property
+    def made(self) -> str:
+        return f"stacked into {self.fused}"
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Of experts past the last one, too."""
+        return (self.parts[0].rpartition(".")[0] + ".",)
+
+    def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
+        """As of all; but a layer whose experts are stacked was always so."""
+        return layers_with_weights(tensors, self.parts)
+
+    def of(self, n_expert: int) -> tuple[Fusion, ...]:
+        parts = {name: tuple(f"ffn_{name}.{n}" for n in range(n_expert)) for name in EXPERT_PARTS}
+        return tuple(
+            replace(self, parts=own, fused=f"ffn_{name}_exps") for name, own in parts.items() if own
+        )
+
+    def fits(self, ne: tuple[int, ...], suffix: str) -> bool:
+        return len(ne) == self.dims_of(suffix)
+
+    def rows(self, ne: tuple[int, ...], suffix: str = "weight") -> int:
+        """Of a part, or of all experts of the stack."""
+        return math.prod(ne[_axis(suffix) :])
+
+    def joined_ne(self, parts: Sequence[tuple[int, ...]], suffix: str) -> tuple[int, ...]:
+        return (*parts[0], len(parts))
+
+    def part_ne(self, ne: tuple[int, ...], n_rows: int, suffix: str) -> tuple[int, ...]:
+        return (*ne[: _axis(suffix)], n_rows)
+
+    def can_split(self, ne: tuple[int, ...], suffix: str) -> bool:
+        return len(ne) == self.dims_of(suffix) + 1
+
+    def splits(self, ne: tuple[int, ...], rows: Sequence[int], suffix: str) -> bool:
+        return set(rows) == {ne[-2]} and len(rows) == ne[-1]
+
+    def n_slices(self, ne: tuple[int, ...], suffix: str) -> int:
+        return 1
+
+
+class HeadByHead(Fusion):
+    """One tensor with the rows of several projections, head by head, made one for each use.
+
+    See `ssm_in`, which does it.
+    """
+
+    __slots__ = ()
+
+    @property
+    def label(self) -> str:
+        return self.parts[0]
+
+    @property
+    def made(self) -> str:
+        return f"split into {self.words}"
+
+    @property
+    def unmade(self) -> str:
+        return f"joined into {self.label}"
+
+    @property
+    def n_numbers(self) -> int:
+        """Of q, k, v and z."""
+        return 4
+
+    def layers(self, tensors: Sequence[TensorInfo]) -> list[str]:
+        return layers_with_weights(tensors, self.parts)
 
 
 def _axis(suffix: str) -> int:
@@ -95,7 +217,10 @@ GATE_UP = Fusion(
     "ffn_gate_up_exps",
     n_dims=3,
 )
-FUSIONS = (QKV, GATE_UP)
+FUSIONS = (QKV, GATE_UP)  # what converters make too, and can be undone without a record
+EXPERT_PARTS = ("gate", "up", "down")
+EXPERTS = Stack("experts", "--stack-experts", (), "ffn_*_exps", n_dims=2)
+SSM_IN = HeadByHead("attn_qkv and attn_gate", "--split-ssm-in", ("ssm_in",), "attn_gate", n_dims=2)
 
 
 def too_many_in_all(n_slices: Iterable[int]) -> str | None:
@@ -103,9 +228,10 @@ def too_many_in_all(n_slices: Iterable[int]) -> str | None:
     n = sum(n for n in n_slices if n > 1)
     if n <= _MAX_ALL_SLICES:
         return None
-    return f"{n} experts in all layers; at most {_MAX_ALL_SLICES} are supported"
+    return f"{n} experts or heads in all layers; at most {_MAX_ALL_SLICES} are supported"
 
 
-def fusion_of(name: str) -> Fusion | None:
-    """The fusion whose fused tensor a name is that of."""
-    return next((fusion for fusion in FUSIONS if name.endswith(fusion.fused_names)), None)
+def fusion_of(name: str, stacks: Sequence[Fusion] = EXPERTS.of(1)) -> Fusion | None:
+    """The fusion whose fused tensor a name is that of. stacks: those of the file."""
+    known = (*FUSIONS, SSM_IN, *stacks)
+    return next((fusion for fusion in known if name.endswith(fusion.fused_names)), None)

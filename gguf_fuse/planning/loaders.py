@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from gguf_fuse.planning.fusions import GATE_UP, Fusion
+from gguf_fuse.planning.fusions import GATE_UP, SSM_IN, Fusion, Stack
 
 TRIED = "November 2026"  # the newest llama.cpp that any row was measured with
 
@@ -71,12 +71,15 @@ class Reads:
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One row. qkv: of attn_qkv. gate_up: of ffn_gate_up_exps, in place of ffn_gate_exps and
-    ffn_up_exps.
+    ffn_up_exps. experts: of ffn_gate_exps and the like, in place of a tensor for each expert.
+    ssm_in: of attn_qkv and attn_gate, in place of ssm_in.
     """
 
     name: str
     qkv: Reads
     gate_up: Reads = Reads(Loader.UNKNOWN, "none", scales=False)
+    experts: Reads = Reads(Loader.UNKNOWN, "none", biases=False, scales=False)
+    ssm_in: Reads = Reads(Loader.UNKNOWN, "none", biases=False, scales=False)
     # The encoders' graph splits a fused tensor into three equal parts.
     equal_rows: bool = False
     # Q has twice the rows: per head the query, then a gate (qwen3next, qwen35).
@@ -87,6 +90,10 @@ class Architecture:
     row_norms_abort: bool = False
 
     def reads(self, fusion: Fusion) -> Reads:
+        if isinstance(fusion, Stack):
+            return self.experts
+        if fusion is SSM_IN:
+            return self.ssm_in
         return self.gate_up if fusion is GATE_UP else self.qkv
 
 
@@ -174,6 +181,19 @@ _GATE_UP = set(
 )
 
 
+# Loaders that once read experts one by one and now want them stacked (create_tensor of
+# LLM_TENSOR_FFN_GATE_EXPS); others never had such files. All of them are measured.
+_ONCE_ONE_BY_ONE = {"grok", "llama", "minicpm", "refact"}
+# Of all loaders that know a tensor ssm_in, the only one that reads others in its place.
+_SSM_IN = {"qwen3next"}
+
+
+def _reads_newer(name: str, measured: set[str]) -> Reads:
+    if name in measured:
+        return Reads(Loader.READS_FUSED, "measured", biases=False, scales=False)
+    return Reads(Loader.UNKNOWN, "none", biases=False, scales=False)
+
+
 def _gate_up(name: str) -> Reads:
     if name in _GATE_UP:
         since = _since(_GATE_UP_SINCE, name)
@@ -219,6 +239,8 @@ ARCHITECTURES = {
             since=_since(_QKV_SINCE, name),
         ),
         _gate_up(name),
+        _reads_newer(name, _ONCE_ONE_BY_ONE),
+        _reads_newer(name, _SSM_IN),
         gated_q=name in _GATED_Q,
         mtp_needs_fused=name in _MTP_NEEDS_FUSED,
         row_norms_abort=name in _ROW_NORMS_ABORT,

@@ -87,6 +87,11 @@ class Join:
         return self.name.rpartition(".")[2]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the new tensors."""
+        return (self.name,)
+
+    @property
     def rows(self) -> tuple[int, ...]:
         return tuple(self.fusion.rows(part.ne, self.suffix) for part in self.parts)
 
@@ -94,6 +99,14 @@ class Join:
     def n_slices(self) -> int:
         """How many times the parts take turns."""
         return 1 if self.shared else self.fusion.n_slices(self.ne, self.suffix)
+
+    @property
+    def made(self) -> tuple[PlannedTensor, ...]:
+        """Slice by slice, the parts in turn; of shared values, the first part's."""
+        parts, n = self.parts[:1] if self.shared else self.parts, self.n_slices
+        sized = [(part.data, part.n_bytes // n) for part in parts]
+        data = tuple(data.part(at * size, size) for at in range(n) for data, size in sized)
+        return (PlannedTensor(self.name, self.ne, self.parts[0].type, data),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,7 @@ class Layer:
     @property
     def label(self) -> str:
         """The name; with the tensor where it is not attention's: blk.0.ffn_gate_up_exps."""
-        return self.name if self.fusion is QKV else f"{self.name}.{self.fusion.fused}"
+        return self.name if self.fusion is QKV else f"{self.name}.{self.fusion.label}"
 
 
 @dataclass(frozen=True, slots=True)

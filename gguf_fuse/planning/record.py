@@ -22,12 +22,13 @@ from gguf_fuse.format.values import (
     key_of_pair,
 )
 from gguf_fuse.planning import plan, tensor_extra
-from gguf_fuse.planning.fusions import QKV, fusion_of
+from gguf_fuse.planning.fusions import FUSIONS, QKV, fusion_of
 from gguf_fuse.planning.tensor_extra import TensorExtra
 
 # Files with Q, K and V alone stay what they were in version 1: earlier releases can unfuse them.
-# Version 2 has other fusions, version 3 pairs that were replaced (and fusions of any kind).
-RECORD_VERSIONS = (1, 2, 3)
+# Version 2 has gate and up of experts, version 3 pairs that were replaced (and either fusion),
+# version 4 what llama.cpp's loaders no longer read, or not as well (and all else).
+RECORD_VERSIONS = (1, 2, 3, 4)
 
 KEY_PREFIX = "gguf_fuse."  # of the metadata keys that are ours
 VERSION_KEY = KEY_PREFIX + "version"
@@ -67,9 +68,12 @@ def refuse_twice(header: Header, hint: str = "", layers: tuple[plan.Layer, ...] 
 
 def version_of(fused: Iterable[str], replaced: bool) -> int:
     """Of a record of these fused tensors. replaced: whether pairs were."""
+    fusions = {fusion_of(name) or QKV for name in fused}
+    if not fusions <= set(FUSIONS):
+        return 4
     if replaced:
         return 3
-    return 2 if any(fusion_of(name) not in (QKV, None) for name in fused) else 1
+    return 1 if fusions <= {QKV} else 2
 
 
 def version(header: Header, known: Sequence[int]) -> object:
@@ -238,7 +242,7 @@ def fused_plan(
         )
     order = header.byte_order
     joins = [join for layer in layers for join in layer.joins]
-    names = {part.name: [join.name] for join in joins for part in join.parts}
+    names = {part.name: join.names for join in joins for part in join.parts}
     renamed = TensorExtra.of(header).renamed(names)
     past = replaced(header, renamed)
     if past:

@@ -70,8 +70,9 @@ class TensorExtra:
             found = [self.places.get(self._encoded(part.name), []) for part in join.parts]
             if not any(found):
                 continue
-            if self._encoded(join.name) in self.places:
-                return f"{NAME_KEY} names {join.name} already"
+            for name in join.names:
+                if self._encoded(name) in self.places:
+                    return f"{NAME_KEY} names {name} already"
             if any(len(places) > 1 for places in found):
                 return f"{NAME_KEY} names a part of {join.name} twice"
             for key, column in self.values.items():

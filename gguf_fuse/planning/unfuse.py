@@ -9,28 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.types import blocked, is_known, type_name
 from gguf_fuse.models.keys import integer
 from gguf_fuse.models.names import ENCODER_PREFIXES, layer_order
-from gguf_fuse.planning import record
+from gguf_fuse.planning import record, ssm_in
 from gguf_fuse.planning.fuse import (
     ENCODER_BESIDE_TEXT,
     examine,
     loader_of,
+    n_experts,
     refuse_loader,
     require_model,
     require_no_encoder,
 )
 from gguf_fuse.planning.fusions import (
+    EXPERTS,
     FUSIONS,
     GATE_UP,
     JOINED,
+    MAX_SLICES,
     QKV,
+    SSM_IN,
     SUFFIXES,
     Fusion,
+    Stack,
     fusion_of,
     too_many_in_all,
 )
@@ -76,8 +81,12 @@ class Split:
         """How many times the parts take turns."""
         return 1 if self.shared else self.fusion.n_slices(self.tensor.ne, self.suffix)
 
-    def placed(self) -> list[record.Placed]:
-        """The parts, and where each stands in the restored file."""
+    @property
+    def restored(self) -> dict[str, list[record.Placed]]:
+        """By the tensor that they are in, the parts and where each stands in the restored file."""
+        return {self.tensor.name: self._placed()}
+
+    def _placed(self) -> list[record.Placed]:
         tensor, fusion = self.tensor, self.fusion
         names = [tensor.name.replace(f".{fusion.fused}.", f".{part}.") for part in fusion.parts]
         if self.shared:
@@ -88,9 +97,29 @@ class Split:
             starts, parts = range(0, tensor.n_bytes, slice_bytes), []
             for name, n_rows, end in zip(names, self.rows, accumulate(self.rows), strict=True):
                 data = [tensor.data.part(at + (end - n_rows) * row, n_rows * row) for at in starts]
-                ne = fusion.with_rows(tensor.ne, n_rows, self.suffix)
+                ne = fusion.part_ne(tensor.ne, n_rows, self.suffix)
                 parts.append(PlannedTensor(name, ne, tensor.type, tuple(data)))
         return list(zip(self.positions or [None] * len(parts), parts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Woven(Split):
+    """The two tensors that ssm_in is to be put together from. tensor: the gate."""
+
+    qkv: TensorInfo | None = None
+
+    @property
+    def n_slices(self) -> int:
+        return self.tensor.ne[1] // self.rows[3]
+
+    @property
+    def restored(self) -> dict[str, list[record.Placed]]:
+        gate, qkv = self.tensor, self.qkv
+        assert qkv is not None
+        name = gate.name.replace(f".{self.fusion.fused}.", f".{self.fusion.parts[0]}.")
+        ne = gate.ne[0], gate.ne[1] + qkv.ne[1]
+        old = PlannedTensor(name, ne, gate.type, ssm_in.woven(qkv, gate, self.rows))
+        return {gate.name: [(self.positions[0], old)], qkv.name: []}
 
 
 def unfuse(header: Header, *, any_architecture: bool = False) -> Plan:
@@ -135,7 +164,7 @@ def split_plan(
     ]
     if too_many := too_many_in_all(split.n_slices for split in splits):
         raise Refused(f"{header.path}: {too_many}")
-    restored = {split.tensor.name: split.placed() for split in splits}
+    restored = {name: placed for split in splits for name, placed in split.restored.items()}
     return record.unfused_plan(header, restored, changed, kept, nothing)
 
 
@@ -178,28 +207,61 @@ def _recorded_splits(header: Header) -> list[Split] | None:
     if version != record.version_of(names, record.REPLACED_KEY in header.metadata):
         record.damaged(header, f"{VERSION_KEY} is {version}, its tensors are of another version")
     fusions = [fusion_of(name) or QKV for name in names]
+    if any(isinstance(fusion, Stack) for fusion in fusions):
+        stacks = EXPERTS.of(n_experts(header))
+        fusions = [fusion_of(name, stacks) or QKV for name in names]
     n_parts = sum(len(fusion.parts) for fusion in fusions)
+    n_rows = sum(fusion.n_numbers for fusion in fusions)
     rows, positions = record.array(header, ROWS_KEY, int), record.array(header, POSITIONS_KEY, int)
-    for key, values in ((ROWS_KEY, rows), (POSITIONS_KEY, positions)):
-        if len(values) != n_parts:
+    for key, values, n in ((ROWS_KEY, rows, n_rows), (POSITIONS_KEY, positions, n_parts)):
+        if len(values) != n:
             record.damaged(
                 header, f"{key} has {len(values)} numbers for {len(names)} fused tensors"
             )
-    n_restored = len(header.tensors) - len(names) + n_parts
+    n_fused = len(names) + sum(fusion is SSM_IN for fusion in fusions)  # attn_qkv beside the gate
+    n_restored = len(header.tensors) - n_fused + n_parts
     if len(set(positions) & set(range(n_restored))) < len(positions):
         record.damaged(
             header, f"{POSITIONS_KEY} are not distinct places among {n_restored} tensors"
         )
     record.require_distinct(header, names)
-    splits, first = [], 0
+    splits, next_row, next_position = list[Split](), iter(rows), iter(positions)
     for name, fusion in zip(names, fusions, strict=True):
         if name not in header.by_name or not name.endswith(fusion.fused_names):
             record.damaged(header, f"{TENSORS_KEY} names {name!r}, which the file does not have")
-        own = slice(first, first + len(fusion.parts))
-        splits.append(Split(header.by_name[name], fusion, tuple(rows[own]), tuple(positions[own])))
-        _check_split(header, splits[-1])
-        first = own.stop
+        own_rows = tuple(islice(next_row, fusion.n_numbers))
+        split = Split(
+            header.by_name[name], fusion, own_rows, tuple(islice(next_position, len(fusion.parts)))
+        )
+        if fusion is SSM_IN:
+            split = _woven(header, split)
+        else:
+            _check_split(header, split)
+        splits.append(split)
     return splits
+
+
+def _woven(header: Header, split: Split) -> _Woven:
+    """Raises GGUFError where the two tensors do not have the rows of the record."""
+    gate, rows = split.tensor, split.rows
+    name = gate.name.replace(ssm_in.GATE_NAME, ssm_in.QKV_NAME)
+    qkv = header.by_name.get(name)
+    if qkv is None or split.suffix != "weight":
+        record.damaged(header, f"{TENSORS_KEY} names {gate.name!r} without {name!r}")
+    if not is_known(gate.type):
+        raise _unknown_type(header, gate)
+    n_heads = gate.ne[1] // rows[3] if len(gate.ne) == 2 and min(rows) > 0 else 0
+    wanted = (gate.ne[0], n_heads * sum(rows[:3])), (gate.ne[0], n_heads * rows[3])
+    if not 0 < n_heads <= MAX_SLICES or (qkv.ne, gate.ne) != wanted or qkv.type != gate.type:
+        record.damaged(header, f"{gate.name!r} and {name!r} do not have {listed(rows)} rows a head")
+    return _Woven(gate, split.fusion, rows, split.positions, qkv)
+
+
+def _unknown_type(header: Header, tensor: TensorInfo) -> Refused:
+    return Refused(
+        f"{header.path}: tensor {tensor.name!r} is of {type_name(tensor.type)}, whose rows this "
+        "gguf-py does not know; a newer one may"
+    )
 
 
 def _check_split(header: Header, split: Split) -> None:
@@ -208,15 +270,13 @@ def _check_split(header: Header, split: Split) -> None:
         return
     place, of_type = f"{header.path}: tensor {tensor.name!r}", type_name(tensor.type)
     if not is_known(tensor.type):
-        raise Refused(
-            f"{place} is of {of_type}, whose rows this gguf-py does not know; a newer one may"
-        )
+        raise _unknown_type(header, tensor)
     in_blocks = split.suffix == "bias" and blocked(tensor.type)
-    if not fusion.fits(tensor.ne, split.suffix) or 0 in tensor.ne or in_blocks:
+    if not fusion.can_split(tensor.ne, split.suffix) or 0 in tensor.ne or in_blocks:
         dimensions = list(tensor.ne)
         raise Refused(f"{place} of {of_type} with dimensions {dimensions} has no rows to split")
-    n_rows = fusion.rows(tensor.ne, split.suffix)
-    if sum(rows) != n_rows or min(rows) < 1:
+    if not fusion.splits(tensor.ne, rows, split.suffix):
+        n_rows = fusion.rows(tensor.ne, split.suffix)
         record.damaged(header, f"{tensor.name!r} has {n_rows} rows, not {listed(rows)}")
     if too_many := fusion.too_many(tensor.ne, split.suffix):
         raise Refused(f"{place} has {too_many}")

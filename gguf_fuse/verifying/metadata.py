@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from gguf_fuse.format.header import Header, Metadata
@@ -11,7 +11,7 @@ from gguf_fuse.format.shards import SPLIT_KEYS
 from gguf_fuse.format.source import Segment
 from gguf_fuse.planning import record
 from gguf_fuse.planning.tensor_extra import TensorExtra
-from gguf_fuse.verifying.fused import FORMS, FusedTensor
+from gguf_fuse.verifying.fused import FORMS, FusedTensor, OfHeads, Stacked
 
 MAX_HELD = 4096  # bytes of a metadata pair that is looked at as a whole
 LONG_VALUE = 60  # characters of a value that a problem does not show
@@ -61,7 +61,11 @@ def compare_metadata(
 
 
 def _new_names(made: Sequence[FusedTensor]) -> dict[str, list[str]]:
-    return {part.name: [tensor.name] for tensor in made for part in tensor.parts}
+    names: dict[str, list[str]] = {}
+    for tensor in made:
+        for part in tensor.parts:
+            names.setdefault(part.name, []).append(tensor.name)
+    return names
 
 
 def _compare_pair(before: Metadata, after: Metadata, key: str) -> list[str]:
@@ -114,29 +118,45 @@ def _record_problems(original: Header, pairs: Metadata, made: Sequence[FusedTens
         return [f"metadata {record.VERSION_KEY}: {version}, this release knows {known}"]
     if not (_is_list(names, str) and _is_list(rows, int) and _is_list(positions, int)):
         return [f"metadata {record.KEY_PREFIX}*: the record has values of a wrong type"]
-    # How many numbers it has for each tensor.
-    counts = [
-        next((len(parts) for form, parts, _ in FORMS if f".{form}." in name), 3) for name in names
-    ]
-    kind = 1 if set(counts) <= {3} else 2
-    if version != (3 if record.REPLACED_KEY in pairs else kind):
-        return [f"metadata {record.VERSION_KEY}: {version}, its tensors are of another version"]
-    if not sum(counts) == len(rows) == len(positions) or len(set(names)) < len(names):
-        return [f"metadata {record.KEY_PREFIX}*: the lengths of the record's arrays do not fit"]
     place = {tensor.name: at for at, tensor in enumerate(original.tensors)}
-    truth = {t.name: (t.rows, tuple(place[part.name] for part in t.parts)) for t in made}
+    truth = {
+        t.name: (t.rows, tuple(place[part.name] for part in t.parts)) for t in made if t.recorded
+    }
+    # How many numbers it has for each tensor.
+    counts = [tuple(map(len, truth.get(name) or _numbers_of(name))) for name in names]
+    if version != _version(names, made, record.REPLACED_KEY in pairs):
+        return [f"metadata {record.VERSION_KEY}: {version}, its tensors are of another version"]
+    lengths = tuple(sum(column) for column in zip(*counts, strict=True)) or (0, 0)
+    if lengths != (len(rows), len(positions)) or len(set(names)) < len(names):
+        return [f"metadata {record.KEY_PREFIX}*: the lengths of the record's arrays do not fit"]
     unnamed = [name for name in truth if name not in names]
     problems = [f"metadata {record.TENSORS_KEY}: {name} is fused but not named" for name in unnamed]
-    for name, end, count in zip(names, itertools.accumulate(counts), counts, strict=True):
+    left_rows, left_positions = iter(rows), iter(positions)
+    for name, (n_rows, n_positions) in zip(names, counts, strict=True):
+        told = tuple(islice(left_rows, n_rows)), tuple(islice(left_positions, n_positions))
         if name not in truth:
             problems.append(f"metadata {record.TENSORS_KEY}: {name} is named but not fused")
             continue
-        told = tuple(rows[end - count : end]), tuple(positions[end - count : end])
         keys = record.ROWS_KEY, record.POSITIONS_KEY
         for key, said, true in zip(keys, told, truth[name], strict=True):
             if said != true:
                 problems.append(f"metadata {key}: {said} for {name}, the original says {true}")
     return problems
+
+
+def _numbers_of(name: str) -> tuple[Sequence[str], Sequence[str]]:
+    """Of a tensor that is not fused: as many as if it were."""
+    parts = next((parts for form, parts, _ in FORMS if f".{form}." in name), FORMS[0][1])
+    return parts, parts
+
+
+def _version(names: Sequence[str], made: Sequence[FusedTensor], replaced: bool) -> int:
+    """That the record must have."""
+    if any(isinstance(tensor, Stacked | OfHeads) for tensor in made):
+        return 4
+    if replaced:
+        return 3
+    return 2 if any(f".{FORMS[1][0]}." in name for name in names) else 1
 
 
 def _replaced_problems(original: Header, fused: Header, made: Sequence[FusedTensor]) -> list[str]:

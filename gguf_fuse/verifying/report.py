@@ -111,7 +111,8 @@ class Structure:
 
     problems: tuple[str, ...]
     n_fused: int = 0  # attention layers that are fused in FUSED alone
-    n_fused_experts: int = 0  # layers whose experts are
+    n_fused_experts: int = 0  # layers whose experts are, or are stacked
+    n_split_ssm_in: int = 0  # layers whose ssm_in is
     n_bytes: int = 0  # compared, of one file
     seconds: float = 0.0
     computable: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
@@ -15,7 +14,7 @@ from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.layout import misplaced, nonzero_padding
 from gguf_fuse.format.source import Segment, abort, in_turn, opened, pace
 from gguf_fuse.format.types import type_name
-from gguf_fuse.verifying.fused import FORMS, FusedTensor, find_fused
+from gguf_fuse.verifying.fused import FORMS, FusedTensor, OfHeads, find_fused
 from gguf_fuse.verifying.metadata import compare_metadata, order_problems, own_problems
 from gguf_fuse.verifying.report import Structure, VerifyOptions
 
@@ -67,9 +66,7 @@ def compare_contents(original: Header, fused: Header, options: VerifyOptions) ->
     made, unlike_fused = find_fused(original, fused)
     ranges, misfits = _ranges(original, fused, made)
     listing = [*_listing_problems(original, fused, made), *misfits]
-    weights = [tensor.name for tensor in made if tensor.name.endswith(".weight")]
-    n_fused = sum(name.endswith(f".{FORMS[0][0]}.weight") for name in weights)
-    counts = (n_fused, len(weights) - n_fused)
+    counts = _n_layers(made)
     if unrelated := _unrelated(original, fused, listing):
         return Structure((*unlike_fused, unrelated), *counts)
     long_pairs, unequal = compare_metadata(original, fused, made)
@@ -93,6 +90,18 @@ def compare_contents(original: Header, fused: Header, options: VerifyOptions) ->
         computable=not problems,
         seconds=time.perf_counter() - started,
     )
+
+
+def _n_layers(made: Sequence[FusedTensor]) -> tuple[int, int, int]:
+    """Whose attention is fused, whose experts are fused or stacked, whose ssm_in is split."""
+    kinds = [set[str](), set[str](), set[str]()]
+    for tensor in made:
+        layer, own, suffix = tensor.name.rsplit(".", 2)
+        if suffix == "weight":
+            at = 2 if isinstance(tensor, OfHeads) else int(own != FORMS[0][0])
+            kinds[at].add(layer)
+    attention, experts, ssm_in = map(len, kinds)
+    return attention, experts, ssm_in
 
 
 def _unrelated(original: Header, fused: Header, listing: Sequence[str]) -> str | None:
@@ -144,10 +153,12 @@ def _format_problems(original: Header, fused: Header) -> list[str]:
 
 def _listing_problems(original: Header, fused: Header, made: Sequence[FusedTensor]) -> list[str]:
     """Nothing missing, nothing extra, the order kept: a fused tensor stands where Q stood."""
-    stands_for = {tensor.parts[0].name: tensor.name for tensor in made}
+    stand_for: dict[str, list[str]] = {}
+    for tensor in made:
+        stand_for.setdefault(tensor.parts[0].name, []).append(tensor.name)
     absorbed = {part.name for tensor in made for part in tensor.parts[1:]}
     left = [tensor.name for tensor in original.tensors if tensor.name not in absorbed]
-    expected = [stands_for.get(name, name) for name in left]
+    expected = [new for name in left for new in stand_for.get(name, [name])]
     present = [tensor.name for tensor in fused.tensors]
     wanted, there = set(expected), set(present)
     problems = [f"{name}: missing in the fused file" for name in expected if name not in there]
@@ -177,7 +188,7 @@ def _ranges(
             )
             if has != needed
         ]
-        if not misfits and len(source.parts) == 1:
+        if not misfits and source.parts[0].name == tensor.name:
             misfits = _room_problems(original, fused, source.parts[0], tensor)
         problems += misfits
         if not misfits:
@@ -203,21 +214,15 @@ def _room_problems(
 
 def _tensor_ranges(tensor: TensorInfo, source: FusedTensor) -> Iterator[_Range]:
     start = 0
-    for expert, part in itertools.product(range(source.n_experts), source.parts):
+    for part, label, first, in_part in source.pieces():
         # They differ where the type is unknown, by padding: see `_room_problems`.
-        n_bytes = min(part.n_bytes, tensor.n_bytes) // source.n_experts
+        n_bytes = min(in_part, tensor.n_bytes)
         unit = "row" if len(part.ne) > 1 else "element"
         n_units = max(1, math.prod(part.ne[1:] or part.ne))
-        place = tensor.name
-        if part.name != tensor.name:
-            place += f": {part.name.rsplit('.', 2)[-2]}"
-        if source.n_outer and not source.shared:
-            place += f" of expert {expert}"
-        before = part.data.part(expert * n_bytes, n_bytes)
-        after = tensor.data.part(start, n_bytes)
-        yield _Range(
-            tensor.name, place, before, after, unit, -(-n_bytes * source.n_experts // n_units)
-        )
+        place = tensor.name if part.name == tensor.name else f"{tensor.name}: {label}"
+        before, after = part.data.part(first, n_bytes), tensor.data.part(start, n_bytes)
+        unit_bytes = -(-(n_bytes if in_part == part.n_bytes else part.n_bytes) // n_units)
+        yield _Range(tensor.name, place, before, after, unit, unit_bytes)
         start += 0 if source.shared else n_bytes
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from gguf_fuse.format.header import MAX_PAIRS, MAX_TENSORS
 from gguf_fuse.format.parser import MAX_NESTED_ARRAYS, MAX_STRINGS
+from gguf_fuse.planning.fusions import EXPERT_PARTS
 from tests.pack import ARRAY, INT, INT8, LONG, STRING, UINT8, UINT32, UINT64
 from tests.server import Outcome, Run
 
@@ -123,6 +124,22 @@ CRAFTED: dict[str, tuple[Callable[[Path], Path], Sequence[str]]] = {
         lambda path: write(path, [], experts(400, 4096, 7, *GATE_UP)),
         ("inspect", "fuse"),
     ),
+    "experts one by one": (
+        lambda path: write(
+            path,
+            [pair("granite_swa.expert_count", UINT32, INT.pack(4096))],
+            layers(7, *(f"ffn_{part}.{n}.weight" for part in EXPERT_PARTS for n in range(4096))),
+        ),
+        ("inspect",),
+    ),
+    "one expert of many": (
+        lambda path: write(
+            path,
+            [pair("granite_swa.expert_count", UINT32, INT.pack(4096))],
+            layers(MAX_TENSORS, "ffn_gate.0.weight"),
+        ),
+        ("inspect",),
+    ),
     "too many experts, fused": (
         lambda path: write(path, [], experts(400, 4096, 14, "ffn_gate_up_exps")),
         ("unfuse",),
@@ -160,7 +177,7 @@ def test_verify_of_too_many_experts(run: Run, tmp_path: Path) -> None:
     fused = write(tmp_path / "fused.gguf", [], experts(400, 4096, 14, "ffn_gate_up_exps"))
     outcome = run("verify", original, fused, "--structure-only")
     assert_bounded(outcome, 4)
-    assert "1638400 experts in all layers; at most 65536 can be compared" in outcome.err
+    assert "1638400 experts or heads in all layers; at most 65536 can be compared" in outcome.err
 
 
 def assert_bounded(outcome: Outcome, *codes: int) -> None:

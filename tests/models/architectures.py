@@ -334,6 +334,13 @@ LAYOUTS: dict[str, Layout] = {
     "minicpm": Layout(
         _LLAMA, keys={"embedding_scale": 4.0, "residual_scale": 0.5, "logit_scale": 2.0}
     ),
+    "grok": Layout(
+        "attn_norm.weight @qkv attn_output.weight attn_output_norm.weight ffn_norm.weight @ffn "
+        "post_ffw_norm.weight",
+        ne={"attn_output_norm": "n_embd"},
+        free_head_dim=False,
+        n_expert=4,
+    ),
     "hunyuan-dense": Layout(_LLAMA, qk_norm=True),
     "exaone4": Layout(
         "@qkv attn_output.weight post_attention_norm.weight @ffn post_ffw_norm.weight",

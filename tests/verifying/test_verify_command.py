@@ -34,7 +34,7 @@ def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
         *("format", "command", "exit_code", "error"),
         *("ok", "original", "fused", "exchanged", "same_file", "structure", "layers", "timing"),
         *("tensors_in", "tensors_out", "bytes_compared", "layers_fused", "layers_fused_experts"),
-        "llama",
+        *("llama", "layers_split_ssm_in"),
     }
     assert value["ok"] is True
     assert (value["original"], value["fused"]) == tuple(map(str, pair))
