@@ -15,7 +15,7 @@ from gguf_fuse.choices import OnMismatch, Reflink, Verified
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Source
-from gguf_fuse.planning.fusions import FUSIONS, QKV
+from gguf_fuse.planning.fusions import ALL, QKV
 from gguf_fuse.planning.plan import Layer, NothingToDo, Refused, summary
 from gguf_fuse.progress import OnProgress, ignore
 from gguf_fuse.verifying.report import VerifyOptions
@@ -179,7 +179,7 @@ def _carry_out(
     result = api.fuse(
         task.input,
         _in_a_folder(task.output) if dry_run else task.output,
-        fusions=[fusion for fusion in FUSIONS if fusion.fused in settings.fused],
+        fusions=[fusion for fusion in ALL if fusion.fused in settings.fused],
         on_mismatch=settings.on_mismatch,
         any_architecture=settings.any_architecture,
         options=options,

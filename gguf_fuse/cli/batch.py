@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from gguf_fuse.choices import OnMismatch, Reflink, Verified
+from gguf_fuse.choices import Reflink, Verified
 from gguf_fuse.cli.console import EXIT_ERROR, fail, print_json, printer, text
-from gguf_fuse.cli.options import AnyArchitecture, AsJson, DryRun, Quiet, existing_file, option
+from gguf_fuse.cli.options import AsJson, DryRun, Fusing, Quiet, existing_file, grouped, option
 from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.planning.fusions import GATE_UP, QKV
 from gguf_fuse.planning.loaders import TRIED, architecture
 
 if TYPE_CHECKING:
     from gguf_fuse.batching.task import Entry, Task
 
 
+@grouped
 def batch(
     inputs: Annotated[
         list[str] | None,
@@ -43,22 +43,8 @@ def batch(
         str,
         option("--name", part=OUTPUT, metavar="NAME", help="How outputs are called, less .gguf."),
     ] = "{name}-fused",
-    fuse_qkv_weights: Annotated[
-        bool, option(QKV.flag, part=WHAT, help="Q, K and V into attn_qkv; so does no flag.")
-    ] = False,
-    fuse_gate_up_exps: Annotated[
-        bool, option(GATE_UP.flag, part=WHAT, help="Gate and up of experts too, or alone.")
-    ] = False,
-    on_mismatch: Annotated[
-        OnMismatch,
-        option(
-            "--on-mismatch",
-            part=WHAT,
-            metavar="skip|error",
-            help="A layer whose parts cannot be one tensor: leave it, or fail.",
-        ),
-    ] = "skip",
-    any_architecture: AnyArchitecture = False,
+    *,
+    what: Fusing,
     verify: Annotated[
         Verified,
         option(
@@ -148,11 +134,10 @@ def batch(
         raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
     if split_max_size is not None and split_max_tensors is not None:
         raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
-    wanted = ((QKV, fuse_qkv_weights or not fuse_gate_up_exps), (GATE_UP, fuse_gate_up_exps))
     settings = Settings(
-        fused=tuple(fusion.fused for fusion, chosen in wanted if chosen),
-        on_mismatch=on_mismatch,
-        any_architecture=any_architecture,
+        fused=tuple(fusion.fused for fusion in what.fusions),
+        on_mismatch=what.on_mismatch,
+        any_architecture=what.any_architecture,
         verify=verify,
         split_max_size=max_size,
         split_max_tensors=split_max_tensors,

@@ -12,13 +12,12 @@ from rich.text import Text
 from typer import BadParameter
 
 import gguf_fuse
-from gguf_fuse.choices import OnMismatch
 from gguf_fuse.cli.console import Flowing, next_line, print_parts, text
 from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result, recipe_hint
 from gguf_fuse.cli.options import (
-    AnyArchitecture,
     AsJson,
     DryRun,
+    Fusing,
     In,
     OutOrBeside,
     Writing,
@@ -27,7 +26,6 @@ from gguf_fuse.cli.options import (
 )
 from gguf_fuse.cli.usage import WHAT, complete_path
 from gguf_fuse.cli.verify import verify as verify_command
-from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN
 from gguf_fuse.planning.plan import Layer
 
 
@@ -35,35 +33,13 @@ from gguf_fuse.planning.plan import Layer
 def fuse(
     source: In,
     output: OutOrBeside = None,
-    fuse_qkv_weights: Annotated[
-        bool, option(QKV.flag, part=WHAT, help="Q, K and V into attn_qkv; so does no flag.")
-    ] = False,
-    fuse_gate_up_exps: Annotated[
-        bool, option(GATE_UP.flag, part=WHAT, help="Gate and up of experts into ffn_gate_up_exps.")
-    ] = False,
-    stack_experts: Annotated[
-        bool,
-        option(EXPERTS.flag, part=WHAT, help="Experts one by one (old Mixtral) into ffn_*_exps."),
-    ] = False,
-    split_ssm_in: Annotated[
-        bool,
-        option(SSM_IN.flag, part=WHAT, help="qwen3next's old ssm_in into attn_qkv and attn_gate."),
-    ] = False,
+    *,
+    what: Fusing,
     dry_run: DryRun = False,
     verify: Annotated[
         bool, option("--verify", part=WHAT, help="Then verify OUT: exit 4 when that fails.")
     ] = False,
     as_json: AsJson = False,
-    on_mismatch: Annotated[
-        OnMismatch,
-        option(
-            "--on-mismatch",
-            part=WHAT,
-            metavar="skip|error",
-            help="A layer whose parts cannot be one tensor: leave it (skip), or fail.",
-        ),
-    ] = "skip",
-    any_architecture: AnyArchitecture = False,
     base: Annotated[
         Path | None,
         option(
@@ -75,7 +51,6 @@ def fuse(
             autocompletion=complete_path,
         ),
     ] = None,
-    *,
     how: Writing,
 ) -> None:
     """Write IN to OUT with Q, K and V of each layer as one attn_qkv tensor.
@@ -89,16 +64,13 @@ def fuse(
     if output is None and how.force:
         raise BadParameter(f"--force replaces only an OUT that is named; name {place}")
     told = not (as_json or how.quiet)
-    others = ((GATE_UP, fuse_gate_up_exps), (EXPERTS, stack_experts), (SSM_IN, split_ssm_in))
-    qkv = fuse_qkv_weights or not any(chosen for _, chosen in others)
-    wanted = ((QKV, qkv), *others)
     rewrite = functools.partial(
         gguf_fuse.fuse,
         source,
         place,
-        fusions=[fusion for fusion, chosen in wanted if chosen],
-        on_mismatch=on_mismatch,
-        any_architecture=any_architecture,
+        fusions=what.fusions,
+        on_mismatch=what.on_mismatch,
+        any_architecture=what.any_architecture,
         base=base,
     )
     said = told and output is None and not Path(place).exists()  # else it is not written

@@ -13,11 +13,12 @@ import typer
 from typer import BadParameter
 
 import gguf_fuse
-from gguf_fuse.choices import Reflink
+from gguf_fuse.choices import OnMismatch, Reflink
 from gguf_fuse.cli.answer import result_json
 from gguf_fuse.cli.console import print_json, progress_bar
 from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT, complete_path
 from gguf_fuse.machine import COPY_THREADS
+from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN, Fusion
 from gguf_fuse.planning.plan import NothingToDo
 from gguf_fuse.progress import ignore
 
@@ -60,6 +61,46 @@ CopyThreads = Annotated[
         "--threads", part=SPEED, min=1, max=64, metavar="N", help="Threads that copy (default: 2)."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Fusing:
+    """What becomes one tensor, and what is left: what fuse and batch have in common."""
+
+    fuse_qkv_weights: Annotated[
+        bool, option(QKV.flag, part=WHAT, help="Q, K and V into attn_qkv; so does no flag.")
+    ] = False
+    fuse_gate_up_exps: Annotated[
+        bool, option(GATE_UP.flag, part=WHAT, help="Gate and up of experts into ffn_gate_up_exps.")
+    ] = False
+    stack_experts: Annotated[
+        bool, option(EXPERTS.flag, part=WHAT, help="Experts one by one (old Mixtral) into stacks.")
+    ] = False
+    split_ssm_in: Annotated[
+        bool,
+        option(SSM_IN.flag, part=WHAT, help="qwen3next's old ssm_in into attn_qkv and attn_gate."),
+    ] = False
+    on_mismatch: Annotated[
+        OnMismatch,
+        option(
+            "--on-mismatch",
+            part=WHAT,
+            metavar="skip|error",
+            help="A layer whose parts cannot be one tensor: leave it (skip), or fail.",
+        ),
+    ] = "skip"
+    any_architecture: AnyArchitecture = False
+
+    @property
+    def fusions(self) -> tuple[Fusion, ...]:
+        """Q, K and V where nothing is named."""
+        named = (
+            (QKV, self.fuse_qkv_weights),
+            (GATE_UP, self.fuse_gate_up_exps),
+            (EXPERTS, self.stack_experts),
+            (SSM_IN, self.split_ssm_in),
+        )
+        return tuple(fusion for fusion, chosen in named if chosen) or (QKV,)
 
 
 @dataclass(frozen=True)
@@ -181,26 +222,43 @@ class Writing:
             raise BadParameter(str(error), param_hint="--split-max-size") from error
 
 
-def writing(command: Callable[..., None]) -> Callable[..., None]:
-    """Show typer the fields of Writing in place of the last parameter, `how: Writing`."""
-    options = inspect.signature(Writing, eval_str=True).parameters
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer, in place of each parameter that is a Fusing or a Writing, the fields of it."""
     signature = inspect.signature(command, eval_str=True)
-    *own, _ = signature.parameters.values()
+    shown: list[inspect.Parameter] = []
+    fields: dict[str, list[str]] = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.annotation not in (Fusing, Writing):
+            shown.append(parameter)
+            continue
+        own = inspect.signature(parameter.annotation, eval_str=True).parameters
+        fields[name] = list(own)
+        shown += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in own.values()]
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        how = {name: kwargs.pop(name) for name in options if name in kwargs}
-        chosen = Writing(**how)
+        for name, own in fields.items():
+            group = signature.parameters[name].annotation
+            kwargs[name] = group(**{field: kwargs.pop(field) for field in own if field in kwargs})
+        command(*args, **kwargs)
+
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return run
+
+
+def writing(command: Callable[..., None]) -> Callable[..., None]:
+    """`grouped`, of a command with a `how: Writing`; what it has published, failures tell."""
+
+    @functools.wraps(command)
+    def told(*args: Any, how: Writing, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs, how=chosen)
+            command(*args, how=how, **kwargs)
             sys.stdout.flush()
         except OSError as error:
-            error.strerror = "; ".join([str(error.strerror), *chosen.published])
+            error.strerror = "; ".join([str(error.strerror), *how.published])
             raise
         except KeyboardInterrupt as stop:
-            stop.args = stop.args or tuple(chosen.published)
+            stop.args = stop.args or tuple(how.published)
             raise
 
-    shown = signature.replace(parameters=[*own, *options.values()])
-    run.__signature__ = shown  # type: ignore[attr-defined]
-    return run
+    return grouped(told)

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gguf_fuse.cli.console import EXIT_USAGE, complain
-from gguf_fuse.planning.fusions import QKV
+from gguf_fuse.planning.fusions import ALL, QKV
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
@@ -78,7 +78,8 @@ class Program(TyperGroup):
         if args and args[0] in self.commands:
             return args
         # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
-        if any(word.replace("_", "-").startswith("--fuse-") for word in args):
+        flags = ("--fuse-", *(fusion.flag for fusion in ALL))
+        if any(word.replace("_", "-").startswith(flags) for word in args):
             return ["fuse", *args]
         if ctx.resilient_parsing or not words or not _is_path(words[0]):
             return args

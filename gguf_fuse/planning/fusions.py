@@ -221,6 +221,7 @@ FUSIONS = (QKV, GATE_UP)  # what converters make too, and can be undone without 
 EXPERT_PARTS = ("gate", "up", "down")
 EXPERTS = Stack("experts", "--stack-experts", (), "ffn_*_exps", n_dims=2)
 SSM_IN = HeadByHead("attn_qkv and attn_gate", "--split-ssm-in", ("ssm_in",), "attn_gate", n_dims=2)
+ALL = (*FUSIONS, EXPERTS, SSM_IN)
 
 
 def too_many_in_all(n_slices: Iterable[int]) -> str | None:

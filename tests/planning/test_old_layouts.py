@@ -363,7 +363,7 @@ def test_command(model: Model, tmp_path: Path, run: Run) -> None:
     assert "6 of 6 stacks of experts fused" in done.out
     assert "4 x 128" in done.out
     back = run("unfuse", tmp_path / "out.gguf", tmp_path / "back.gguf")
-    assert "back to ffn_gate.0 to ffn_gate.3" in back.out
+    assert "split into ffn_gate.0 to ffn_gate.3" in back.out
     assert sha256(tmp_path / "back.gguf") == sha256(old)
     old = with_ssm_in(qwen3next(model))
     assert "ssm_in: fusable" in run("inspect", old).out

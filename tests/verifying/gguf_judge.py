@@ -19,6 +19,9 @@ FUSED = {
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+N_EXPERT = 4  # of the tests' file with experts one by one
+SSM_IN = (2, (16, 16, 32, 32))  # heads of the tests' file with ssm_in, and rows of q, k, v, z
 JOINED = ("weight", "bias")  # of other suffixes the parts have one value
 
 
@@ -160,7 +163,7 @@ def same_model(original: Contents, fused: Contents) -> bool:
         return False
     expected = list(original.tensors.items())
     for name, tensor in fused.tensors.items():
-        if name not in original.tensors and not _replace_parts(expected, name):
+        if name not in dict(expected) and not _replace_parts(expected, name):
             return False
         if expected[0] != (name, tensor):
             return False
@@ -170,9 +173,22 @@ def same_model(original: Contents, fused: Contents) -> bool:
 
 def _replace_parts(expected: list[tuple[str, Tensor]], name: str) -> bool:
     """The parts of the fused tensor `name` become it, where the first of them stands."""
+    tensors = dict(expected)
+    layer, _, own = name.removesuffix(".weight").rpartition(".")
+    if f"{layer}.ssm_in.weight" in tensors and own == "attn_qkv":
+        at = [one for one, _ in expected].index(f"{layer}.ssm_in.weight")
+        qkv, gate = _cut(expected[at][1])
+        expected[at : at + 1] = [(name, qkv), (f"{layer}.attn_gate.weight", gate)]
+        return True
+    names = [f"{layer}.{own.removesuffix('_exps')}.{n}.weight" for n in range(N_EXPERT)]
+    if own in STACKS and all(part in tensors for part in names):
+        at = [one for one, _ in expected].index(names[0])
+        first, data = tensors[names[0]], b"".join(tensors[part].data for part in names)
+        expected[at] = name, Tensor((*first.ne, N_EXPERT), first.type, data)
+        expected[:] = [one for one in expected if one[0] not in names[1:]]
+        return True
     for made, parts in FUSED.items():
         layer, found, suffix = name.partition(f".{made}.")
-        tensors = dict(expected)
         names = [f"{layer}.{part}.{suffix}" for part in parts]
         if found and all(part in tensors for part in names):
             at = [one for one, _ in expected].index(names[0])
@@ -196,3 +212,19 @@ def _joined(parts: list[Tensor], made: str, suffix: str) -> Tensor:
     )
     rows = sum(part.ne[axis] for part in parts)
     return Tensor((*first.ne[:axis], rows, *first.ne[axis + 1 :]), first.type, data)
+
+
+def _cut(ssm_in: Tensor) -> tuple[Tensor, Tensor]:
+    """q of all heads, k, then v; and z."""
+    n_heads, widths = SSM_IN
+    row = len(ssm_in.data) // ssm_in.ne[1]
+    rows: list[list[bytes]] = [[], [], [], []]
+    at = 0
+    for _ in range(n_heads):
+        for letter, width in zip(rows, widths, strict=True):
+            letter.append(ssm_in.data[at : at + width * row])
+            at += width * row
+    q, k, v, z = (b"".join(letter) for letter in rows)
+    made = ((ssm_in.ne[0], len(data) // row) for data in (q + k + v, z))
+    one, other = zip(made, (q + k + v, z), strict=True)
+    return Tensor(one[0], ssm_in.type, one[1]), Tensor(other[0], ssm_in.type, other[1])

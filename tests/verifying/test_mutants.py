@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse import GATE_UP, QKV, GGUFError, VerifyOptions, verify
+from gguf_fuse import EXPERTS, GATE_UP, QKV, SSM_IN, GGUFError, VerifyOptions, verify
 from tests import llama_judge, pack
 from tests.conftest import fused_copy
 from tests.models.random_model import ModelSpec, write_random_model
+from tests.planning.test_old_layouts import F32_ALWAYS, one_by_one, with_ssm_in
 from tests.verifying import gguf_judge
 
 FACTOR = float(os.environ.get("GGUF_FUSE_HARNESS", "1"))
@@ -186,6 +187,21 @@ def with_experts(folder: Path) -> tuple[Path, Path]:
     return folder / "in.gguf", fused_copy(folder / "in.gguf", fusions=(QKV, GATE_UP))
 
 
+def with_stacks(folder: Path) -> tuple[Path, Path]:
+    spec = ModelSpec(n_expert=gguf_judge.N_EXPERT, n_vocab=300, n_layer=1, n_embd=32, n_ff=32)
+    write_random_model(folder / "new.gguf", spec)
+    original = one_by_one(folder / "new.gguf")
+    return original, fused_copy(original, fusions=(QKV, EXPERTS))
+
+
+def with_ssm_in_split(folder: Path) -> tuple[Path, Path]:
+    types = {"*": T.Q8_0, **F32_ALWAYS}
+    spec = ModelSpec("qwen3next", types=types, n_vocab=300, n_layer=1, n_ff=32)
+    write_random_model(folder / "new.gguf", spec)
+    original = with_ssm_in(folder / "new.gguf")
+    return original, fused_copy(original, fusions=(SSM_IN,))
+
+
 def mutants(fused: bytes, seed: str) -> Iterator[tuple[str, bytes]]:
     """Kind and bytes of each; where a fault changed nothing, there is none."""
     file, chance = gguf_judge.read(fused), random.Random(seed)
@@ -216,7 +232,7 @@ def verdict(original: Path, mutant: Path) -> str:
     return "ok" if report.ok else "failed"
 
 
-@pytest.mark.parametrize("make", [plain, with_biases, with_experts])
+@pytest.mark.parametrize("make", [plain, with_biases, with_experts, with_stacks, with_ssm_in_split])
 def test_verify_passes_no_mutant(
     make: Callable[[Path], tuple[Path, Path]],
     tmp_path: Path,
