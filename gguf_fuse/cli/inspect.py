@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +30,11 @@ from gguf_fuse.cli.console import (
     text,
 )
 from gguf_fuse.cli.fuse import beside
-from gguf_fuse.cli.layers import fused_tensor, layer_table, recipe_hint
+from gguf_fuse.cli.layers import counted, fused_tensor, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, existing_file
 from gguf_fuse.cli.readers import For, reader_lines, readers_json
 from gguf_fuse.format.source import GGUFError, expand, is_address
-from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, Fusion
+from gguf_fuse.planning.fusions import ALL, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
 
 _STYLES = {"fusable": "green", "fused": "cyan"}
@@ -152,7 +152,11 @@ def _cells(found: gguf_fuse.Inspection) -> Iterator[str]:
     yield decimal(header.file_bytes)
     yield ", ".join(_types(found))
     yield loader_word(found.loader.qkv.loader) if header.is_model else "-"
-    yield "; ".join(_totals(found, "", " of experts")) or "none that could be fused"
+    yield "; ".join(_totals(found, _in_short)) or "none that could be fused"
+
+
+def _in_short(kind: str) -> str:
+    return {"attention layers": "", "layers of experts": "of experts"}.get(kind, kind)
 
 
 def _types(found: gguf_fuse.Inspection) -> Iterator[str]:
@@ -180,8 +184,8 @@ def _parts(found: gguf_fuse.Inspection, program: For) -> Iterator[RenderableType
 
 
 def _next(found: gguf_fuse.Inspection) -> Iterator[Text]:
-    path, fusable = found.header.path, {layer.fusion for layer in _fusable(found)}
-    flags = [fusion.flag for fusion in FUSIONS if fusion in fusable]
+    path, fusable = found.header.path, {layer.fusion.flag for layer in _fusable(found)}
+    flags = [fusion.flag for fusion in ALL if fusion.flag in fusable]
     if flags and found.header.is_model:
         yield from next_line(" ".join(flags), path, beside(path))
 
@@ -190,23 +194,26 @@ def _fusable(found: gguf_fuse.Inspection) -> Iterator[Layer]:
     yield from (layer for layer in found.layers if layer.status is Status.FUSABLE)
 
 
-def _totals(
-    found: gguf_fuse.Inspection,
-    attention: str = " attention layers",
-    experts: str = " layers of experts",
-) -> Iterator[str]:
-    """For each fusion, "28 of 32 attention layers fusable: V is Q6_K in 4"."""
-    for fusion, what in ((QKV, attention), (GATE_UP, experts)):
-        layers = [layer for layer in found.layers if layer.fusion is fusion]
+def _totals(found: gguf_fuse.Inspection, named: Callable[[str], str] = str) -> Iterator[str]:
+    """For each kind, "28 of 32 attention layers fusable: V is Q6_K in 4"."""
+    kinds: dict[str, list[Layer]] = {}
+    for layer in found.layers:
+        kinds.setdefault(counted(layer.fusion), []).append(layer)
+    for kind, layers in kinds.items():
         counts = Counter(layer.status for layer in layers)
-        of_all = f"of {len(layers)}{what}"
-        if counts[Status.FUSED]:
-            yield f"{counts[Status.FUSED]} {of_all} fused"
-        if counts[Status.FUSED] < len(layers):
+        of_all = f"of {len(layers)} {named(kind)}".rstrip()
+        n_fused, n_fusable = counts[Status.FUSED], counts[Status.FUSABLE]
+        if n_fused:
+            yield f"{n_fused} {of_all} fused"
+        if n_fused < len(layers):
             left = [layer for layer in layers if layer.status is not Status.SEPARATE]
             why = Counter(_why_not(layer) for layer in left if layer.reason)
-            reasons = [r if n == len(layers) else f"{r} in {n}" for r, n in why.items()]
-            yield ": ".join([f"{counts[Status.FUSABLE]} {of_all} fusable", *_listed(reasons)])
+            n_left, total = len(layers), f"{n_fusable} {of_all} fusable"
+            if n_fused and not n_fusable:
+                n_left -= n_fused
+                total = f"{n_left} {of_all} left"
+            reasons = [r if n == n_left else f"{r} in {n}" for r, n in why.items()]
+            yield ": ".join([total, *_listed(reasons)])
 
 
 def _listed(reasons: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import gguf_fuse
 from gguf_fuse.cli.console import Flowing, next_line, number, print_parts, table
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.layout import is_canonical
-from gguf_fuse.planning.fusions import GATE_UP, QKV, SSM_IN, Fusion
+from gguf_fuse.planning.fusions import FUSIONS, GATE_UP, QKV, SSM_IN, Fusion
 from gguf_fuse.planning.plan import Layer, Plan
 
 
@@ -103,6 +103,7 @@ def layout_notes(result: gguf_fuse.Result) -> Iterator[Flowing]:
 
 def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
     plan, n_bytes = result.plan, result.n_bytes
+    verb = verb if all(layer.fusion in FUSIONS for layer in plan.changed) else "rewritten"
     done = f"would be {verb}" if dry_run else verb
     line = f"{_counts(plan)} {done}, {len(result.source.tensors)} tensors -> {len(plan.tensors)}"
     n_shards = len(result.outputs)
@@ -120,11 +121,12 @@ def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
 
 def _counts(plan: Plan) -> str:
     """ "6 of 8 attention layers", and of what else there is."""
-    changed = Counter(_counted(layer.fusion) for layer in plan.changed)
-    found = changed + Counter(_counted(layer.fusion) for layer in plan.skipped)
+    changed = Counter(counted(layer.fusion) for layer in plan.changed)
+    found = changed + Counter(counted(layer.fusion) for layer in plan.skipped)
     return " and ".join(f"{changed[what]} of {n} {what}" for what, n in found.items())
 
 
-def _counted(fusion: Fusion) -> str:
+def counted(fusion: Fusion) -> str:
+    """What there is so many of."""
     words = {QKV: "attention layers", GATE_UP: "layers of experts", SSM_IN: "ssm_in"}
     return words.get(fusion, "stacks of experts")

@@ -19,6 +19,7 @@ from gguf_fuse.models.keys import integer, string
 from gguf_fuse.models.names import ENCODER_PREFIXES
 from gguf_fuse.planning import plan, record, ssm_in
 from gguf_fuse.planning.fusions import (
+    ALL,
     EXPERTS,
     FUSIONS,
     MAX_SLICES,
@@ -335,7 +336,7 @@ def fuse(
     require_no_encoder(header, any_architecture)
     layers = examine(header, read, fusions=fusions, any_architecture=any_architecture)
     _require_stackable(header, layers)
-    flags = " and ".join(fusion.flag for fusion in FUSIONS)
+    flags = " and ".join(fusion.flag for fusion in ALL if fusion in (*FUSIONS, *fusions))
     record.refuse_twice(header, f"; to fuse more of it, unfuse it and give {flags} at once", layers)
     require_fusable(header, layers, f"no {' or '.join(map(_no_parts, fusions))}")
     rows = [n for layer in layers for join in layer.joins for n in join.rows]

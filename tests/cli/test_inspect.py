@@ -49,7 +49,7 @@ def test_one_file(model: Model, run: Run) -> None:
     shown = run("inspect", fused).out.splitlines()
     assert shown[-2:] == [
         "7 of 9 attention layers fused",
-        "0 of 9 attention layers fusable: V is Q6_K in 2",
+        "2 of 9 attention layers left: V is Q6_K",
     ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from gguf_fuse import VerifyOptions, inspect, verify
+from gguf_fuse import Options, VerifyOptions, fuse, inspect, unfuse, verify
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN, Fusion
 from gguf_fuse.planning.loaders import ARCHITECTURES, Loader
@@ -26,6 +26,7 @@ from tests.conftest import dry, fused_copy, unfused_copy
 from tests.edit import bytes_of, finish, tensors_in
 from tests.llama_judge import LoadFailed, log_probabilities
 from tests.server import Run
+from tests.shards import cut, shard_paths
 
 Model = Callable[..., Path]
 Tensors = Iterator[tuple[str, Any, T]]
@@ -358,9 +359,12 @@ def test_verify_sees_rows_left_head_by_head(model: Model) -> None:
 
 def test_command(model: Model, tmp_path: Path, run: Run) -> None:
     old = one_by_one(mixtral(model))
-    done = run("fuse", old, tmp_path / "out.gguf", "--stack-experts")
+    seen = run("inspect", old).out
+    assert "6 of 6 stacks of experts fusable" in seen
+    assert "next: gguf-fuse --fuse-qkv-weights --stack-experts" in seen
+    done = run("--stack-experts", old, tmp_path / "out.gguf", "--stack-experts")
     assert done.code == 0, done.err
-    assert "6 of 6 stacks of experts fused" in done.out
+    assert "6 of 6 stacks of experts rewritten" in done.out
     assert "4 x 128" in done.out
     back = run("unfuse", tmp_path / "out.gguf", tmp_path / "back.gguf")
     assert "split into ffn_gate.0 to ffn_gate.3" in back.out
@@ -372,6 +376,26 @@ def test_command(model: Model, tmp_path: Path, run: Run) -> None:
     assert run("verify", old, tmp_path / "out.gguf").code == 0
     done = run("fuse", tmp_path / "new.gguf", tmp_path / "out.gguf", "--split-ssm-in", "--force")
     assert (done.code, "no layer has ssm_in" in done.err) == (3, True)
+
+
+@pytest.mark.parametrize(("old_of", "fusion"), [(one_by_one, EXPERTS), (with_ssm_in, SSM_IN)])
+def test_shards(
+    model: Model, tmp_path: Path, old_of: Callable[[Path], Path], fusion: Fusion
+) -> None:
+    """Experts of one stack, and the layers, lie in several files."""
+    old = old_of(mixtral(model) if fusion is EXPERTS else qwen3next(model))
+    shards = cut(old, "old", small_first_shard=False, split_max_tensors=10)
+    hashes = [sha256(shard) for shard in shards]
+    options = Options(sync=False)
+    one = fuse(shards[0], tmp_path / "one.gguf", fusions=(fusion,), options=options)
+    assert verify(shards[0], one.files[0], VerifyOptions(structure_only=True)).ok
+    assert sha256(one.files[0]) == sha256(fused_copy(old, fusions=(fusion,)))
+    new = shard_paths(tmp_path / "new", len(shards))
+    fuse(shards[0], new[0], fusions=(fusion,), options=options)
+    assert verify(shards[0], new[0], VerifyOptions(structure_only=True)).ok
+    back = shard_paths(tmp_path / "back", len(shards))
+    unfuse(new[0], back[0], options=options)
+    assert [sha256(shard) for shard in back] == hashes
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------
