@@ -30,10 +30,11 @@ def find(inputs: Iterable[str], folder: Path, pattern: str = DEFAULT_NAME) -> li
 
     A name that nothing is found by stays, so that its failure is told like any other.
 
-    Raises GGUFError where two inputs would become one output, or the pattern has no {name}.
+    Raises GGUFError where two inputs would become one output, ValueError where the pattern has no
+    {name}.
     """
     if "{name}" not in pattern or "/" in pattern or os.sep in pattern:
-        raise GGUFError(f"--name {pattern}: a file name with {{name}} in it, as in {DEFAULT_NAME}")
+        raise ValueError(f"a file name with {{name}} in it, as in {DEFAULT_NAME}")
     found: dict[str, Found] = {}
     for path, below in _paths(inputs, folder.resolve()):
         name = _output_name(path.rpartition("/")[2], pattern)

@@ -55,7 +55,6 @@ VOCABULARY = {
     "llama": "what llama.cpp computed with both files; null if it was not asked",
     "loader": "what llama.cpp does with fused Q, K and V: reads fused, needs separate, unknown",
     "ok": "whether all is equal",
-    "same_file": "whether both names are of one file",
     "exchanged": "whether the fused file was named first",
     "structure": "ok, and problems: each difference of bytes",
     "timing": "medians in milliseconds",

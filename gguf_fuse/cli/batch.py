@@ -148,7 +148,10 @@ def batch(
         raise typer.BadParameter("give --markdown or --json, not both")
     if markdown and not out.is_dir() and not (inputs or listed):
         raise GGUFError(f"{out}: no such folder, so no batch to tell of")
-    found = naming.find([*(inputs or ()), *_listed(listed)], out, name)
+    try:
+        found = naming.find([*(inputs or ()), *_listed(listed)], out, name)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name} is not {error}", param_hint="--name") from error
     if not found and not markdown:
         raise typer.BadParameter("there is no *.gguf file: give files, folders or --from FILE")
     shown = _Shown(quiet=quiet or as_json or markdown, fail_fast=fail_fast)
@@ -257,13 +260,19 @@ class _Shown:
 def _line(entry: Entry) -> Any:
     if entry.result != "fused":
         style = "red" if entry.result == "failed" else "yellow"
-        return text(f"{entry.result}: {entry.line}", style)
+        return text(_reason(entry), style)
     n_bytes = sum(file.bytes for file in entry.outputs)
     verified = "" if entry.settings.verify == "none" else ", verified"
     return text(
         f"fused {entry.fused} of {entry.layers} layers{verified}: {Path(entry.output).name}, "
         f"{decimal(n_bytes)} in {entry.seconds:.1f} s"
     )
+
+
+def _reason(entry: Entry) -> str:
+    """Why it was not fused."""
+    line = entry.line or ""
+    return line if entry.result in line else f"{entry.result}: {line}"
 
 
 def _summary(work: Any, entries: Sequence[Entry], out: Path) -> str:
@@ -298,10 +307,14 @@ def _foresee(work: Any, out: Path, as_json: bool) -> None:
     for entry in entries:
         size = decimal(sum(file.bytes for file in entry.outputs))
         line = f"would be fused, {entry.fused} of {entry.layers} layers: {entry.output}, {size}"
-        print(line if entry.result == "fused" else f"{entry.result}: {entry.line}")
-    print(f"{len(entries)} files, {decimal(n_bytes)}; {len(work.unchanged)} done and unchanged")
+        print(line if entry.result == "fused" else _reason(entry))
+    n_files = sum(entry.result == "fused" for entry in entries)
+    n_done = len(work.unchanged)
+    print(f"{n_files} to be fused, {decimal(n_bytes)}; {n_done} done and unchanged")
     if missing:
         raise GGUFError(f"{out}: the disk lacks {missing} bytes for all of them")
+    if n_files:
+        print("the disk has room for all of them")
 
 
 def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:

@@ -219,5 +219,5 @@ def _similar(word: str, known: Any) -> str:
     """What was meant, as the end of a message."""
     spelled = word.replace("_", "-")
     other = _OTHER_NAMES.get(spelled)
-    near = [other] if other in known else difflib.get_close_matches(spelled, known, n=1)
+    near = [other] if other in known else difflib.get_close_matches(spelled, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""

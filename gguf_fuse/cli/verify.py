@@ -123,7 +123,6 @@ def _json(report: gguf_fuse.Report) -> dict[str, Any]:
         "original": report.original.path,
         "fused": report.fused.path,
         "exchanged": report.exchanged,
-        "same_file": report.same_file,
         "tensors_in": len(report.original.tensors),
         "tensors_out": len(report.fused.tensors),
         "bytes_compared": structure.n_bytes,
@@ -162,7 +161,7 @@ def _finite(value: float) -> float | None:
 
 def _parts(report: gguf_fuse.Report, verbose: bool) -> Iterator[RenderableType]:
     """What comes before the verdict: details, what to know, and what is wrong."""
-    if verbose and not report.same_file:
+    if verbose:
         yield _structure_line(report.structure)
         yield from _number_parts(report)
         if report.timing is not None:
@@ -191,9 +190,6 @@ def _print_verdict(report: gguf_fuse.Report) -> None:
 
 def _verdict(report: gguf_fuse.Report) -> str:
     original, fused = report.original, report.fused
-    if report.same_file:
-        both = dict.fromkeys((original.path, fused.path))
-        return f"{' and '.join(both)}: the same file twice, so nothing was compared."
     sentence = f"Identical: {len(original.tensors)} tensors and all metadata, byte for byte"
     parts = [sentence, *_fused_in(report), *_computed(report), *_judged(report.llama)]
     return f"{'; '.join(parts)}. Safe to use {fused.path}."

@@ -125,6 +125,10 @@ class Source:
         """Whether this is the status of the same file, whatever its name."""
         return Stamp.of(status)[:2] == self.stamp[:2]
 
+    def is_same(self, other: Source) -> bool:
+        """Whether both are one file, by whatever names; of what is fetched, by one address."""
+        return self.stamp[:2] == other.stamp[:2] and self.place == other.place
+
     def read(self, start: int, n_bytes: int) -> bytes:
         """A small range, opened for it alone. Raises GGUFError as `OpenSource` does."""
         with opened([self]) as files:

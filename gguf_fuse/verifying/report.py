@@ -149,9 +149,3 @@ class Report:
     def ok(self) -> bool:
         judged = self.llama is None or self.llama.problem is None
         return judged and self.structure.ok and all(report.ok for report in self.layers)
-
-    @property
-    def same_file(self) -> bool:
-        """Whether one file was given twice, by whatever names; nothing is compared then."""
-        a, b = ([source.stamp[:2] for source in h.sources] for h in (self.original, self.fused))
-        return a == b

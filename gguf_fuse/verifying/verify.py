@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gguf_fuse.format.header import Header
 from gguf_fuse.format.shards import read_model
-from gguf_fuse.format.source import AnyPath, opened
+from gguf_fuse.format.source import AnyPath, GGUFError, opened
 from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.verifying.fused import find_fused
@@ -25,8 +25,9 @@ def verify(original: AnyPath, fused: AnyPath, options: VerifyOptions | None = No
     layers; see `trial`. They are computed where the files differ in nothing but data at most.
     With options.llama, llama.cpp computes with both: see `llama`.
 
-    Raises GGUFError for a file that cannot be read, or is not at the end what it was, or a layer
-    that ORIGINAL does not have, or without xllamacpp; Refused for adapters and importance matrices.
+    Raises GGUFError for a file that cannot be read, or is not at the end what it was, for one file
+    under both names, a layer that ORIGINAL does not have, or without xllamacpp; Refused for
+    adapters and importance matrices.
     """
     options = options or VerifyOptions()
     if options.llama:
@@ -38,13 +39,16 @@ def verify(original: AnyPath, fused: AnyPath, options: VerifyOptions | None = No
                 f"{header.path}: general.type is {header.metadata['general.type']!r}: verify "
                 "compares models; unfuse gives the original bytes back, which cmp can compare"
             )
+    if before.sources[0].is_same(after.sources[0]):
+        raise GGUFError(
+            f"{before.path} and {after.path} are the same file, so there is nothing to compare; "
+            "give ORIGINAL and FUSED"
+        )
     exchanged = bool(find_fused(after, before)[0]) and not find_fused(before, after)[0]
     if exchanged:
         before, after = after, before
     names = [] if options.structure_only else choose_layers(before, options.layers)
     report = Report(before, after, Structure(()), exchanged=exchanged)
-    if report.same_file:
-        return report
     structure = compare_structure(before, after, options)
     report = replace(report, structure=structure)
     if structure.computable and not options.structure_only:

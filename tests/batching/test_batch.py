@@ -144,7 +144,7 @@ def test_names(tmp_path: Path) -> None:
     done = batch("--from", "-", "--out", out, "--name", "{name}-qkv", input=listed)
     assert done.returncode == 1  # one is not there
     assert (out / "m-qkv.gguf").exists()
-    assert batch(tmp_path, "--out", out, "--name", "fused").returncode == 1
+    assert batch(tmp_path, "--out", out, "--name", "fused").returncode == 2
     assert batch("--out", out).returncode == 2
     done = batch(f"{tmp_path}/q?/*.gguf", "--out", tmp_path / "more", "--name", "{name}")
     assert done.returncode == 1  # both are m.gguf

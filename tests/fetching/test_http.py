@@ -48,6 +48,10 @@ def test_the_same_file_as_from_a_disk(there: tuple[str, Files], tmp_path: Path) 
     assert (tmp_path / "piped.gguf").read_bytes() == FUSED
     assert verify(f"{address}/in.gguf", out, VerifyOptions(structure_only=True)).ok
     (files.folder / "out.gguf").write_bytes(FUSED)
+    both = verify(f"{address}/in.gguf", f"{address}/out.gguf", VerifyOptions(structure_only=True))
+    assert (both.ok, both.structure.n_fused) == (True, 4)
+    with pytest.raises(GGUFError, match="are the same file"):
+        verify(f"{address}/in.gguf", f"{address}/in.gguf")
     unfuse(f"{address}/out.gguf", tmp_path / "back.gguf", options=FAST)
     assert (tmp_path / "back.gguf").read_bytes() == WHOLE
 

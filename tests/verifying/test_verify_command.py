@@ -32,7 +32,7 @@ def test_json_is_as_documented(pair: tuple[Path, Path]) -> None:
     value = json.loads(run.stdout)
     assert set(value) == {
         *("format", "command", "exit_code", "error"),
-        *("ok", "original", "fused", "exchanged", "same_file", "structure", "layers", "timing"),
+        *("ok", "original", "fused", "exchanged", "structure", "layers", "timing"),
         *("tensors_in", "tensors_out", "bytes_compared", "layers_fused", "layers_fused_experts"),
         *("llama", "layers_split_ssm_in"),
     }
