@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from gguf_fuse.choices import OnMismatch, Reflink, WayName, require_word
 from gguf_fuse.format.header import Header
-from gguf_fuse.format.layout import nonzero_padding, refuse_unaccounted
+from gguf_fuse.format.layout import is_canonical, nonzero_padding, refuse_unaccounted
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Segment, is_address, opened
 from gguf_fuse.planning import fuse as fusing
@@ -67,6 +67,12 @@ class Result:
     seconds: float
     cut_anew: bool
     lost_padding: int
+
+    @property
+    def bit_for_bit(self) -> bool:
+        """Whether unfuse will give back the very file, or the very shards, that `source` is."""
+        same_files = not (self.source.shards and self.cut_anew)
+        return same_files and is_canonical(self.source) and not self.lost_padding
 
     @property
     def placement(self) -> Placement:

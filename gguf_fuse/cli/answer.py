@@ -45,6 +45,7 @@ VOCABULARY = {
     "bytes_out": "of the output, all shards together",
     "bytes_copied": "of data",
     "bytes_cloned": "of data, shared with the input",
+    "bit_for_bit": "whether unfuse gives the input back, byte for byte; null if nothing is fused",
     "bytes_compared": "of tensors, of one file",
     "seconds": "that it took",
     "gguf_version": "of the format of GGUF files",
@@ -104,6 +105,7 @@ def result_json(
     changed = result.plan.changed if result else ()
     found = [(layer, done) for layer in changed] + [(layer, "skipped") for layer in skipped]
     found.sort(key=lambda entry: _order(entry[0]))
+    back = {"bit_for_bit": result.bit_for_bit if result else None} if done == "fused" else {}
     return {
         "input": source.path,
         "output": result and result.output,
@@ -118,6 +120,7 @@ def result_json(
         "bytes_out": result.n_bytes if result else 0,
         "bytes_copied": result.written.n_copied if result else 0,
         "bytes_cloned": result.written.n_cloned if result else 0,
+        **back,
         "seconds": round(result.seconds, 3) if result else 0.0,
     }
 

@@ -99,8 +99,9 @@ class Source:
         try:
             status = os.stat(name)  # noqa: PTH116 (the name in messages is that of Path)
         except OSError as error:
-            hint = "; a pipe cannot be read, give a file" if name == "-" else ""
-            raise GGUFError(f"{name}: {error.strerror}{hint}") from error
+            if name == "-":
+                raise GGUFError("-: standard input cannot be read; give a file") from error
+            raise GGUFError(f"{name}: {error.strerror}") from error
         except ValueError as error:  # a zero byte in the name
             raise GGUFError(f"{name}: {error}") from error
         if not stat.S_ISREG(status.st_mode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -201,8 +202,11 @@ def test_padding_that_is_not_zero_is_counted_and_said(run: Run, tmp_path: Path) 
     assert outcome.code == 0 and (tmp_path / "out").read_bytes() == fused(file).pack()
     assert "31 bytes of padding are not zero" in outcome.out
     assert "not this file bit for bit" in outcome.out
+    again = ("fuse", path, tmp_path / "out", "--force")
+    assert json.loads(run(*again, "--json").out)["bit_for_bit"] is False
     path.write_bytes(file.pack())
-    assert "bit for bit" not in run("fuse", path, tmp_path / "out", "--force").out
+    assert "bit for bit" not in run(*again).out
+    assert json.loads(run(*again, "--json").out)["bit_for_bit"] is True
 
 
 def test_a_dry_run_refuses_as_well(tmp_path: Path) -> None:

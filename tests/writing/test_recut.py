@@ -7,6 +7,7 @@ writes a count of 0 when it merges and of 1 where there is one shard.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,6 +126,8 @@ def test_fuse_says_that_a_set_comes_back_as_one_file(
     parts = shard_paths(tmp_path / "in", 3)
     for shard, path in zip(good_set(), parts, strict=True):
         save(shard, path)
-    done = run("fuse", parts[0], tmp_path / output, *options, "--dry-run")
+    command = ("fuse", parts[0], tmp_path / output, *options, "--dry-run")
+    done = run(*command)
     assert done.code == 0
     assert ("unfuse will give back one file in place of the 3 shards" in done.out) == told
+    assert json.loads(run(*command, "--json").out)["bit_for_bit"] != told
