@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Files:
     delay: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def path(self, asked: str) -> Path:
+        return self.folder / unquote(asked.lstrip("/").partition("?")[0])
+
     def suffers(self, fault: str) -> bool:
         with self.lock:
             if self.faults[fault] > 0:
@@ -45,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         files: Files = self.server.files  # type: ignore[attr-defined]
         files.headers.append(dict(self.headers))
-        path = files.folder / self.path.lstrip("/").partition("?")[0]
+        path = files.path(self.path)
         if files.redirect is not None:
             return self._say(302, Location=files.redirect + self.path)
         if files.secret and self.headers.get("Authorization") != f"Bearer {files.secret}":
@@ -59,6 +63,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", files.etag) != files.etag:
             return self._say(412)
         self._send_range(files, path)
+
+    def do_HEAD(self) -> None:
+        """As stores want it."""
+        files: Files = self.server.files  # type: ignore[attr-defined]
+        path = files.path(self.path)
+        if not path.is_file():
+            return self._head(404, {})
+        date = self.date_time_string(int(path.stat().st_mtime))
+        self._head(
+            200, {"ETag": files.etag, "Last-Modified": date, "Content-Length": path.stat().st_size}
+        )
 
     def _send_range(self, files: Files, path: Path) -> None:
         total = path.stat().st_size
@@ -75,7 +90,9 @@ class _Handler(BaseHTTPRequestHandler):
         told = f"bytes {first}-{last}/{total}"
         etag = '"two"' if files.suffers("other version") else files.etag
         time.sleep(files.delay)
+        date = self.date_time_string(int(path.stat().st_mtime))
         facts = {"Content-Range": told, "ETag": etag, "Content-Length": n_bytes}
+        facts |= {"Last-Modified": date}
         self._head(206, facts)
         if files.suffers("cut"):
             n_bytes //= 2

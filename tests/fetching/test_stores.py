@@ -1,7 +1,8 @@
-"""Objects of S3, from moto's server."""
+"""Objects of stores: S3 from moto's server, Google's from a server of ranges."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
 from tests.conftest import FAST
+from tests.fetching.server import serve
 from tests.fetching.test_http import FUSED, WHOLE
 
 pytest.importorskip("obstore")
@@ -66,3 +68,20 @@ def test_what_is_not_there(bucket: Any, address: str) -> None:
     with pytest.raises(GGUFError, match=r"no such object") as caught:
         inspect(address)
     assert str(caught.value).startswith(f"{address}: ")
+
+
+def test_a_model_in_a_bucket_of_google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object is had there as from any server of ranges."""
+    folder, keys = tmp_path / "there", tmp_path / "keys.json"
+    (folder / "models").mkdir(parents=True)
+    (folder / "models" / "in.gguf").write_bytes(WHOLE)
+    with serve(folder) as (address, files):
+        account = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+        keys.write_text(json.dumps({**account, "gcs_base_url": address, "disable_oauth": True}))
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(keys))
+        fuse("gs://models/in.gguf", tmp_path / "out.gguf", options=FAST)
+        assert (tmp_path / "out.gguf").read_bytes() == FUSED
+        with pytest.raises(GGUFError, match=r"gs://models/absent.gguf: no such object"):
+            inspect("gs://models/absent.gguf")
+        files.faults["503"] = 2
+        assert len(inspect("gs://models/in.gguf").layers) == 4
