@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from gguf_fuse.format.header import Header
     from gguf_fuse.planning.loaders import Loader
 
-JSON_FORMAT = 1  # one more whenever a word changes its meaning or is gone; new words may come
-
 VOCABULARY = {
     "format": "of this object: 1",
     "command": "what was run",

@@ -16,9 +16,10 @@ import typer
 from rich.filesize import decimal
 
 from gguf_fuse.choices import Reflink, Verified
-from gguf_fuse.cli.console import EXIT_ERROR, fail, print_json, printer, text
-from gguf_fuse.cli.options import AsJson, DryRun, Fusing, Quiet, existing_file, grouped, option
-from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT
+from gguf_fuse.cli.console import printer, text
+from gguf_fuse.cli.options import AsJson, DryRun, Fusing, Quiet, existing_file, grouped
+from gguf_fuse.cli.outcome import EXIT_ERROR, fail, print_json
+from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT, option
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.loaders import TRIED, architecture
 

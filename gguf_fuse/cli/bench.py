@@ -14,6 +14,7 @@ from rich.text import Text
 from gguf_fuse.cli import console
 from gguf_fuse.cli.console import gained, ms, text
 from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
+from gguf_fuse.cli.outcome import print_json
 from gguf_fuse.machine import COMPUTE_THREADS, processor
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def bench(
     else:
         console.print_parts(_parts(layer, projection, decode))
     if as_json:
-        console.print_json(_json(layer, projection, decode))
+        print_json(_json(layer, projection, decode))
     if plot is not None:
         drawing.plot(layer, decode, plot)  # last: if it fails, the numbers are not lost
 

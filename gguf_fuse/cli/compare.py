@@ -17,6 +17,7 @@ from gguf_fuse import __version__
 from gguf_fuse.cli import console
 from gguf_fuse.cli.console import number, text
 from gguf_fuse.cli.options import AsJson, Quiet, existing_file
+from gguf_fuse.cli.outcome import print_json
 
 if TYPE_CHECKING:
     from gguf_fuse.llama.bench import Run, Settings, Way
@@ -160,7 +161,7 @@ def _parsed(option: str, counts: str) -> tuple[int, ...]:
 
 def _show(result: _Comparison, as_json: bool, markdown: bool, quiet: bool) -> None:
     if as_json:
-        console.print_json(_json(result))
+        print_json(_json(result))
     elif markdown:
         print("\n".join(_markdown(result)))
     elif not quiet:

@@ -7,11 +7,11 @@ from typing import Annotated
 from rich.markup import escape
 
 import gguf_fuse
-from gguf_fuse.cli.console import EXIT_NOT_VERIFIED, fail, next_line, print_parts, printer
+from gguf_fuse.cli.console import next_line, print_parts, printer
 from gguf_fuse.cli.fuse import print_fused
-from gguf_fuse.cli.options import option
+from gguf_fuse.cli.outcome import EXIT_NOT_VERIFIED, fail
 from gguf_fuse.cli.unfuse import print_unfused
-from gguf_fuse.cli.usage import OUTPUT
+from gguf_fuse.cli.usage import OUTPUT, option
 from gguf_fuse.cli.verify import verify
 from gguf_fuse.planning.fusions import QKV
 

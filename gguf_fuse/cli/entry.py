@@ -4,25 +4,14 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gguf_fuse import __version__
-from gguf_fuse.cli.batch import batch
-from gguf_fuse.cli.bench import bench
-from gguf_fuse.cli.compare import compare
-from gguf_fuse.cli.console import failing, not_printed
-from gguf_fuse.cli.demo import demo
-from gguf_fuse.cli.fuse import fuse
-from gguf_fuse.cli.inspect import inspect
-from gguf_fuse.cli.options import option
-from gguf_fuse.cli.recipe import recipe
-from gguf_fuse.cli.unfuse import unfuse
-from gguf_fuse.cli.usage import OTHER, WHAT, Command, Program, understand
-from gguf_fuse.cli.verify import verify
+from gguf_fuse.cli.outcome import not_printed
+from gguf_fuse.cli.usage import OTHER, WHAT, Command, Program, option, understand
 from gguf_fuse.machine import little_address_space
 from gguf_fuse.planning.fusions import GATE_UP, QKV
 
@@ -42,19 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
-    fuse: "fuse model-Q4_0.gguf model-Q4_0-fused.gguf",
-    unfuse: "unfuse model-Q4_0-fused.gguf model-Q4_0.gguf",
-    inspect: "inspect model-Q4_0.gguf",
-    recipe: "recipe model-Q4_K_M.gguf",
-    verify: "verify model-Q4_0.gguf model-Q4_0-fused.gguf",
-    bench: "bench model-Q4_0.gguf --plot decode.png",
-    batch: "batch models/ --out fused/",
-    compare: "compare model-Q4_0.gguf model-Q4_0-fused.gguf -p 512 -n 128",
-    demo: "demo --keep demo-files",
-}
-for _command, _example in _EXAMPLES.items():
-    app.command(cls=Command, epilog=f"Example: gguf-fuse {_example}")(failing(_command))
 
 
 @app.command("help", cls=Command, epilog="Example: gguf-fuse help fuse")

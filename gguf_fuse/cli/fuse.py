@@ -14,18 +14,8 @@ from typer import BadParameter
 import gguf_fuse
 from gguf_fuse.cli.console import Flowing, next_line, print_parts, text
 from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result, recipe_hint
-from gguf_fuse.cli.options import (
-    AsJson,
-    DryRun,
-    Fusing,
-    In,
-    OutOrBeside,
-    Writing,
-    option,
-    writing,
-)
-from gguf_fuse.cli.usage import WHAT, complete_path
-from gguf_fuse.cli.verify import verify as verify_command
+from gguf_fuse.cli.options import AsJson, DryRun, Fusing, In, OutOrBeside, Writing, writing
+from gguf_fuse.cli.usage import WHAT, complete_path, option
 from gguf_fuse.planning.plan import Layer
 
 
@@ -85,6 +75,8 @@ def fuse(
     if told:
         print_fused(result, dry_run, how.force)
     if verify and result.files:
+        from gguf_fuse.cli.verify import verify as verify_command
+
         verify_command(source, str(result.files[0]), quiet=not told)
     elif told:
         print_parts(next_after(result), stderr=output == "-")

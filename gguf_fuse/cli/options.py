@@ -15,8 +15,9 @@ from typer import BadParameter
 import gguf_fuse
 from gguf_fuse.choices import OnMismatch, Reflink
 from gguf_fuse.cli.answer import result_json
-from gguf_fuse.cli.console import print_json, progress_bar
-from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT, complete_path
+from gguf_fuse.cli.console import progress_bar
+from gguf_fuse.cli.outcome import print_json
+from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT, complete_path, option
 from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN, Fusion
 from gguf_fuse.planning.plan import NothingToDo
@@ -26,11 +27,6 @@ from gguf_fuse.progress import ignore
 def existing_file(metavar: str, words: str) -> Any:
     """An argument; whether the file can be read is found out, and told, when it is opened."""
     return typer.Argument(metavar=metavar, help=words, readable=False, autocompletion=complete_path)
-
-
-def option(*names: str, part: str, **settings: Any) -> Any:
-    """An option that stands in this part of --help."""
-    return typer.Option(*names, rich_help_panel=part, **settings)
 
 
 In = Annotated[str, existing_file("IN", "The GGUF file to read; of shards, any one of them.")]

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import gguf_fuse
 from gguf_fuse.choices import ReaderName
-from gguf_fuse.cli.options import option
-from gguf_fuse.cli.usage import WHAT
+from gguf_fuse.cli.usage import WHAT, option
 
 if TYPE_CHECKING:
     from gguf_fuse.planning.readers import Answer

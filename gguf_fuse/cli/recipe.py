@@ -19,6 +19,7 @@ from gguf_fuse.cli.answer import layer_json, result_json
 from gguf_fuse.cli.console import text
 from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, In, Quiet, existing_file
+from gguf_fuse.cli.outcome import EXIT_NOT_VERIFIED, fail, one_line, print_json
 
 if TYPE_CHECKING:
     from gguf_fuse.planning.recipe import Recipe, Way
@@ -64,7 +65,7 @@ def recipe(
     found = gguf_fuse.recipe(source)
     shell = _Shell(found, output, unquantized, imatrix, llama_quantize)
     if not run:
-        return console.print_json(_json(shell)) if as_json else _print(shell)
+        return print_json(_json(shell)) if as_json else _print(shell)
     if output is None:
         raise typer.BadParameter("--run needs OUT")
     with console.progress_bar(quiet) as bar:
@@ -81,10 +82,10 @@ def recipe(
                 on_progress=bar.advance,
             )
         except gguf_fuse.Altered as altered:
-            console.fail(str(altered), console.EXIT_NOT_VERIFIED)
+            fail(str(altered), EXIT_NOT_VERIFIED)
     if as_json:
         fused = result_json(result.source, result.plan.skipped, result)
-        console.print_json(_json(shell) | {"run": way, "result": fused | {"input": str(source)}})
+        print_json(_json(shell) | {"run": way, "result": fused | {"input": str(source)}})
     elif not quiet:
         n_changed, n_fused = len(found.way(way).types), len(result.plan.changed)
         line = f"{output}: {n_changed} tensors requantized and no other, {n_fused} layers fused"
@@ -145,7 +146,7 @@ def _lines(shell: _Shell) -> Iterator[Text]:
         yield text()
         yield text(f"{name}: {_changes(recipe, way)}; {_size(recipe, way)}{_LOSSES[name]}", "bold")
         for command in commands:
-            yield Text(console.one_line(command, len(command)))
+            yield Text(one_line(command, len(command)))
     yield text()
     wanted = next((way.wants_matrix for way in recipe.ways if way.wants_matrix), None)
     if wanted and shell.matrix is None:

@@ -7,6 +7,8 @@ names that all of them have are used.
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 import os
 import shlex
 import sys
@@ -14,9 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
+import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from gguf_fuse.cli.console import EXIT_USAGE, complain
+from gguf_fuse.cli.commands import COMMANDS
+from gguf_fuse.cli.outcome import EXIT_USAGE, complain, failing
 from gguf_fuse.planning.fusions import ALL, QKV
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # typer has no public name for it
@@ -45,6 +49,11 @@ _OTHER_NAMES = {
 _ALL = "; gguf-fuse --help lists all"
 
 
+def option(*names: str, part: str, **settings: Any) -> Any:
+    """An option that stands in this part of --help."""
+    return typer.Option(*names, rich_help_panel=part, **settings)
+
+
 class Command(TyperCommand):
     """A command: its help is grouped, too many arguments are told in our words."""
 
@@ -66,6 +75,15 @@ class Command(TyperCommand):
 class Program(TyperGroup):
     """All commands, and what a command line without one means."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS, *self.commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Of those in the table, only the one that is wanted is imported."""
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        return _load(cmd_name)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:
             print(ctx.get_help(), file=sys.stderr)
@@ -75,7 +93,7 @@ class Program(TyperGroup):
     def _with_command(self, args: list[str], ctx: Any) -> list[str]:
         """Flags of fuse mean fuse, a file alone means inspect. Raises UsageError for two files."""
         words = [word for word in args if not word.startswith("-")]
-        if args and args[0] in self.commands:
+        if args and args[0] in self.list_commands(ctx):
             return args
         # By its beginning: a misspelled flag gets fuse's own message, which names the right one.
         flags = ("--fuse-", *(fusion.flag for fusion in ALL))
@@ -83,7 +101,7 @@ class Program(TyperGroup):
             return ["fuse", *args]
         if ctx.resilient_parsing or not words or not _is_path(words[0]):
             return args
-        inspects = {name for each in self.commands["inspect"].params for name in each.opts}
+        inspects = {name for each in _load("inspect").params for name in each.opts}
         others = set(args) - {*words, *inspects, *ctx.help_option_names}
         if len(words) == 1 and not others:
             return ["inspect", *args]
@@ -93,23 +111,33 @@ class Program(TyperGroup):
         raise UsageError(f"no command{_ALL}", ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in self.commands and not ctx.resilient_parsing:
-            raise UsageError(
-                f"no command {args[0]!r}{_similar(args[0], self.commands) or _ALL}", ctx
-            )
+        known = self.list_commands(ctx)
+        if args[0] not in known and not ctx.resilient_parsing:
+            raise UsageError(f"no command {args[0]!r}{_similar(args[0], known) or _ALL}", ctx)
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         found = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("-"):
             return found
-        return [*found, *self.commands["inspect"].params[0].shell_complete(ctx, incomplete)]
+        return [*found, *_load("inspect").params[0].shell_complete(ctx, incomplete)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            lines = [(n, c.get_short_help_str(limit=999)) for n, c in self.commands.items()]
-            formatter.write_dl(lines)
+            others = [(n, c.get_short_help_str(limit=999)) for n, c in self.commands.items()]
+            formatter.write_dl(
+                [*((name, each.summary) for name, each in COMMANDS.items()), *others]
+            )
         _write_options(self, ctx, formatter)
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    one = typer.Typer(add_completion=False, rich_markup_mode=None)
+    function = getattr(importlib.import_module(f"gguf_fuse.cli.{name}"), name)
+    example = f"Example: gguf-fuse {name} {COMMANDS[name].example}"
+    one.command(name, cls=Command, epilog=example)(failing(function))
+    return typer.main.get_command(one)
 
 
 def _is_path(word: str) -> bool:

@@ -22,6 +22,7 @@ from gguf_fuse.cli import console
 from gguf_fuse.cli.console import ms, number, text
 from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
+from gguf_fuse.cli.outcome import EXIT_NOT_VERIFIED, fail, one_line, print_json
 from gguf_fuse.machine import COMPUTE_THREADS
 from gguf_fuse.models.names import attention_layers, other_layers
 from gguf_fuse.planning.fusions import FUSIONS
@@ -100,13 +101,13 @@ def verify(
         report = gguf_fuse.verify(original, fused, options)
     if report.exchanged:
         what = f"{original} is the fused file, {fused} the original: verified that way round"
-        print(f"gguf-fuse: {console.one_line(what)}", file=sys.stderr)
+        print(f"gguf-fuse: {one_line(what)}", file=sys.stderr)
     if as_json:
-        console.print_json(_json(report))
+        print_json(_json(report))
     elif not quiet:
         console.print_parts(_parts(report, verbose))
     if not report.ok:
-        console.fail(_failure(report), console.EXIT_NOT_VERIFIED)
+        fail(_failure(report), EXIT_NOT_VERIFIED)
     if not (as_json or quiet):
         _print_verdict(report)
 
@@ -182,7 +183,7 @@ def _parts(report: gguf_fuse.Report, verbose: bool) -> Iterator[RenderableType]:
 
 def _print_verdict(report: gguf_fuse.Report) -> None:
     """In one sentence. In a pipe that is one line, however long the name."""
-    out, sentence = console.printer(), console.one_line(_verdict(report))
+    out, sentence = console.printer(), one_line(_verdict(report))
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         sentence = textwrap.fill(sentence, out.width, break_on_hyphens=False)
     print(sentence)

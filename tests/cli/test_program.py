@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gguf_fuse import __version__
+from gguf_fuse.cli import commands
 from tests.conftest import gguf_fuse
 
 Model = Callable[..., Path]
@@ -36,19 +37,42 @@ def test_help_of_a_command_has_an_example(command: str) -> None:
     assert f"Example: gguf-fuse {command}" in done.stdout
 
 
-def test_help_loads_nothing_heavy() -> None:
+def loaded_by(*arguments: str | Path) -> set[str]:
     script = (
         "import atexit, sys\n"
         "atexit.register(lambda: print(*sys.modules, sep='\\n', file=sys.stderr))\n"
         "from gguf_fuse import cli\n"
-        "sys.argv = ['gguf-fuse', '--help']\n"
+        f"sys.argv = ['gguf-fuse', *{list(map(str, arguments))!r}]\n"
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    loaded = set(done.stderr.splitlines())
-    assert "gguf_fuse.cli.fuse" in loaded
-    heavy = {"numpy", "gguf", "rich.progress", "rich.markdown", "pydantic"}
-    assert loaded & (heavy | {"gguf_fuse.api", "gguf_fuse.format.parser"}) == set()
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines())
+
+
+HEAVY = {"numpy", "gguf", "rich.progress", "rich.markdown", "pydantic", "ssl", "http.client"}
+HEAVY |= {"asyncio", "logging", "gguf_fuse.verifying.verify", "gguf_fuse.fetching.address"}
+
+
+def test_a_command_loads_what_it_needs(model: Model, tmp_path: Path) -> None:
+    path = model()
+    seen = loaded_by("--help")
+    assert {name for name in seen if name.startswith("gguf_fuse.cli.")} == {
+        *("gguf_fuse.cli.start", "gguf_fuse.cli.entry", "gguf_fuse.cli.usage"),
+        *("gguf_fuse.cli.commands", "gguf_fuse.cli.outcome"),
+    }
+    assert not seen & (HEAVY | {"rich", "gguf_fuse.api"})
+    for command in (["inspect", path], ["fuse", path, tmp_path / "out.gguf"]):
+        seen = loaded_by(*command)
+        assert f"gguf_fuse.cli.{command[0]}" in seen
+        assert not seen & (HEAVY | {"gguf_fuse.cli.batch", "gguf_fuse.cli.verify"})
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_what_help_lists_is_how_a_commands_own_help_begins(command: str) -> None:
+    own = " ".join(gguf_fuse("help", command).stdout.split())
+    usage, _, words = own.partition(commands.COMMANDS[command].summary)
+    assert usage.startswith("Usage: ") and usage.count("gguf-fuse") == 1 and words
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
