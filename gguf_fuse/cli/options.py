@@ -110,6 +110,19 @@ class Writing:
         ),
     ] = None
 
+    manifest: Annotated[
+        str | None,
+        option(
+            "--manifest",
+            part=OUTPUT,
+            metavar="FILE",
+            help="Also write the SHA-256 of OUT and of each tensor in it, as JSON, for verify; and "
+            "of OUT alone to FILE, less its .json, plus .sha256, for sha256sum -c. Made beside the "
+            "copying; of shared blocks, all of OUT is read for it.",
+            autocompletion=complete_path,
+        ),
+    ] = None
+
     # What is there by now: whatever then keeps the report from being printed is to say so.
     published: list[str] = field(init=False, default_factory=list)
 
@@ -146,6 +159,7 @@ class Writing:
                 on_flush=functools.partial(bar.update, description="waiting for the disk"),
                 split_max_size=max_size,
                 split_max_tensors=self.split_max_tensors,
+                manifest=self.manifest,
             )
             try:
                 result = rewrite(options=options)
