@@ -171,7 +171,8 @@ class Writing:
             there = "all of it was written to standard output"
             self.published.append(f"{output} is there and whole" if result.files else there)
         if as_json:
-            print_json(result_json(result.source, result.plan.skipped, result, done))
+            answer = result_json(result.source, result.plan.skipped, result, done)
+            print_json(answer | ({"manifest": self.manifest} if self.manifest else {}))
         return result
 
     def _max_size(self, output: str, dry_run: bool, as_json: bool) -> int | None:

@@ -96,7 +96,7 @@ class _Target:
 def _pieces(sources: Opened, placement: Placement) -> Iterator[tuple[int, memoryview]]:
     """All that is not zero, in the order of the new file; a view holds until the next one."""
     literals = deque(placement.literals)
-    with contextlib.closing(_read(sources, placement.copies)) as blocks:
+    with contextlib.closing(read_in_order(sources, placement.copies)) as blocks:
         for block, view in blocks:
             while literals and literals[0][0] < block.target:
                 at, data = literals.popleft()
@@ -105,9 +105,14 @@ def _pieces(sources: Opened, placement: Placement) -> Iterator[tuple[int, memory
     yield from ((at, new_bytes(data)) for at, data in literals)
 
 
-def _read(sources: Opened, copies: Iterable[Copy]) -> Generator[tuple[Copy, memoryview]]:
-    """Block by block, in order; those that are fetched, several at once and ahead."""
-    block_bytes, threads = pace(sources, BLOCK_BYTES, 1)
+def read_in_order(
+    sources: Opened, copies: Iterable[Copy], threads: int = 1
+) -> Generator[tuple[Copy, memoryview]]:
+    """Block by block; by several threads, or where files are fetched, several at once and ahead.
+
+    A view holds until the next one.
+    """
+    block_bytes, threads = pace(sources, BLOCK_BYTES, threads)
     buffers = [memoryview(bytearray(block_bytes)) for _ in range(threads)]
 
     def fill(block: Copy, buffer: memoryview) -> tuple[Copy, memoryview]:
