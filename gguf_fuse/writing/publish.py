@@ -40,6 +40,8 @@ from gguf_fuse.writing.manifest import contents, manifest_paths, ranges
 from gguf_fuse.writing.place import Copy, Placement
 from gguf_fuse.writing.whole import refuse_other_bytes
 
+Move = tuple[Path, Path]  # from the temporary name to the destination
+
 TEMPORARY_MARK = ".gguf-fuse-"
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
@@ -160,7 +162,9 @@ def check_place(read: Sequence[Source], destination: Path, real: Path, force: bo
         if stat.S_ISDIR(status.st_mode):
             raise GGUFError(f"{destination}: a folder, not a regular file; give the name of a file")
         if not stat.S_ISREG(status.st_mode):
-            raise GGUFError(f"{destination}: not a regular file; OUT may be -, standard output")
+            raise GGUFError(
+                f"{destination}: not a regular file; use - as OUT to write to standard output"
+            )
         if not force:
             raise GGUFError(f"{destination}: exists already; --force replaces it")
 
@@ -198,7 +202,7 @@ def write(read: Sequence[Source], outputs: Sequence[Output], options: Options) -
         for real in reals:
             check_place(read, real, real, options.force)  # time has gone by
         with signals.waiting():
-            replaced = _publish(moves, options, left)
+            replaced = _publish(moves[: len(outputs)], moves[len(outputs) :], options, left)
             whole = True
             _remove([*temporaries, *replaced], left)
         if options.sync:
@@ -253,7 +257,7 @@ def write_manifest(
         said = contents(path, read, [(output.path, output.placement)], [hashes])
         _write_small(temporaries, said, sources, options)
         with signals.waiting():
-            replaced = _publish(moves, options, left)
+            replaced = _publish(moves, (), options, left)
             _remove([*temporaries, *replaced], left)
         if options.sync:
             _flush_folders(reals, left)
@@ -362,28 +366,32 @@ def _set_permissions(fd: int, like: OpenSource) -> None:
         os.fchmod(fd, mode & 0o777 & ~umask)
 
 
-def _publish(moves: Sequence[tuple[Path, Path]], options: Options, left: list[str]) -> list[Path]:
+def _publish(
+    moves: Sequence[Move], beside: Sequence[Move], options: Options, left: list[str]
+) -> list[Path]:
     """Give each of (temporary, destination) its name, or none -> new names of what was there.
 
     Loading begins with the first shard: of an old set it goes first, and of the new one it comes
-    last, so that at no moment some shards of both can be loaded, nor after a power failure. Raises
-    OSError and GGUFError; left: what could not be undone then.
+    last, so that at no moment some shards of both can be loaded, nor after a power failure. beside:
+    files of the manifest, which are there before what they tell of. Raises OSError and GGUFError;
+    left: what could not be undone then.
     """
     first = moves[0][1]
-    if options.force and len(moves) == 1:
-        moves[0][0].replace(moves[0][1])  # one step, the old file until then
-        return []
+    in_one_step = options.force and len(moves) == 1  # the old file until then
     placed: list[Path] = []
     replaced: dict[Path, Path] = {}  # by destination: where the old file is now
     try:
-        for _, destination in moves:
+        for _, destination in [*moves[in_one_step:], *beside]:
             if options.force and destination.exists():
                 aside = _beside(destination)
                 destination.replace(aside)
                 replaced[destination] = aside
                 if destination == first and options.sync:
                     _flush_folders([first], [])
-        for temporary, destination in reversed(moves):
+        for temporary, destination in reversed([*moves, *beside]):
+            if in_one_step and destination == first:
+                temporary.replace(destination)
+                break
             if destination == first and options.sync and len(moves) > 1:
                 _flush_folders([first], [])  # what fails is told in the end
             _give_name(temporary, destination, left)
