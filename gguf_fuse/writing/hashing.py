@@ -115,11 +115,11 @@ class _Front:
             self.failure = self.failure or failure
             self._changed.notify()
 
-    def wait(self, at: int) -> int | None:
-        """Where it is as soon as it is behind `at`; None if it will not be any more."""
+    def reaches(self, end: int) -> bool:
+        """Waits until it does; False if it will not."""
         with self._changed:
-            self._changed.wait_for(lambda: self._at > at or self.failure is not None)
-            return None if self.failure is not None else self._at
+            self._changed.wait_for(lambda: self._at >= end or self.failure is not None)
+            return self.failure is None
 
 
 def hash_beside(
@@ -168,15 +168,12 @@ def _follow(
     buffer, at = memoryview(bytearray(BLOCK_BYTES)), 0
     with path.open("rb", buffering=0) as stream:
         while at < n_bytes:
-            end = front.wait(at)
-            if end is None:
+            view = buffer[: n_bytes - at]
+            if not front.reaches(at + len(view)):
                 return
-            while at < end and front.failure is None:
-                n_read = stream.readinto(buffer[: end - at])
-                if not n_read:
-                    raise OSError(
-                        errno.EIO, f"ended at byte {at}: was it cut while it was written?"
-                    )
-                digests.take(buffer[:n_read])
-                at += n_read
-                on_progress(n_read)
+            n_read = stream.readinto(view)
+            if not n_read:
+                raise OSError(errno.EIO, f"ended at byte {at}: was it cut while it was written?")
+            digests.take(view[:n_read])
+            at += n_read
+            on_progress(n_read)
