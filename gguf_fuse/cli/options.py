@@ -109,7 +109,6 @@ class Writing:
             help="Cut OUT into shards of N tensors.",
         ),
     ] = None
-
     manifest: Annotated[
         str | None,
         option(

@@ -37,7 +37,7 @@ from gguf_fuse.format.shards import MAX_SHARDS
 from gguf_fuse.format.source import AnyPath, GGUFError, Source
 
 FORMAT = 1
-MOST_BYTES = 64 << 20  # MAX_TENSORS take a sixth of it
+MOST_BYTES = 32 << 20  # MAX_TENSORS take a third of it
 
 _WORDS = {"dict": "an object", "list": "a list", "str": "a text"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")

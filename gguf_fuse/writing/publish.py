@@ -318,7 +318,7 @@ def _fill(
     copies = without_holes(sources, [*placement.copies, *refused])
     reserve(target_fd, placement.n_bytes, copies)
 
-    def copy(tell: Callable[[Copy], None]) -> None:
+    def copy_all(tell: Callable[[Copy], None]) -> None:
         def on_block(block: Copy) -> None:
             if options.sync:
                 start_write_back(target_fd, block)
@@ -328,10 +328,10 @@ def _fill(
 
     hashes: list[Hashes] = []
     if options.manifest is None:
-        copy(lambda block: progress(block.n_bytes))
+        copy_all(lambda block: progress(block.n_bytes))
     else:
-        where = ranges(placement)
-        hashes += [hash_beside(path, placement.n_bytes, where, copies, copy, options.on_progress)]
+        where, told = ranges(placement), options.on_progress
+        hashes += [hash_beside(path, placement.n_bytes, where, copies, copy_all, told)]
     n_refused = sum(clone.n_bytes for clone in refused)
     return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies), hashes
 

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from gguf_fuse.format.source import GGUFError, Source, abort, opened, pace
 from gguf_fuse.planning.plan import new_bytes
 from gguf_fuse.writing.copy import BLOCK_BYTES, Opened, iter_blocks
 from gguf_fuse.writing.hashing import Digests, digesting
-from gguf_fuse.writing.manifest import ranges
+from gguf_fuse.writing.manifest import manifest_paths, ranges
 from gguf_fuse.writing.place import Copy, Placement
 from gguf_fuse.writing.publish import (
     Options,
@@ -47,6 +48,9 @@ def _send(read: Sequence[Source], output: Output, target: _Target, options: Opti
         status = os.fstat(target.fd)
         for same in (file for file in read if file.is_file(status)):
             raise GGUFError(f"{same.path}: input and standard output are the same file")
+        manifest = () if options.manifest is None else manifest_paths(options.manifest)
+        for path in (path for path in manifest if _is_file(path, status)):
+            raise GGUFError(f"{path}: the manifest and standard output are the same file")
         with opened(read) as sources:
             for start, data in _pieces(sources, placement):
                 before = target.at
@@ -71,6 +75,12 @@ def _send(read: Sequence[Source], output: Output, target: _Target, options: Opti
             raise type(error)(f"{error}; {told}" if target.at else str(error)) from error
         raise GGUFError(f"standard output: {error.strerror}; {told}") from error
     return Written(sum(copy.n_bytes for copy in placement.copies), 0)
+
+
+def _is_file(path: Path, status: os.stat_result) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), status)
+    return False
 
 
 @dataclass

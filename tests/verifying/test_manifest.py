@@ -378,7 +378,7 @@ MALFORMED: dict[str, str | bytes] = {
     "tensors 't' and 'u' overlap": of_tensors(TENSOR, TENSOR | {"name": "u", "start": 3}),
     "tensor 't' ends behind file 'a'": of_tensors(TENSOR | {"start": 61}),
     "name of a tensor is not a text": of_tensors(TENSOR | {"name": ["t"]}),
-    "more than 67108864 bytes": b" " * (65 << 20),
+    "more than 33554432 bytes": b" " * (33 << 20),
 }
 
 

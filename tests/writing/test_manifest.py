@@ -188,6 +188,17 @@ def test_it_cannot_be_the_output(run: Run, packed: Path) -> None:
         assert not (folder / out).exists()
 
 
+def test_it_cannot_be_standard_output(packed: Path) -> None:
+    for name in ("m.json", "m.sha256"):
+        with (packed.parent / name).open("wb") as stream:
+            manifest = packed.parent / "m.json"
+            done = gguf_fuse("fuse", packed, "-", "--manifest", manifest, "-f", stdout=stream)
+        said = f"{packed.parent}/{name}: the manifest and standard output are the same file"
+        assert (done.returncode, done.stderr) == (1, f"gguf-fuse: {said}\n")
+        assert (packed.parent / name).stat().st_size == 0
+        (packed.parent / name).unlink()
+
+
 def test_force_replaces_both(run: Run, packed: Path) -> None:
     folder = packed.parent
     for name in ("out.gguf", "out.json", "out.sha256"):
