@@ -2,8 +2,8 @@
 
 SHA-256 wants bytes in order, and threads write them in none: what is whole from the file's start is
 read back from the page cache while what follows is still written. Hashing a block for the file and
-for its tensor takes two threads. Measured: 0.7 s a GB each, with the processor's own instructions; with
-two cores, out of the page cache, it all takes about twice as long as copying alone.
+for its tensor takes two threads. Measured: 0.7 s a GB each, with the processor's own instructions;
+with two cores, out of the page cache, it all takes about twice as long as copying alone.
 """
 
 from __future__ import annotations
