@@ -23,14 +23,15 @@ _PUBLIC = {  # by the module that has them
     "planning.fusions": "EXPERTS GATE_UP QKV SSM_IN",
     "planning.plan": "NothingToDo Refused",
     "planning.recipe": "Recipe Way",
+    "verifying.manifest": "ManifestReport verify_manifest",
     "verifying.report": "Report VerifyOptions",
     "verifying.verify": "verify",
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = ["EXPERTS", "GATE_UP", "QKV", "SSM_IN", "Altered", "GGUFError", "Inspection"]
-__all__ += ["NothingToDo", "Options"]
-__all__ += ["Recipe", "Refused", "Report", "Result", "VerifyOptions", "Way", "fuse", "inspect"]
-__all__ += ["recipe", "requantize_and_fuse", "unfuse", "verify"]
+__all__ += ["ManifestReport", "NothingToDo", "Options", "Recipe", "Refused", "Report", "Result"]
+__all__ += ["VerifyOptions", "Way", "fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]
+__all__ += ["verify", "verify_manifest"]
 
 if TYPE_CHECKING:
     from typing import Any
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN
     from gguf_fuse.planning.plan import NothingToDo, Refused
     from gguf_fuse.planning.recipe import Recipe, Way
+    from gguf_fuse.verifying.manifest import ManifestReport, verify_manifest
     from gguf_fuse.verifying.report import Report, VerifyOptions
     from gguf_fuse.verifying.verify import verify
 

@@ -295,14 +295,13 @@ def _carry_out(
     lost = nonzero_padding(source)
     files: tuple[Path, ...] = ()
     if options.dry_run:
-        if output != STANDARD_OUTPUT:
-            check_destinations(read, outputs, force=True)  # it replaces nothing
+        named = () if output == STANDARD_OUTPUT else outputs
+        check_destinations(read, named, force=True, manifest=options.manifest)  # replaces nothing
         copies = [copy.n_bytes for part in outputs for copy in part.placement.copies]
         written = Written(sum(copies), sum(part.placement.n_cloned for part in outputs))
     elif output == STANDARD_OUTPUT:
         options.on_start(n_bytes)
-        placement = outputs[0].placement
-        written = stream(read, placement, sys.stdout.fileno(), options)
+        written = stream(read, outputs[0], sys.stdout.fileno(), options)
     else:
         options.on_start(n_bytes)
         written = write(read, outputs, options)

@@ -99,12 +99,16 @@ def compare(where: Path, n_bytes: int, rounds: int, all_tools: bool) -> list[Row
 def contenders(model: Path, output: Path, all_tools: bool) -> dict[str, list[str]]:
     paths = [str(model), str(output)]
     fuse = [sys.executable, "-m", "gguf_fuse", "fuse", "--quiet", *paths]
+    hashed = [*fuse, "--force", "--manifest", str(output.with_suffix(".json"))]
     copy = ["cp", "--reflink=never", *paths] if sys.platform == "linux" else ["cp", *paths]
     found = {
         "cp": copy,
         "gguf-fuse --no-sync": [*fuse, "--no-sync", "--reflink", "never"],
         "cp + sync": ["sh", "-c", f"{' '.join(copy)} && sync {output}"],
         "gguf-fuse": [*fuse, "--reflink", "never"],
+        # What its hashes cost beside the copying; the page cache is their worst case.
+        "gguf-fuse --no-sync --manifest": [*hashed, "--no-sync", "--reflink", "never"],
+        "gguf-fuse --manifest": [*hashed, "--reflink", "never"],
     }
     with opened(read_header(model).sources) as files:
         if all(clone_block(file, output.parent) for file in files.values()):

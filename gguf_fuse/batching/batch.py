@@ -1,4 +1,4 @@
-"""Inputs and manifest -> what is to be done; the rest is skipped."""
+"""Inputs and ledger -> what is to be done; the rest is skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gguf_fuse import __version__
 from gguf_fuse.batching.inputs import Found
-from gguf_fuse.batching.manifest import Manifest
+from gguf_fuse.batching.ledger import Ledger
 from gguf_fuse.batching.task import Entry, Settings, Task, carry_out
 from gguf_fuse.format.shards import ShardName
 
@@ -21,13 +21,13 @@ Execute = Callable[[Iterator[Task], Callable[[Task], None], Callable[[Task, Entr
 
 @dataclass(frozen=True)
 class Batch:
-    """tasks: to be done. unchanged: what the manifest says of those that need not be."""
+    """tasks: to be done. unchanged: what the ledger says of those that need not be."""
 
     tasks: tuple[Task, ...]
     unchanged: tuple[Entry, ...]
 
 
-def survey(found: Sequence[Found], settings: Settings, manifest: Manifest, *, force: bool) -> Batch:
+def survey(found: Sequence[Found], settings: Settings, ledger: Ledger, *, force: bool) -> Batch:
     """What was done and is unchanged, input, output and settings, is not done again.
 
     Failures are tried again, and what could not be fused by another version of the tool.
@@ -35,11 +35,11 @@ def survey(found: Sequence[Found], settings: Settings, manifest: Manifest, *, fo
     tasks: list[Task] = []
     unchanged: list[Entry] = []
     for one in found:
-        entry = manifest.entries.get(one.output)
+        entry = ledger.entries.get(one.output)
         if entry is not None and not force and _still_holds(entry, one, settings):
             unchanged.append(entry)
         else:
-            replace = force or _is_ours(one.output, entry, manifest)
+            replace = force or _is_ours(one.output, entry, ledger)
             tasks.append(Task(one.input, one.output, settings, replace))
     return Batch(tuple(tasks), tuple(unchanged))
 
@@ -59,28 +59,26 @@ def _decides(settings: Settings) -> Settings:
     return dataclasses.replace(settings, threads=1, sync=True, reflink="auto")
 
 
-def _is_ours(output: str, entry: Entry | None, manifest: Manifest) -> bool:
+def _is_ours(output: str, entry: Entry | None, ledger: Ledger) -> bool:
     """Whether what is there is what this batch wrote, wholly or until it was broken off."""
-    if output in manifest.begun:
+    if output in ledger.begun:
         return True
     return entry is not None and bool(entry.outputs) and all(f.is_there() for f in entry.outputs)
 
 
-def run(
-    batch: Batch, manifest: Manifest, execute: Execute, on_entry: Callable[[Entry], None]
-) -> None:
-    """Carry out the tasks; every step is in the manifest before the next one.
+def run(batch: Batch, ledger: Ledger, execute: Execute, on_entry: Callable[[Entry], None]) -> None:
+    """Carry out the tasks; every step is in the ledger before the next one.
 
     on_entry: called with each entry once it is recorded; may raise, to end the batch. Raises what
-    it raises, GGUFError where the manifest cannot be written, and what `execute` raises.
+    it raises, GGUFError where the ledger cannot be written, and what `execute` raises.
     """
 
     def begin(task: Task) -> None:
         if task.replace or not _is_there(task):
-            manifest.begin(task.output)
+            ledger.begin(task.output)
 
     def done(task: Task, entry: Entry) -> None:
-        manifest.add(entry)
+        ledger.add(entry)
         on_entry(entry)
 
     execute(iter(batch.tasks), begin, done)

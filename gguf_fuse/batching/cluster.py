@@ -1,7 +1,7 @@
 """Tasks on a Dask cluster: one file each, so that a scheduler has little to do.
 
 Workers read inputs and write outputs under the same paths as the client, which alone keeps the
-manifest. Needs the extra `dask`.
+ledger. Needs the extra `dask`.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ VOCABULARY = {
     "bytes_cloned": "of data, shared with the input",
     "bit_for_bit": "whether unfuse gives the input back, byte for byte; null if nothing is fused",
     "bytes_compared": "of tensors, of one file",
+    "bytes_hashed": "of verify --manifest: all files whole",
+    "manifest": "that --manifest wrote, or verify reads; no word of it where it was not asked for",
     "seconds": "that it took",
     "gguf_version": "of the format of GGUF files",
     "byte_order": "little or big",

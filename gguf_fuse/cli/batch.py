@@ -125,7 +125,7 @@ def batch(
     """
     from gguf_fuse.batching import batch as batches
     from gguf_fuse.batching import inputs as naming
-    from gguf_fuse.batching import local, manifest
+    from gguf_fuse.batching import ledger, local
     from gguf_fuse.batching.task import Settings
     from gguf_fuse.writing.cut import parse_size
 
@@ -156,7 +156,7 @@ def batch(
     if not found and not markdown:
         raise typer.BadParameter("there is no *.gguf file: give files, folders or --from FILE")
     shown = _Shown(quiet=quiet or as_json or markdown, fail_fast=fail_fast)
-    with manifest.opened(out, dry_run=dry_run or not found) as memory:
+    with ledger.opened(out, dry_run=dry_run or not found) as memory:
         work = batches.survey(found, settings, memory, force=force)
         if dry_run:
             _foresee(work, out, as_json)

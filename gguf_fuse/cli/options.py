@@ -146,6 +146,18 @@ class Writing:
             help="Cut OUT into shards of N tensors.",
         ),
     ] = None
+    manifest: Annotated[
+        str | None,
+        option(
+            "--manifest",
+            part=OUTPUT,
+            metavar="FILE",
+            help="Also write the SHA-256 of OUT and of each tensor in it, as JSON, for verify; and "
+            "of OUT alone to FILE, less its .json, plus .sha256, for sha256sum -c. Made beside the "
+            "copying; of shared blocks, all of OUT is read for it.",
+            autocompletion=complete_path,
+        ),
+    ] = None
 
     # What is there by now: whatever then keeps the report from being printed is to say so.
     published: list[str] = field(init=False, default_factory=list)
@@ -183,6 +195,7 @@ class Writing:
                 on_flush=functools.partial(bar.update, description="waiting for the disk"),
                 split_max_size=max_size,
                 split_max_tensors=self.split_max_tensors,
+                manifest=self.manifest,
             )
             try:
                 result = rewrite(options=options)
@@ -194,7 +207,8 @@ class Writing:
             there = "all of it was written to standard output"
             self.published.append(f"{output} is there and whole" if result.files else there)
         if as_json:
-            print_json(result_json(result.source, result.plan.skipped, result, done))
+            answer = result_json(result.source, result.plan.skipped, result, done)
+            print_json(answer | ({"manifest": self.manifest} if self.manifest else {}))
         return result
 
     def _max_size(self, output: str, dry_run: bool, as_json: bool) -> int | None:

@@ -23,6 +23,7 @@ from gguf_fuse.cli.console import ms, number, text
 from gguf_fuse.cli.layers import ranges
 from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
 from gguf_fuse.cli.outcome import EXIT_NOT_VERIFIED, fail, one_line, print_json
+from gguf_fuse.cli.usage import complete_path
 from gguf_fuse.machine import COMPUTE_THREADS
 from gguf_fuse.models.names import attention_layers, other_layers
 from gguf_fuse.planning.fusions import FUSIONS
@@ -40,8 +41,20 @@ def _count(words: str) -> Any:
 
 
 def verify(
-    original: Annotated[str, existing_file("ORIGINAL", "The file before.")],
-    fused: Annotated[str, existing_file("FUSED", "The file after.")],
+    original: Annotated[
+        str, existing_file("ORIGINAL", "The file before; left out with --manifest.")
+    ],
+    fused: Annotated[str | None, existing_file("FUSED", "The file after.")] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            "--manifest",
+            metavar="FILE",
+            help="Compare FUSED with the SHA-256s that fuse or unfuse --manifest wrote to FILE; "
+            "compute nothing.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -74,9 +87,25 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prove that FUSED holds what ORIGINAL holds and computes what it computes."""
+    """Prove that FUSED holds what ORIGINAL holds and computes what it computes.
+
+    With --manifest, that it is what was written: then ORIGINAL is not needed.
+    """
     from gguf_fuse.verifying.layers import parse_layers
 
+    if manifest is not None:
+        if fused is not None:
+            raise typer.BadParameter("--manifest proves FUSED alone: leave out ORIGINAL")
+        if layers is not None or llama:
+            raise typer.BadParameter("--manifest computes nothing: leave out --layers and --llama")
+        with console.progress_bar(quiet, of_bytes=True) as bar:
+            by_hash = gguf_fuse.VerifyOptions(
+                threads=threads, on_start=bar.start, on_progress=bar.advance
+            )
+            _tell(gguf_fuse.verify_manifest(manifest, original, by_hash), verbose, as_json, quiet)
+        return
+    if fused is None:
+        raise typer.BadParameter("FUSED is missing: gguf-fuse verify [OPTIONS] ORIGINAL FUSED")
     if structure_only and layers is not None:
         raise typer.BadParameter("--structure-only computes nothing: leave out --layers")
     try:
@@ -109,7 +138,43 @@ def verify(
     if not report.ok:
         fail(_failure(report), EXIT_NOT_VERIFIED)
     if not (as_json or quiet):
-        _print_verdict(report)
+        _print_sentence(_verdict(report))
+
+
+def _tell(found: gguf_fuse.ManifestReport, verbose: bool, as_json: bool, quiet: bool) -> None:
+    """What verifying by a manifest found."""
+    if as_json:
+        print_json(_manifest_json(found))
+    elif not quiet:
+        console.print_parts([*_hashed_parts(found, verbose), *_problem_parts(found.problems)])
+    if not found.ok:
+        fail(_failed(found.problems, f"do not use {found.fused}"), EXIT_NOT_VERIFIED)
+    if not (as_json or quiet):
+        _print_sentence(
+            f"Identical: {found.n_tensors} tensors and all else, byte for byte, to what "
+            f"{found.manifest} tells. Safe to use {found.fused}."
+        )
+
+
+def _hashed_parts(found: gguf_fuse.ManifestReport, verbose: bool) -> Iterator[RenderableType]:
+    if verbose:
+        speed = decimal(int(found.n_bytes / max(found.seconds, 1e-9)))
+        yield _mark(found.ok).append(
+            f" SHA-256: {decimal(found.n_bytes)} hashed in {found.seconds:.2f} s ({speed}/s)"
+        )
+        yield text()
+
+
+def _manifest_json(found: gguf_fuse.ManifestReport) -> dict[str, Any]:
+    return {
+        "ok": found.ok,
+        "manifest": found.manifest,
+        "fused": found.fused,
+        "tensors_out": found.n_tensors,
+        "bytes_hashed": found.n_bytes,
+        "structure": {"ok": found.ok, "problems": list(found.problems), "notes": []},
+        "seconds": round(found.seconds, 3),
+    }
 
 
 def _json(report: gguf_fuse.Report) -> dict[str, Any]:
@@ -174,22 +239,26 @@ def _parts(report: gguf_fuse.Report, verbose: bool) -> Iterator[RenderableType]:
         if layer.note:  # each note once, with the layers that it is about
             notes.setdefault(layer.note, []).append(layer.layer)
     yield from (text(f"{ranges(names)}: {note}", "yellow") for note, names in notes.items())
-    problems = _problems(report)
+    yield from _problem_parts(_problems(report))
+
+
+def _problem_parts(problems: Sequence[str]) -> Iterator[RenderableType]:
     if len(problems) > 1:  # a single one is told at the end
         yield from (text(problem, "red") for problem in problems[:_MOST_PROBLEMS])
     if len(problems) > _MOST_PROBLEMS:
         yield text(f"and {len(problems) - _MOST_PROBLEMS} more (--json has all)", "red")
 
 
-def _print_verdict(report: gguf_fuse.Report) -> None:
-    """In one sentence. In a pipe that is one line, however long the name."""
-    out, sentence = console.printer(), one_line(_verdict(report))
+def _print_sentence(verdict: str) -> None:
+    """In a pipe that is one line, however long the name."""
+    out, sentence = console.printer(), one_line(verdict)
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         sentence = textwrap.fill(sentence, out.width, break_on_hyphens=False)
     print(sentence)
 
 
 def _verdict(report: gguf_fuse.Report) -> str:
+    """In one sentence."""
     original, fused = report.original, report.fused
     sentence = f"Identical: {len(original.tensors)} tensors and all metadata, byte for byte"
     parts = [sentence, *_fused_in(report), *_computed(report), *_judged(report.llama)]
@@ -236,9 +305,13 @@ def _judged(llama: Judgement | None) -> list[str]:
 
 
 def _failure(report: gguf_fuse.Report) -> str:
-    first, *others = _problems(report)
-    more = f" (and {len(others)} more)" if others else ""
     (advice,) = _fused_in(report) or [f"do not use {report.fused.path}"]
+    return _failed(_problems(report), advice)
+
+
+def _failed(problems: Sequence[str], advice: str) -> str:
+    first, *others = problems
+    more = f" (and {len(others)} more)" if others else ""
     return f"verification failed: {first}{more}; {advice}"
 
 

@@ -38,7 +38,8 @@ def find(address: str) -> Place:
     found = http.find(fixed, headers, sha256)
     if facts.size is not None and found.n_bytes != facts.size:
         raise FetchError(f"has {found.n_bytes} bytes where the hub says {facts.size}")
-    return Place(address, found.n_bytes, found.version, sha256, open=found.open)
+    revision = facts.commit_hash
+    return Place(address, found.n_bytes, found.version, sha256, revision, open=found.open)
 
 
 def is_repository(name: str) -> bool:

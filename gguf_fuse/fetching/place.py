@@ -40,14 +40,15 @@ class Ranges(Protocol):
 class Place:
     """One version of a file. address: as messages name it, without secrets.
 
-    version: what tells it from others (an ETag; a commit). sha256: of the whole file, where the
-    host tells it.
+    version: what tells it from others (an ETag). sha256: of the whole file, revision: the commit
+    that it is of, where the host tells them.
     """
 
     address: str
     n_bytes: int
     version: str
     sha256: str | None = None
+    revision: str | None = None
     open: Callable[[], Ranges] = field(kw_only=True, compare=False, repr=False)
 
 

@@ -68,7 +68,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises GGUFError for anything that is not a whole, consistent GGUF of version 2 or 3.
     """
-    source = Source.find(path)
+    return header_of(Source.find(path))
+
+
+def header_of(source: Source) -> Header:
+    """The same of a file that was found before."""
     with opened([source]) as files:
         return _Parser(files[source]).header()
 

@@ -114,7 +114,7 @@ def _unrelated(original: Header, fused: Header, listing: Sequence[str]) -> str |
         return f"two different models: architecture {a!r}, but {b!r} in the fused file"
     n = len({line.partition(": ")[0] for line in listing})
     n_tensors = max(len(original.tensors), len(fused.tensors))
-    if not _are_most(n, n_tensors):
+    if not are_most(n, n_tensors):
         return None
     return (
         f"two different models: {n} of {n_tensors} tensors differ in name, type or shape; "
@@ -126,12 +126,13 @@ def _told(original: Header, fused: Header, differing: Sequence[tuple[_Range, int
     """The same of the data: each range with its first byte that differs, or one line for all."""
     told = (_data_problem(original, fused, part, at) for part, at in differing)
     n, n_tensors = len({part.name for part, _ in differing}), len(fused.tensors)
-    if not _are_most(n, n_tensors):
+    if not are_most(n, n_tensors):
         return list(told)
     return [f"two different models: {n} of {n_tensors} tensors hold other data; {next(told)}"]
 
 
-def _are_most(n: int, n_tensors: int) -> bool:
+def are_most(n: int, n_tensors: int) -> bool:
+    """Of so many tensors; then they are not told one by one."""
     return n > max(n_tensors // 2, 6)
 
 

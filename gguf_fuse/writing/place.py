@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gguf_fuse.format.header import align, encode_start, encode_tensor
 from gguf_fuse.format.source import Segment, Source
 from gguf_fuse.format.values import ValueType, encode_pair
-from gguf_fuse.planning.plan import Computed, Plan
+from gguf_fuse.planning.plan import Computed, Plan, PlannedTensor
 from gguf_fuse.planning.record import PADDING_KEY
 
 MAX_PADDING = 1 << 20  # of larger blocks, what would be saved is not worth the header
@@ -52,6 +52,7 @@ class Placement:
 
     literals: new bytes and where they go, in that order. copies: ranges of the source. clones:
     ranges that the file system can share with the source. data_start, n_bytes: of the new file.
+    tensors: and where the data of each begins.
     """
 
     literals: tuple[tuple[int, bytes | Computed], ...]
@@ -59,6 +60,7 @@ class Placement:
     clones: tuple[Copy, ...]
     data_start: int
     n_bytes: int
+    tensors: tuple[tuple[PlannedTensor, int], ...]
 
     @property
     def n_cloned(self) -> int:
@@ -94,8 +96,14 @@ def place(plan: Plan, clone_block: int | None = None) -> Placement:
         clones += inside
         edges += outside
     literals += [(data_start + at, made) for at, made in computed]
+    starts = (data_start + offset for offset in offsets)
     return Placement(
-        tuple(literals), tuple(edges), tuple(clones), data_start, data_start + data_bytes
+        tuple(literals),
+        tuple(edges),
+        tuple(clones),
+        data_start,
+        data_start + data_bytes,
+        tuple(zip(plan.tensors, starts, strict=True)),
     )
 
 

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from gguf_fuse import signals
 from gguf_fuse.choices import MOST_THREADS, Reflink, require_count, require_word
-from gguf_fuse.format.source import GGUFError, OpenSource, Source, opened
+from gguf_fuse.format.source import AnyPath, GGUFError, OpenSource, Source, opened
 from gguf_fuse.machine import COPY_THREADS
 from gguf_fuse.planning.plan import new_bytes
 from gguf_fuse.progress import OnProgress, ignore
@@ -35,8 +35,12 @@ from gguf_fuse.writing.copy import (
     without_holes,
     write_all,
 )
+from gguf_fuse.writing.hashing import Hashes, hash_beside
+from gguf_fuse.writing.manifest import contents, manifest_paths, ranges
 from gguf_fuse.writing.place import Copy, Placement
 from gguf_fuse.writing.whole import refuse_other_bytes
+
+Move = tuple[Path, Path]  # from the temporary name to the destination
 
 TEMPORARY_MARK = ".gguf-fuse-"
 
@@ -53,7 +57,8 @@ class Options:
     sync: wait until the data is on the disk, so that the files survive a power failure. reflink:
     whether to share blocks with the source where the file system can; "always" fails where it
     cannot. on_flush: called when the last wait for the disk begins. split_max_size (bytes of data),
-    split_max_tensors: cut the output into shards. Raises GGUFError for a value that cannot be.
+    split_max_tensors: cut the output into shards. manifest: the file that is to tell the SHA-256 of
+    all that is written. Raises GGUFError for a value that cannot be.
     """
 
     dry_run: bool = False
@@ -66,6 +71,7 @@ class Options:
     on_flush: Callable[[], None] = ignore
     split_max_size: int | None = None
     split_max_tensors: int | None = None
+    manifest: AnyPath | None = None
 
     def __post_init__(self) -> None:
         require_count("threads", self.threads, MOST_THREADS)
@@ -93,30 +99,38 @@ class Output:
 
 
 def check_destinations(
-    read: Sequence[Source], outputs: Sequence[Output], *, force: bool
+    read: Sequence[Source],
+    outputs: Sequence[Output],
+    *,
+    force: bool,
+    manifest: AnyPath | None = None,
 ) -> list[Path]:
-    """The real paths to write to, links resolved.
+    """The real paths to write to, links resolved; those of the manifest come last.
 
     read: every file that is read, not only those that are copied from. Raises GGUFError where an
     output is one of them, no regular file, there already (without force), in no folder, two are the
     same, or a disk has too little space free for all of them.
     """
-    reals = [Path(os.path.realpath(output.path)) for output in outputs]
+    paths = [output.path for output in outputs]
+    paths += [] if manifest is None else manifest_paths(manifest)
+    reals = [Path(os.path.realpath(path)) for path in paths]
     needed: dict[Path, int] = {}
     try:
-        for output, real in zip(outputs, reals, strict=True):
-            path = output.path
+        for path, real in zip(paths, reals, strict=True):
             check_place(read, path, real, force)
             if reals.count(real) > 1:
-                raise GGUFError(f"{path}: two shards would be the same file, {real}")
+                beside = real in reals[len(outputs) :]
+                what = "the manifest and OUT" if beside else "two shards"
+                raise GGUFError(f"{path}: {what} would be the same file, {real}")
+        for output, real in zip(outputs, reals, strict=False):
             n_bytes = output.placement.n_bytes - output.placement.n_cloned
             needed[real.parent] = needed.get(real.parent, 0) + n_bytes
-        path = outputs[0].path
         for folder, n_bytes in needed.items():
             free = _free_bytes(folder)
             if free < n_bytes:
                 raise GGUFError(
-                    f"{path}: {n_bytes} bytes are needed, {free} are free on the disk of {folder}"
+                    f"{outputs[0].path}: {n_bytes} bytes are needed, {free} are free on the disk "
+                    f"of {folder}"
                 )
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
@@ -142,13 +156,15 @@ def check_place(read: Sequence[Source], destination: Path, real: Path, force: bo
         for file in read:
             if file.is_file(status):
                 raise GGUFError(
-                    f"{destination}: input and output are the same file, {file.path}; give OUT "
-                    "another name"
+                    f"{destination}: input and output are the same file, {file.path}; give another "
+                    "name"
                 )
         if stat.S_ISDIR(status.st_mode):
             raise GGUFError(f"{destination}: a folder, not a regular file; give the name of a file")
         if not stat.S_ISREG(status.st_mode):
-            raise GGUFError(f"{destination}: not a regular file; use - to write to standard output")
+            raise GGUFError(
+                f"{destination}: not a regular file; use - as OUT to write to standard output"
+            )
         if not force:
             raise GGUFError(f"{destination}: exists already; --force replaces it")
 
@@ -162,23 +178,31 @@ def write(read: Sequence[Source], outputs: Sequence[Output], options: Options) -
     source that changed since its header was read. It, and a KeyboardInterrupt's args, tell what has
     become of the outputs.
     """
-    reals = check_destinations(read, outputs, force=options.force)
+    reals = check_destinations(read, outputs, force=options.force, manifest=options.manifest)
     moves = [(_beside(real), real) for real in reals]
     temporaries = [temporary for temporary, _ in moves]
-    at, whole = outputs[0], False
+    at, whole = outputs[0].path, False
     left: list[str] = []  # what could not be undone, or not be done behind the renaming
     try:
         with opened(read) as sources:
             n_cloned = n_copied = 0
-            for at, temporary in zip(outputs, temporaries, strict=True):
-                clones, copies = _write_one(sources, temporary, at, options, at is outputs[-1])
+            hashes: list[Hashes] = []
+            for output, temporary in zip(outputs, temporaries, strict=False):
+                at, is_last = output.path, output is outputs[-1]
+                clones, copies, found = _write_one(sources, temporary, output, options, is_last)
                 n_cloned, n_copied = n_cloned + clones, n_copied + copies
-            refuse_other_bytes(sources, [output.placement for output in outputs], temporaries)
-        at = outputs[0]
+                hashes += found
+            placements = [output.placement for output in outputs]
+            refuse_other_bytes(sources, placements, temporaries[: len(outputs)])
+            if options.manifest is not None:
+                at = Path(options.manifest)
+                said = contents(at, read, [(o.path, o.placement) for o in outputs], hashes)
+                _write_small(temporaries[len(outputs) :], said, sources, options)
+        at = outputs[0].path
         for real in reals:
             check_place(read, real, real, options.force)  # time has gone by
         with signals.waiting():
-            replaced = _publish(moves, options, left)
+            replaced = _publish(moves[: len(outputs)], moves[len(outputs) :], options, left)
             whole = True
             _remove([*temporaries, *replaced], left)
         if options.sync:
@@ -192,7 +216,7 @@ def write(read: Sequence[Source], outputs: Sequence[Output], options: Options) -
             _remove([] if whole else temporaries, stale)
             told = "; ".join([told, *stale])
             if isinstance(error, OSError):
-                raise GGUFError(f"{at.path}: {error.strerror}; {told}") from error
+                raise GGUFError(f"{at}: {error.strerror}; {told}") from error
             if isinstance(error, GGUFError) and (left or stale):
                 raise GGUFError(f"{error}; {told}") from error
             if isinstance(error, KeyboardInterrupt):
@@ -213,12 +237,61 @@ def _outcome(outputs: Sequence[Output], whole: bool, left: Sequence[str]) -> str
     return "; ".join([first, *left])
 
 
+def write_manifest(
+    read: Sequence[Source],
+    sources: Opened,
+    output: Output,
+    hashes: Hashes,
+    options: Options,
+) -> None:
+    """The manifest of what went to standard output: both its files, or none.
+
+    Raises GGUFError.
+    """
+    assert options.manifest is not None
+    reals = check_destinations(read, (), force=options.force, manifest=options.manifest)
+    moves, left = [(_beside(real), real) for real in reals], list[str]()
+    temporaries = [temporary for temporary, _ in moves]
+    path = Path(options.manifest)
+    try:
+        said = contents(path, read, [(output.path, output.placement)], [hashes])
+        _write_small(temporaries, said, sources, options)
+        with signals.waiting():
+            replaced = _publish(moves, (), options, left)
+            _remove([*temporaries, *replaced], left)
+        if options.sync:
+            _flush_folders(reals, left)
+    except BaseException as error:
+        with signals.waiting():
+            _remove(temporaries, left)
+        if isinstance(error, OSError):
+            told = "; ".join([str(error.strerror), *left])
+            raise GGUFError(f"{path}: the manifest was not written: {told}") from error
+        raise
+    if left:
+        raise GGUFError("; ".join([f"{path} is there and whole", *left]))
+
+
+def _write_small(
+    paths: Sequence[Path], contents: Sequence[bytes], sources: Opened, options: Options
+) -> None:
+    for path, data in zip(paths, contents, strict=True):
+        with _created(path) as fd:
+            write_all(fd, memoryview(data), 0)
+            _set_permissions(fd, next(iter(sources.values())))
+            if options.sync:
+                flush(fd)
+
+
 def _write_one(
     sources: Opened, path: Path, output: Output, options: Options, is_last: bool
-) -> tuple[int, int]:
-    """A whole new file under a temporary name -> bytes cloned and copied. Raises as `write`."""
+) -> tuple[int, int, list[Hashes]]:
+    """A whole new file under a temporary name -> bytes cloned and copied, hashes if wanted.
+
+    Raises as `write`.
+    """
     with _created(path) as target_fd:
-        clones, copies = _fill(sources, target_fd, output, options)
+        clones, copies, hashes = _fill(sources, path, target_fd, output, options)
         for file in sources.values():
             file.refuse_changed()
         _set_permissions(target_fd, next(iter(sources.values())))
@@ -226,29 +299,41 @@ def _write_one(
             if is_last:
                 options.on_flush()
             flush(target_fd)
-    return clones, copies
+    return clones, copies, hashes
 
 
-def _fill(sources: Opened, target_fd: int, output: Output, options: Options) -> tuple[int, int]:
-    """Write all of one file -> bytes cloned and copied. Raises as `write` does."""
+def _fill(
+    sources: Opened, path: Path, target_fd: int, output: Output, options: Options
+) -> tuple[int, int, list[Hashes]]:
+    """Write all of one file -> as `_write_one`. Raises as `write` does."""
     placement = output.placement
+    # With hashes, progress is theirs: they come last.
+    progress = options.on_progress if options.manifest is None else ignore
     reserve(target_fd, placement.n_bytes, ())
     for start, data in placement.literals:
         write_all(target_fd, new_bytes(data), start)
-    refused = clone_ranges(sources, target_fd, placement.clones, options.on_progress)
+    refused = clone_ranges(sources, target_fd, placement.clones, progress)
     if refused and options.reflink == "always":
         raise GGUFError(f"{output.path}: the file system refused to clone a range")
     copies = without_holes(sources, [*placement.copies, *refused])
     reserve(target_fd, placement.n_bytes, copies)
 
-    def on_block(block: Copy) -> None:
-        if options.sync:
-            start_write_back(target_fd, block)
-        options.on_progress(block.n_bytes)
+    def copy_all(tell: Callable[[Copy], None]) -> None:
+        def on_block(block: Copy) -> None:
+            if options.sync:
+                start_write_back(target_fd, block)
+            tell(block)
 
-    copy_ranges(sources, target_fd, copies, threads=options.threads, on_block=on_block)
+        copy_ranges(sources, target_fd, copies, threads=options.threads, on_block=on_block)
+
+    hashes: list[Hashes] = []
+    if options.manifest is None:
+        copy_all(lambda block: progress(block.n_bytes))
+    else:
+        where, told = ranges(placement), options.on_progress
+        hashes += [hash_beside(path, placement.n_bytes, where, copies, copy_all, told)]
     n_refused = sum(clone.n_bytes for clone in refused)
-    return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies)
+    return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies), hashes
 
 
 def _beside(destination: Path) -> Path:
@@ -281,28 +366,32 @@ def _set_permissions(fd: int, like: OpenSource) -> None:
         os.fchmod(fd, mode & 0o777 & ~umask)
 
 
-def _publish(moves: Sequence[tuple[Path, Path]], options: Options, left: list[str]) -> list[Path]:
+def _publish(
+    moves: Sequence[Move], beside: Sequence[Move], options: Options, left: list[str]
+) -> list[Path]:
     """Give each of (temporary, destination) its name, or none -> new names of what was there.
 
     Loading begins with the first shard: of an old set it goes first, and of the new one it comes
-    last, so that at no moment some shards of both can be loaded, nor after a power failure. Raises
-    OSError and GGUFError; left: what could not be undone then.
+    last, so that at no moment some shards of both can be loaded, nor after a power failure. beside:
+    files of the manifest, which are there before what they tell of. Raises OSError and GGUFError;
+    left: what could not be undone then.
     """
     first = moves[0][1]
-    if options.force and len(moves) == 1:
-        moves[0][0].replace(moves[0][1])  # one step, the old file until then
-        return []
+    in_one_step = options.force and len(moves) == 1  # the old file until then
     placed: list[Path] = []
     replaced: dict[Path, Path] = {}  # by destination: where the old file is now
     try:
-        for _, destination in moves:
+        for _, destination in [*moves[in_one_step:], *beside]:
             if options.force and destination.exists():
                 aside = _beside(destination)
                 destination.replace(aside)
                 replaced[destination] = aside
                 if destination == first and options.sync:
                     _flush_folders([first], [])
-        for temporary, destination in reversed(moves):
+        for temporary, destination in reversed([*moves, *beside]):
+            if in_one_step and destination == first:
+                temporary.replace(destination)
+                break
             if destination == first and options.sync and len(moves) > 1:
                 _flush_folders([first], [])  # what fails is told in the end
             _give_name(temporary, destination, left)

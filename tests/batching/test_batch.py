@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gguf_fuse.batching.manifest import NAME
+from gguf_fuse.batching.ledger import NAME
 from tests import pack
 from tests.batching.kinds import FAILED, FUSED, NOTHING, fused_alone, write_all
 from tests.conftest import gguf_fuse
@@ -169,7 +169,7 @@ def test_a_torn_line_is_healed(packed: Path, tmp_path: Path) -> None:
     (out / NAME).write_bytes(b"{}\n" + whole)
     done = batch(packed, "--out", out)
     assert done.returncode == 1
-    assert f"{NAME}: line 1 is none of a manifest" in done.stderr
+    assert f"{NAME}: line 1 is none of a ledger" in done.stderr
 
 
 def test_markdown(packed: Path, tmp_path: Path) -> None:

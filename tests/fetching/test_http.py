@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import ssl
 import subprocess
@@ -134,10 +135,15 @@ def test_secrets_go_only_where_they_belong(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with serve(files.folder) as (elsewhere, others):
         files.redirect = elsewhere
-        fuse(f"{address}/in.gguf?signature=s3cret", tmp_path / "out.gguf", options=FAST)
+        options = FAST.__class__(sync=False, manifest=tmp_path / "m.json")
+        fuse(f"{address}/in.gguf?signature=s3cret", tmp_path / "out.gguf", options=options)
     assert all("Authorization" in headers for headers in files.headers)
     assert not any("Authorization" in headers for headers in others.headers)
-    assert b"s3cret" not in (tmp_path / "out.gguf").read_bytes()
+    for name in ("out.gguf", "m.json", "m.sha256"):
+        assert b"s3cret" not in (tmp_path / name).read_bytes()
+    assert json.loads((tmp_path / "m.json").read_text())["sources"] == [
+        {"address": f"{address}/in.gguf", "bytes": len(WHOLE), "etag": '"one"'}
+    ]
     files.redirect, files.secret = None, "another"
     with pytest.raises(GGUFError, match="401") as caught:
         inspect(f"{address}/in.gguf?signature=s3cret")

@@ -99,11 +99,17 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[_Hub], Files, Any]]:
 
 def test_a_file_of_the_hub(hub: tuple[type[_Hub], Files, Any], tmp_path: Path) -> None:
     _, files, run = hub
-    done = run("fuse", "hf://me/model/in.gguf", "out.gguf")
+    done = run("fuse", "hf://me/model/in.gguf", "out.gguf", "--manifest", "m.json")
     assert done.returncode == 0, done.stderr
+    manifest = (tmp_path / "m.json").read_text()
+    (source,) = json.loads(manifest)["sources"]
+    assert source == {
+        **{"address": "hf://me/model/in.gguf", "bytes": len(WHOLE), "etag": '"one"'},
+        **{"revision": COMMIT, "sha256": SHA256},
+    }
     assert (tmp_path / "out.gguf").read_bytes() == FUSED
     assert not any("Authorization" in headers for headers in files.headers)
-    for shown in (done.stdout, done.stderr):
+    for shown in (done.stdout, done.stderr, manifest):
         assert TOKEN not in shown
         assert "s3cret" not in shown
     assert (

@@ -35,6 +35,11 @@ _ARM = "import ctypes; ctypes.CDLL(None).harness_arm({}, {}, {}, {}, {:d}, {!r}.
 Files = dict[str, str]  # the hash of each, by name
 
 
+def _models(files: Files) -> Files:
+    """Without the manifest, which may be there before what it tells of."""
+    return {name: hash for name, hash in files.items() if not name.startswith("out.gguf.")}
+
+
 def contents(folder: Path) -> Files:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
@@ -75,6 +80,8 @@ class Harness:
         out = folder / "out"
         one, set_of_3 = out / "out.gguf", out / "out-00001-of-00003.gguf"
         old = {"out.gguf": b"precious", "other": b"of someone else"}
+        told = ("--manifest", out / "out.gguf.json")
+        old_told = {**old, "out.gguf.json": b"old manifest", "out.gguf.sha256": b"old sums"}
         old_set = {set_of_3.name.replace("00001-", f"0000{n}-"): b"old %d" % n for n in (1, 2, 3)}
         self.scenarios = {
             name: Scenario([command, *arguments], out, before, "no links" in name)
@@ -88,6 +95,9 @@ class Harness:
                 ("shards --force", "fuse", old_set, first, set_of_3, "--force"),
                 ("stdout", "fuse", {}, model, "-"),
                 ("adapter --base", "fuse", {}, lora, one, "--base", model),
+                ("manifest", "fuse", {}, model, one, *told),
+                ("manifest --force", "fuse", old_told, model, one, "--force", *told),
+                ("manifest of stdout", "fuse", {}, model, "-", *told),
             )
         }
         for name, scenario in self.scenarios.items():
@@ -152,7 +162,9 @@ class Harness:
             assert all(TEMPORARY_NAME.fullmatch(name) for name in stray), context
             files = {name: hash for name, hash in now.items() if name not in stray}
             if min(scenario.after) in files:
-                assert files in (scenario.before, scenario.after), (*context, now)
+                was, will = map(_models, (scenario.before, scenario.after))
+                assert _models(files) in (was, will), (*context, now)
+                assert _models(files) != will or files == scenario.after, (*context, now)
             if files != scenario.after:  # what was there is lost by no kill
                 assert set(scenario.before.values()) <= set(now.values()), (*context, now)
             again = self.run(*scenario.arguments, *([] if scenario.old else ["--force"]))

@@ -19,7 +19,7 @@ NAMES = [
     "shards --force",
     "stdout",
 ]
-NAMES += ["adapter --base"]
+NAMES += ["adapter --base", "manifest", "manifest --force", "manifest of stdout"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,10 @@ def test_a_signal_comes(name: str, tried: Harness, count: Callable[[str], None])
     count(f"signals, {name}")
 
 
-@pytest.mark.parametrize("name", ["fuse", "fuse --force", "shards", "shards --force"])
+@pytest.mark.parametrize(
+    "name",
+    ["fuse", "fuse --force", "shards", "shards --force", "manifest", "manifest --force"],
+)
 def test_killed(name: str, tried: Harness, count: Callable[[str], None]) -> None:
     tried.kill(name, most=18)
     count(f"kills, {name}")

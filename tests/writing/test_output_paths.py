@@ -108,7 +108,9 @@ def test_output_is_a_device(run: Run, packed: Path, tmp_path: Path) -> None:
 def test_output_that_is_a_pipe_by_name(packed: Path, tmp_path: Path) -> None:
     done = gguf_fuse("fuse", packed, "/dev/stdout")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "/dev/stdout: not a regular file; use - to write to standard output" in done.stderr
+    assert (
+        "/dev/stdout: not a regular file; use - as OUT to write to standard output" in done.stderr
+    )
 
 
 def test_output_with_a_slash_at_the_end(run: Run, packed: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ XFS and Btrfs images are loop-mounted, which takes root and their programs.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from gguf_fuse.api import Options, Reflink, fuse, unfuse
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError, OpenSource
 from gguf_fuse.planning.record import PADDING_KEY
+from gguf_fuse.verifying.manifest import verify_manifest
 from gguf_fuse.writing import copy as copying
 from gguf_fuse.writing.place import Copy, Placement, place
 from tests.compare import assert_fused, sha256
@@ -88,6 +90,12 @@ def test_a_clone_is_the_copy_and_takes_no_space(mounted: Path, type_: T) -> None
 
     fuse(original, str(copied), options=options("never"))
     assert_equal_but_for_padding(fused, copied)
+    told = folder / "o.json"
+    again = fuse(original, folder / "again", options=options("always", manifest=told))
+    assert again.written == result.written
+    (file,) = json.loads(told.read_text())["files"]
+    assert (file["name"], file["sha256"]) == ("again", sha256(fused))
+    assert verify_manifest(told, fused).ok
     assert_fused(original, fused)
     shutil.rmtree(folder)
 

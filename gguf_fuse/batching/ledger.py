@@ -1,4 +1,4 @@
-"""The memory of a batch: a file of JSON lines in its output folder, only ever added to.
+"""The ledger of a batch, its memory: a file of JSON lines in its output folder, only ever added to.
 
 One line says that work on an output begins (only where nothing was there that is not ours), a later
 one what became of it. What began and did not end was broken off: its output may be replaced.
@@ -20,7 +20,7 @@ from gguf_fuse.format.source import GGUFError
 NAME = "gguf-fuse-batch.jsonl"
 
 
-class Manifest:
+class Ledger:
     """entries: by output, the last one. begun: outputs whose last work did not end."""
 
     def __init__(self, path: Path, fd: int | None) -> None:
@@ -57,8 +57,8 @@ class Manifest:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, *, dry_run: bool = False) -> Iterator[Manifest]:
-    """The manifest of the folder, which is made if it is not there; on a dry run, only read.
+def opened(folder: Path, *, dry_run: bool = False) -> Iterator[Ledger]:
+    """The ledger of the folder, which is made if it is not there; on a dry run, only read.
 
     Raises GGUFError where it cannot be read or written, holds a line that is none of its own, or
     is another batch's at this moment. A last line that was cut off is removed.
@@ -67,7 +67,7 @@ def opened(folder: Path, *, dry_run: bool = False) -> Iterator[Manifest]:
     try:
         if dry_run:
             text = path.read_bytes() if path.exists() else b""
-            yield _filled(Manifest(path, None), text)
+            yield _filled(Ledger(path, None), text)
             return
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -76,21 +76,21 @@ def opened(folder: Path, *, dry_run: bool = False) -> Iterator[Manifest]:
     with os.fdopen(fd, "rb+", buffering=0) as file:
         _lock(fd, path)
         text = file.readall()
-        manifest = _filled(Manifest(path, fd), text)
+        ledger = _filled(Ledger(path, fd), text)
         file.truncate(text.rfind(b"\n") + 1)
-        yield manifest
+        yield ledger
 
 
-def _filled(manifest: Manifest, text: bytes) -> Manifest:
+def _filled(ledger: Ledger, text: bytes) -> Ledger:
     for number, line in enumerate(text.split(b"\n")[:-1], 1):  # what follows the last was cut off
         try:
-            manifest._take(json.loads(line))
+            ledger._take(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
             raise GGUFError(
-                f"{manifest.path}: line {number} is none of a manifest: {line[:40]!r}; move the "
+                f"{ledger.path}: line {number} is none of a ledger: {line[:40]!r}; move the "
                 "file away to begin anew"
             ) from error
-    return manifest
+    return ledger
 
 
 def _lock(fd: int, path: Path) -> None:
