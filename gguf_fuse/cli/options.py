@@ -88,6 +88,14 @@ class Writing:
             help="Wait until OUT is on the disk, not only in its cache; or do not.",
         ),
     ] = True
+    resume: Annotated[
+        bool,
+        option(
+            "--resume/--no-resume",
+            part=OUTPUT,
+            help="Of an IN that is fetched: go on where it was broken off; or begin anew.",
+        ),
+    ] = True
     split_max_size: Annotated[
         str | None,
         option(
@@ -146,6 +154,8 @@ class Writing:
                 on_flush=functools.partial(bar.update, description="waiting for the disk"),
                 split_max_size=max_size,
                 split_max_tensors=self.split_max_tensors,
+                resume=self.resume,
+                on_resume=bar.say,
             )
             try:
                 result = rewrite(options=options)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from gguf_fuse import signals
 from gguf_fuse.choices import MOST_THREADS, Reflink, require_count, require_word
@@ -36,11 +35,10 @@ from gguf_fuse.writing.copy import (
     write_all,
 )
 from gguf_fuse.writing.place import Copy, Placement
+from gguf_fuse.writing.resume import kept_bytes, temporaries
+from gguf_fuse.writing.temporary import Temporaries, beside
 from gguf_fuse.writing.whole import refuse_other_bytes
 
-TEMPORARY_MARK = ".gguf-fuse-"
-
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _RENAME_NOREPLACE, _AT_FDCWD = 1, -100  # linux/fs.h, linux/fcntl.h
 # What a file system says that has no fsync.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -53,7 +51,9 @@ class Options:
     sync: wait until the data is on the disk, so that the files survive a power failure. reflink:
     whether to share blocks with the source where the file system can; "always" fails where it
     cannot. on_flush: called when the last wait for the disk begins. split_max_size (bytes of data),
-    split_max_tensors: cut the output into shards. Raises GGUFError for a value that cannot be.
+    split_max_tensors: cut the output into shards. resume: go on where an earlier run that fetched
+    was broken off, and keep what this one has; else begin anew. on_resume: called with a line that
+    says what has become of what an earlier run kept. Raises GGUFError for a value that cannot be.
     """
 
     dry_run: bool = False
@@ -66,6 +66,8 @@ class Options:
     on_flush: Callable[[], None] = ignore
     split_max_size: int | None = None
     split_max_tensors: int | None = None
+    resume: bool = True
+    on_resume: Callable[[str], None] = ignore
 
     def __post_init__(self) -> None:
         require_count("threads", self.threads, MOST_THREADS)
@@ -78,10 +80,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Bytes of data by how they came into the new file. Holes of the source are neither."""
+    """Bytes of data by how they came into the new file. Holes of the source are neither.
+
+    n_resumed: of those that were copied, by an earlier run that was broken off.
+    """
 
     n_copied: int
     n_cloned: int
+    n_resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,7 @@ def check_destinations(
             if reals.count(real) > 1:
                 raise GGUFError(f"{path}: two shards would be the same file, {real}")
             n_bytes = output.placement.n_bytes - output.placement.n_cloned
+            n_bytes -= kept_bytes(output.placement, real)
             needed[real.parent] = needed.get(real.parent, 0) + n_bytes
         path = outputs[0].path
         for folder, n_bytes in needed.items():
@@ -163,44 +170,55 @@ def write(read: Sequence[Source], outputs: Sequence[Output], options: Options) -
     become of the outputs.
     """
     reals = check_destinations(read, outputs, force=options.force)
-    moves = [(_beside(real), real) for real in reals]
-    temporaries = [temporary for temporary, _ in moves]
-    at, whole = outputs[0], False
+    placements = [output.placement for output in outputs]
+    at, whole, growing = outputs[0], False, Temporaries(())
     left: list[str] = []  # what could not be undone, or not be done behind the renaming
     try:
+        with signals.waiting():
+            growing = temporaries(placements, reals, resume=options.resume)
+        growing.look(options.threads, options.on_progress, options.on_resume)
         with opened(read) as sources:
             n_cloned = n_copied = 0
-            for at, temporary in zip(outputs, temporaries, strict=True):
-                clones, copies = _write_one(sources, temporary, at, options, at is outputs[-1])
+            for number, at in enumerate(outputs):
+                clones, copies = _write_one(
+                    sources, growing, number, at, options, at is outputs[-1]
+                )
                 n_cloned, n_copied = n_cloned + clones, n_copied + copies
-            refuse_other_bytes(sources, [output.placement for output in outputs], temporaries)
+            refuse_other_bytes(sources, placements, growing.paths)
         at = outputs[0]
         for real in reals:
             check_place(read, real, real, options.force)  # time has gone by
         with signals.waiting():
+            moves = list(zip(growing.paths, reals, strict=True))
             replaced = _publish(moves, options, left)
             whole = True
-            _remove([*temporaries, *replaced], left)
+            _remove([*growing.paths, *replaced], left)
+            _end(growing, left)
         if options.sync:
             _flush_folders(reals, left)
     except BaseException as error:
         with signals.waiting():
             if whole and options.sync:
                 left.append("its name may not be on the disk yet")
-            told = _outcome(outputs, whole, left)
+            kept = None if whole or left else growing.kept(error)
+            told = kept or _outcome(outputs, whole, left)
             stale: list[str] = []
-            _remove([] if whole else temporaries, stale)
+            if kept is None:
+                _remove([] if whole else growing.paths, stale)
+                _end(growing, stale)
             told = "; ".join([told, *stale])
             if isinstance(error, OSError):
                 raise GGUFError(f"{at.path}: {error.strerror}; {told}") from error
-            if isinstance(error, GGUFError) and (left or stale):
+            if isinstance(error, GGUFError) and (kept or left or stale):
                 raise GGUFError(f"{error}; {told}") from error
             if isinstance(error, KeyboardInterrupt):
                 error.args = (told,)
             raise
+    finally:
+        growing.close()
     if left:
         raise GGUFError(_outcome(outputs, whole, left))
-    return Written(n_copied, n_cloned)
+    return Written(n_copied, n_cloned, growing.n_resumed)
 
 
 def _outcome(outputs: Sequence[Output], whole: bool, left: Sequence[str]) -> str:
@@ -214,11 +232,16 @@ def _outcome(outputs: Sequence[Output], whole: bool, left: Sequence[str]) -> str
 
 
 def _write_one(
-    sources: Opened, path: Path, output: Output, options: Options, is_last: bool
+    sources: Opened,
+    growing: Temporaries,
+    number: int,
+    output: Output,
+    options: Options,
+    is_last: bool,
 ) -> tuple[int, int]:
     """A whole new file under a temporary name -> bytes cloned and copied. Raises as `write`."""
-    with _created(path) as target_fd:
-        clones, copies = _fill(sources, target_fd, output, options)
+    with growing.opened(number) as target_fd:
+        clones, copies = _fill(sources, target_fd, growing, number, output, options)
         for file in sources.values():
             file.refuse_changed()
         _set_permissions(target_fd, next(iter(sources.values())))
@@ -229,7 +252,14 @@ def _write_one(
     return clones, copies
 
 
-def _fill(sources: Opened, target_fd: int, output: Output, options: Options) -> tuple[int, int]:
+def _fill(
+    sources: Opened,
+    target_fd: int,
+    growing: Temporaries,
+    number: int,
+    output: Output,
+    options: Options,
+) -> tuple[int, int]:
     """Write all of one file -> bytes cloned and copied. Raises as `write` does."""
     placement = output.placement
     reserve(target_fd, placement.n_bytes, ())
@@ -241,30 +271,16 @@ def _fill(sources: Opened, target_fd: int, output: Output, options: Options) -> 
     copies = without_holes(sources, [*placement.copies, *refused])
     reserve(target_fd, placement.n_bytes, copies)
 
-    def on_block(block: Copy) -> None:
+    def on_block(block: Copy, view: memoryview) -> None:
         if options.sync:
             start_write_back(target_fd, block)
+        growing.wrote(number, block, view)
         options.on_progress(block.n_bytes)
 
-    copy_ranges(sources, target_fd, copies, threads=options.threads, on_block=on_block)
+    missing = growing.missing(number, copies)
+    copy_ranges(sources, target_fd, missing, threads=options.threads, on_block=on_block)
     n_refused = sum(clone.n_bytes for clone in refused)
     return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies)
-
-
-def _beside(destination: Path) -> Path:
-    # 255 bytes is the usual limit of a name.
-    stem = os.fsencode(destination.name)[:200].decode(errors="ignore")
-    return destination.with_name(f"{stem}{TEMPORARY_MARK}{uuid4().hex[:8]}.tmp")
-
-
-@contextlib.contextmanager
-def _created(path: Path) -> Iterator[int]:
-    """A new file that nobody else can open before it is whole."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _set_permissions(fd: int, like: OpenSource) -> None:
@@ -297,7 +313,7 @@ def _publish(moves: Sequence[tuple[Path, Path]], options: Options, left: list[st
     try:
         for _, destination in moves:
             if options.force and destination.exists():
-                aside = _beside(destination)
+                aside = beside(destination)
                 destination.replace(aside)
                 replaced[destination] = aside
                 if destination == first and options.sync:
@@ -358,6 +374,11 @@ def _remove(paths: Sequence[Path], left: list[str]) -> None:
     for path in paths:
         with _noted(left, f"{path} could not be removed"):
             path.unlink(missing_ok=True)
+
+
+def _end(growing: Temporaries, left: list[str]) -> None:
+    with _noted(left, "the journal could not be removed"):
+        growing.end()
 
 
 @contextlib.contextmanager
