@@ -18,7 +18,8 @@ from typing import Any
 class Files:
     """What is served, and how. faults: by name, how many requests are still to suffer from it.
 
-    asked: every range that was sent, for whoever counts bytes.
+    asked: every range that was sent, for whoever counts bytes. goes_after: so many more of them;
+    then it answers 503.
     """
 
     folder: Path
@@ -29,7 +30,19 @@ class Files:
     redirect: str | None = None
     secret: str | None = None
     delay: float = 0.0
+    goes_after: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def n_asked(self) -> int:
+        return sum(last - first + 1 for first, last in self.asked)
+
+    def has_gone(self) -> bool:
+        with self.lock:
+            if self.goes_after:
+                self.goes_after -= 1
+                return False
+            return self.goes_after is not None
 
     def suffers(self, fault: str) -> bool:
         with self.lock:
@@ -52,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(401)
         if files.suffers("429"):
             return self._say(429, Retry_After="1")
-        if files.suffers("503"):
+        if files.suffers("503") or files.has_gone():
             return self._say(503)
         if not path.is_file():
             return self._say(404)
