@@ -19,7 +19,7 @@ from gguf_fuse.fetching import http
 from gguf_fuse.format import source
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
-from tests.conftest import FAST
+from tests.conftest import FAST, gguf_fuse
 from tests.fetching.server import Files, serve
 from tests.fetching.test_http import FUSED, WHOLE
 from tests.server import Outcome, Run, assert_one_line
@@ -389,3 +389,22 @@ def test_no_secret_is_kept(
     assert "going on with" in done.err
     assert "s3cret" not in done.err + done.out
     assert out.read_bytes() == FUSED
+
+
+def test_a_batch_goes_on(there: There, tmp_path: Path) -> None:
+    address, files = there
+    (tmp_path / "sitecustomize.py").write_text(PRELUDE)  # its workers are processes of their own
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = ("batch", f"{address}/in.gguf", "--out", tmp_path / "many", "--no-sync", "--json")
+    files.goes_after = 40
+    done = gguf_fuse(*command, env=environment)
+    assert done.returncode == 1
+    assert " bytes are kept in " in json.loads(done.stdout)["files"][0]["line"]
+    n_kept = kept(tmp_path / "many" / "out", ".journal").read_text().count("\n") - 1
+    files.goes_after, files.asked = None, []
+    done = gguf_fuse(*command, "--verify", "none", env=environment)
+    assert done.returncode == 0, done
+    assert (tmp_path / "many" / "in-fused.gguf").read_bytes() == FUSED
+    assert left(tmp_path / "many" / "out") == [".gguf", ".jsonl"]
+    assert files.n_asked <= len(WHOLE) - (n_kept - 10) * BLOCK + HEADER
