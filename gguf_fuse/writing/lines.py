@@ -35,6 +35,7 @@ class Lines:
 
     def clear(self) -> None:
         os.ftruncate(self._fd, 0)
+        self.found = []
 
     def close(self) -> None:
         if self._fd >= 0:

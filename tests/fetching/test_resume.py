@@ -359,6 +359,19 @@ def test_an_output_that_appears_meanwhile_costs_nothing(there: There, out: Path)
     assert left(out) == [".gguf"]
 
 
+def test_the_space_that_is_kept_is_not_asked_for_again(
+    small_disk: Path, there: There, out: Path
+) -> None:
+    address, files = there
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "others").write_bytes(bytes(free - len(FUSED) * 5 // 4))
+    broken(files, lambda: fuse(f"{address}/in.gguf", out, options=FAST))
+    with pytest.raises(GGUFError, match="are needed"):
+        fuse(files.folder / "in.gguf", out, options=FAST)
+    assert fuse(f"{address}/in.gguf", out, options=FAST).written.n_resumed > 30 * BLOCK
+    assert out.read_bytes() == FUSED
+
+
 def test_files_on_a_disk_have_no_part(there: There, out: Path) -> None:
     _, files = there
     found: list[str] = []

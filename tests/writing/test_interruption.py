@@ -224,21 +224,6 @@ ctypes.CDLL = lambda *arguments, **options: Library()
 """
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root mounts a tmpfs")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    try:
-        yield tmp_path
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
 @pytest.mark.parametrize("old", [None, OLD], ids=["absent", "old"])
 @pytest.mark.parametrize("sync", ["--sync", "--no-sync"])
 @pytest.mark.parametrize(
