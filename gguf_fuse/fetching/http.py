@@ -13,6 +13,7 @@ import netrc
 import os
 import random
 import re
+import socket
 import ssl
 import time
 import urllib.request
@@ -82,7 +83,7 @@ class _Ranges:
         self, make: Callable[[], _Session], idle: list[_Session], version: str, total: int
     ) -> None:
         self._make, self._idle, self._version, self._total = make, idle, version, total
-        self._stop = Stop()
+        self._stop, self._busy = Stop(), set[_Session]()
 
     def read_into(self, view: memoryview, start: int) -> None:
         if not view:
@@ -91,12 +92,18 @@ class _Ranges:
             session = self._idle.pop()
         except IndexError:
             session = self._make()
-        session.read_into(view, start, self._version, self._total, self._stop)
+        self._busy.add(session)
+        try:
+            session.read_into(view, start, self._version, self._total, self._stop)
+        finally:
+            self._busy.discard(session)
         fetched.add(len(view))
         self._idle.append(session)
 
     def abort(self) -> None:
         self._stop.set()
+        for session in list(self._busy):
+            session.break_off()
 
 
 class _Session:
@@ -148,6 +155,7 @@ class _Session:
         """Tries count from the last one that brought something."""
         left, before = TRIES, progress()
         while True:
+            stop.wait(0)
             was_open = self._connection is not None
             try:
                 return act()
@@ -166,6 +174,13 @@ class _Session:
                     raise FetchError(f"{_words(error)} ({TRIES - left} tries)") from error
                 wait = FIRST_WAIT_S * 2 ** (TRIES - 1 - left) * random.uniform(1, 1.3)
                 stop.wait(getattr(error, "wait", None) or wait)
+
+    def break_off(self) -> None:
+        """Called by another thread than the one that waits here: for 30 s, if need be."""
+        sock = None if self._connection is None else self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS has nothing to say to it
 
     def close(self) -> None:
         """The next request begins where the address itself leads."""

@@ -19,7 +19,7 @@ class Files:
     """What is served, and how. faults: by name, how many requests are still to suffer from it.
 
     asked: every range that was sent, for whoever counts bytes. goes_after: so many more of them;
-    then it answers 503.
+    then it answers 503. silent_after: so many, it says nothing for ten seconds.
     """
 
     folder: Path
@@ -31,6 +31,7 @@ class Files:
     secret: str | None = None
     delay: float = 0.0
     goes_after: int | None = None
+    silent_after: int = 1 << 30
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -87,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             first += 1
         told = f"bytes {first}-{last}/{total}"
         etag = '"two"' if files.suffers("other version") else files.etag
-        time.sleep(files.delay)
+        time.sleep(files.delay if len(files.asked) < files.silent_after else 10)
         facts = {"Content-Range": told, "ETag": etag, "Content-Length": n_bytes}
         self._head(206, facts)
         if files.suffers("cut"):

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,15 @@ def test_stopped_by_a_signal(there: There, out: Path, run: Run, number: signal.S
     assert re.fullmatch(r"gguf-fuse: going on with .* of \d+ bytes are there\n", done.err)
     assert " of them by an earlier run" in done.out
     assert out.read_bytes() == FUSED
+
+
+def test_ctrl_c_waits_for_no_server(there: There, out: Path, run: Run) -> None:
+    address, files = there
+    files.silent_after = 60
+    started = time.monotonic()
+    stopped = run("fuse", f"{address}/in.gguf", out, prelude=ENDED.format(1.0, signal.SIGINT))
+    assert time.monotonic() - started < 5
+    assert_one_line(stopped, " bytes are kept in ", code=130)
 
 
 def test_nothing_fetched_leaves_nothing(there: There, out: Path) -> None:
