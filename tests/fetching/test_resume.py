@@ -24,6 +24,7 @@ from tests.conftest import FAST, gguf_fuse
 from tests.fetching.server import Files, serve
 from tests.fetching.test_http import FUSED, WHOLE
 from tests.server import Outcome, Run, assert_one_line
+from tests.writing.test_interruption import FREE_SPACE_LIES, NOTHING_IS_RESERVED
 
 BLOCK = 1 << 16
 THREADS = 8
@@ -380,6 +381,21 @@ def test_the_space_that_is_kept_is_not_asked_for_again(
         fuse(files.folder / "in.gguf", out, options=FAST)
     assert fuse(f"{address}/in.gguf", out, options=FAST).written.n_resumed > 30 * BLOCK
     assert out.read_bytes() == FUSED
+
+
+def test_a_full_disk(small_disk: Path, there: There, out: Path, run: Run) -> None:
+    address, _ = there
+    others = small_disk / "others"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    others.write_bytes(bytes(free - len(FUSED) // 2))
+    full = PRELUDE + FREE_SPACE_LIES + NOTHING_IS_RESERVED
+    full += "from gguf_fuse.writing import copy; copy._libc_function.cache_clear()"
+    stopped = run("fuse", f"{address}/in.gguf", out, prelude=full)
+    assert_one_line(stopped, "No space left on device; ", " bytes are kept in ")
+    others.unlink()
+    assert fuse(f"{address}/in.gguf", out, options=FAST).written.n_resumed > 10 * BLOCK
+    assert out.read_bytes() == FUSED
+    assert left(out) == [".gguf"]
 
 
 def test_files_on_a_disk_have_no_part(there: There, out: Path) -> None:
