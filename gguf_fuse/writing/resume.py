@@ -2,8 +2,8 @@
 
 The new files grow under names that are found again (.part). A journal beside the first one tells
 on its first line which versions of which files, and what plan, they are of; and on each further
-line of one range that is written: number of the part, start, bytes, checksum. It is not waited for
-until the disk has anything: what the parts really hold is checked before a run goes on.
+line of one range that is written: number of the part, start, bytes, checksum. Nobody waits for the
+disk to have those: what the parts really hold is checked before a run goes on.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ class Parts(Temporaries):
             return None
         self._journal.clear()
         self._journal.add(bound)
+        with contextlib.suppress(OSError):  # a disk that cannot be waited for
+            self._journal.flush()  # without this line, all that follows is worth nothing
         return f"{self.paths[0]} {why}; begun anew" if had else None
 
     def look(self, threads: int, on_progress: OnProgress, on_resume: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from gguf_fuse.fetching import http
 from gguf_fuse.format import source
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
+from tests import pack
 from tests.conftest import FAST, gguf_fuse
 from tests.fetching.server import Files, serve
 from tests.fetching.test_http import FUSED, WHOLE
@@ -112,6 +113,27 @@ def test_unfuse(there: There, out: Path) -> None:
     assert unfuse(f"{address}/fused.gguf", out, options=FAST).written.n_resumed > 30 * BLOCK
     assert out.read_bytes() == WHOLE
     assert left(out) == [".gguf"]
+
+
+def test_an_adapter_whose_parts_are_computed(
+    there: There, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, files = there
+    monkeypatch.setattr(source, "FETCH_BYTES", 64)
+    pack.save(pack.lora(), files.folder / "lora.gguf")
+    n_done = 0
+
+    def stop(n_bytes: int) -> None:
+        nonlocal n_done
+        n_done += n_bytes
+        if n_done > 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="bytes are kept in"):
+        fuse(f"{address}/lora.gguf", out, options=replace(FAST, on_progress=stop))
+    assert fuse(f"{address}/lora.gguf", out, options=FAST).written.n_resumed >= 200
+    fuse(files.folder / "lora.gguf", out.with_name("wanted.gguf"), options=FAST)
+    assert out.read_bytes() == out.with_name("wanted.gguf").read_bytes()
 
 
 def test_shards_that_are_whole_are_not_fetched_again(there: There, out: Path) -> None:
