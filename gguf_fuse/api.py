@@ -30,7 +30,6 @@ from gguf_fuse.writing.copy import clone_block
 from gguf_fuse.writing.cut import divide
 from gguf_fuse.writing.place import Placement, place
 from gguf_fuse.writing.publish import (
-    TEMPORARY_MARK,
     Options,
     Output,
     Written,
@@ -39,6 +38,7 @@ from gguf_fuse.writing.publish import (
     write,
 )
 from gguf_fuse.writing.stream import stream
+from gguf_fuse.writing.temporary import TEMPORARY_MARK
 
 __all__ = ["Altered", "Inspection", "OnMismatch", "Options", "Reflink", "Result"]
 __all__ += ["fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]

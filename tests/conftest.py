@@ -62,6 +62,21 @@ def packed(tmp_path: Path) -> Path:
     return pack.save(pack.valid(), tmp_path / "in.gguf")
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a tmpfs")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Run a command at little cost, and measured: see `tests.server`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gguf_fuse.format.shards import ShardName
 from gguf_fuse.format.source import GGUFError, expand, is_address
-from gguf_fuse.writing.publish import TEMPORARY_MARK
+from gguf_fuse.writing.temporary import TEMPORARY_MARK
 
 ENDING = ".gguf"
 DEFAULT_NAME = "{name}-fused"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gguf_fuse.batching.task import Entry
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.writing.lines import Lines, open_lines, whole_lines
 
 NAME = "gguf-fuse-batch.jsonl"
 
@@ -23,11 +22,11 @@ NAME = "gguf-fuse-batch.jsonl"
 class Ledger:
     """entries: by output, the last one. begun: outputs whose last work did not end."""
 
-    def __init__(self, path: Path, fd: int | None) -> None:
+    def __init__(self, path: Path, file: Lines | None) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self.begun: set[str] = set()
-        self._fd = fd
+        self._file = file
 
     def begin(self, output: str) -> None:
         """Raises GGUFError if it cannot be written, as `add` does."""
@@ -47,11 +46,11 @@ class Ledger:
         self.begun.discard(entry.output)
 
     def _append(self, line: dict[str, Any]) -> None:
-        if self._fd is None:
+        if self._file is None:
             return
         try:
-            os.write(self._fd, json.dumps(line).encode() + b"\n")
-            os.fsync(self._fd)
+            self._file.add(line)
+            self._file.flush()
         except OSError as error:
             raise GGUFError(f"{self.path}: {error.strerror}; the batch cannot go on") from error
 
@@ -64,25 +63,26 @@ def opened(folder: Path, *, dry_run: bool = False) -> Iterator[Ledger]:
     is another batch's at this moment. A last line that was cut off is removed.
     """
     path = folder / NAME
+    busy = f"{path}: another batch is at work here; wait for it"
     try:
         if dry_run:
             text = path.read_bytes() if path.exists() else b""
-            yield _filled(Ledger(path, None), text)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open_lines(path, busy, 0o666)
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
-    with os.fdopen(fd, "rb+", buffering=0) as file:
-        _lock(fd, path)
-        text = file.readall()
-        ledger = _filled(Ledger(path, fd), text)
-        file.truncate(text.rfind(b"\n") + 1)
+    if dry_run:
+        yield _filled(Ledger(path, None), whole_lines(text))
+        return
+    with contextlib.closing(file):
+        ledger = _filled(Ledger(path, file), file.found)
+        file.mend()
         yield ledger
 
 
-def _filled(ledger: Ledger, text: bytes) -> Ledger:
-    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # what follows the last was cut off
+def _filled(ledger: Ledger, found: Sequence[bytes]) -> Ledger:
+    for number, line in enumerate(found, 1):
         try:
             ledger._take(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
@@ -91,16 +91,3 @@ def _filled(ledger: Ledger, text: bytes) -> Ledger:
                 "file away to begin anew"
             ) from error
     return ledger
-
-
-def _lock(fd: int, path: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise GGUFError(f"{path}: another batch is at work here; wait for it") from None
-    except OSError:
-        return  # a mount without locks

@@ -43,6 +43,7 @@ VOCABULARY = {
     "bytes_out": "of the output, all shards together",
     "bytes_copied": "of data",
     "bytes_cloned": "of data, shared with the input",
+    "bytes_resumed": "of those copied, by an earlier run that was broken off",
     "bit_for_bit": "whether unfuse gives the input back, byte for byte; null if nothing is fused",
     "bytes_compared": "of tensors, of one file",
     "bytes_hashed": "of verify --manifest: all files whole",
@@ -120,6 +121,7 @@ def result_json(
         "bytes_out": result.n_bytes if result else 0,
         "bytes_copied": result.written.n_copied if result else 0,
         "bytes_cloned": result.written.n_cloned if result else 0,
+        "bytes_resumed": result.written.n_resumed if result else 0,
         **back,
         "seconds": round(result.seconds, 3) if result else 0.0,
     }

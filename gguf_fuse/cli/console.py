@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gguf_fuse.cli.outcome import one_line
+from gguf_fuse.progress import ignore
 
 if TYPE_CHECKING:
     from gguf_fuse.measuring.gain import Gain
@@ -142,9 +143,10 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Bar:
-    """How far the command is. update: of rich's task."""
+    """How far the command is. update: of rich's task. say: a line above it."""
 
     update: Callable[..., None]
+    say: Callable[[str], None]
 
     def start(self, what: str, total: int) -> None:
         """A stage begins, of so many bytes or steps."""
@@ -156,10 +158,12 @@ class Bar:
 
 @contextlib.contextmanager
 def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
-    """On stderr, where that is a terminal. of_bytes: with their number and speed."""
+    """On stderr, where that is a terminal; what is said, elsewhere too. of_bytes: with their number
+    and speed.
+    """
     console = printer(stderr=True)
     if quiet or not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield Bar(lambda **changes: None)
+        yield Bar(lambda **changes: None, ignore if quiet else functools.partial(_say, console))
         return
     from rich import progress as rich
 
@@ -171,4 +175,10 @@ def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     columns = [rich.TextColumn("{task.description}", table_column=whole()), rich.BarColumn()]
     columns += [*(done if of_bytes else of_steps), rich.TimeRemainingColumn(table_column=whole())]
     with rich.Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(functools.partial(progress.update, progress.add_task("", visible=False)))
+        update = functools.partial(progress.update, progress.add_task("", visible=False))
+        yield Bar(update, functools.partial(_say, console))
+
+
+def _say(console: Console, line: str) -> None:
+    with contextlib.suppress(OSError):  # as in `complain`
+        console.print(Text(f"gguf-fuse: {one_line(line)}"), soft_wrap=True)

@@ -111,11 +111,14 @@ def _result_line(result: gguf_fuse.Result, verb: str, dry_run: bool) -> str:
     if dry_run:
         place = "" if shards else f" to {result.output}"
         return f"{line}; {decimal(n_bytes)} would be written{place}{shards}"
-    speed = decimal(int(n_bytes / max(result.seconds, 1e-9)))
+    resumed = result.written.n_resumed
+    speed = decimal(int((n_bytes - resumed) / max(result.seconds, 1e-9)))
     line = f"{line}; {decimal(n_bytes)} in {result.seconds:.2f} s ({speed}/s)"
     if result.written.n_cloned:
         cloned, copied = decimal(result.written.n_cloned), decimal(result.written.n_copied)
         line += f", {cloned} of them cloned, {copied} copied"
+    if resumed:
+        line += f", {decimal(resumed)} of them by an earlier run"
     return line + shards
 
 

@@ -125,6 +125,14 @@ class Writing:
             help="Wait until OUT is on the disk, not only in its cache; or do not.",
         ),
     ] = True
+    resume: Annotated[
+        bool,
+        option(
+            "--resume/--no-resume",
+            part=OUTPUT,
+            help="Of an IN that is fetched: go on where it was broken off; or begin anew.",
+        ),
+    ] = True
     split_max_size: Annotated[
         str | None,
         option(
@@ -196,6 +204,8 @@ class Writing:
                 split_max_size=max_size,
                 split_max_tensors=self.split_max_tensors,
                 manifest=self.manifest,
+                resume=self.resume,
+                on_resume=bar.say,
             )
             try:
                 result = rewrite(options=options)

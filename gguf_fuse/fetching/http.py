@@ -13,6 +13,7 @@ import netrc
 import os
 import random
 import re
+import socket
 import ssl
 import time
 import urllib.request
@@ -28,6 +29,7 @@ from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop, fetched
 
 TIMEOUT_S = 30.0  # without a byte
 TRIES = 6
+TRIES_TO_BEGIN = 2  # where nobody answers yet, waiting seldom helps
 FIRST_WAIT_S = 0.5  # doubled with each try
 LONGEST_WAIT_S = 120.0  # that a server may ask for
 MOST_REDIRECTS = 8
@@ -45,6 +47,10 @@ class _TryAgain(Exception):
     def __init__(self, problem: str, wait: float | None = None) -> None:
         super().__init__(problem)
         self.wait = wait
+
+
+class _Unreachable(_TryAgain):
+    """There is no connection."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class _Ranges:
         self, make: Callable[[], _Session], idle: list[_Session], version: str, total: int
     ) -> None:
         self._make, self._idle, self._version, self._total = make, idle, version, total
-        self._stop = Stop()
+        self._stop, self._busy = Stop(), set[_Session]()
 
     def read_into(self, view: memoryview, start: int) -> None:
         if not view:
@@ -86,12 +92,18 @@ class _Ranges:
             session = self._idle.pop()
         except IndexError:
             session = self._make()
-        session.read_into(view, start, self._version, self._total, self._stop)
+        self._busy.add(session)
+        try:
+            session.read_into(view, start, self._version, self._total, self._stop)
+        finally:
+            self._busy.discard(session)
         fetched.add(len(view))
         self._idle.append(session)
 
     def abort(self) -> None:
         self._stop.set()
+        for session in list(self._busy):
+            session.break_off()
 
 
 class _Session:
@@ -111,7 +123,7 @@ class _Session:
             answer.response.read()
             found.append(answer)
 
-        self._tried(act, lambda: 0, stop)
+        self._tried(act, lambda: 0, stop, TRIES_TO_BEGIN)
         return found[0]
 
     def read_into(self, view: memoryview, start: int, version: str, total: int, stop: Stop) -> None:
@@ -133,10 +145,17 @@ class _Session:
 
         self._tried(fill, lambda: done, stop)
 
-    def _tried(self, act: Callable[[], None], progress: Callable[[], int], stop: Stop) -> None:
+    def _tried(
+        self,
+        act: Callable[[], None],
+        progress: Callable[[], int],
+        stop: Stop,
+        tries_to_connect: int = TRIES,
+    ) -> None:
         """Tries count from the last one that brought something."""
         left, before = TRIES, progress()
         while True:
+            stop.wait(0)
             was_open = self._connection is not None
             try:
                 return act()
@@ -150,10 +169,18 @@ class _Session:
                 if progress() > before:
                     left, before = TRIES, progress()
                 left -= 1
-                if left == 0:
-                    raise FetchError(f"{_words(error)} ({TRIES} tries)") from error
+                tries = tries_to_connect if isinstance(error, _Unreachable) else TRIES
+                if TRIES - left >= tries:
+                    raise FetchError(f"{_words(error)} ({TRIES - left} tries)") from error
                 wait = FIRST_WAIT_S * 2 ** (TRIES - 1 - left) * random.uniform(1, 1.3)
                 stop.wait(getattr(error, "wait", None) or wait)
+
+    def break_off(self) -> None:
+        """Called by another thread than the one that waits here: for 30 s, if need be."""
+        sock = None if self._connection is None else self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS has nothing to say to it
 
     def close(self) -> None:
         """The next request begins where the address itself leads."""
@@ -199,11 +226,22 @@ class _Session:
         fixed = {"Accept-Encoding": "identity", "User-Agent": f"gguf-fuse/{__version__}"}
         if self._connection is None:
             self._connection = _connected(parts)
+        if self._connection.sock is None:
+            self._connect(self._connection)
         target = parts.path or "/"
         if parts.query:
             target += f"?{parts.query}"
         self._connection.request("GET", target, headers={**fixed, **own, **headers})
         return self._connection.getresponse()
+
+    @staticmethod
+    def _connect(connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except ssl.SSLCertVerificationError as error:
+            raise FetchError(_words(error)) from error
+        except OSError as error:
+            raise _Unreachable(_words(error)) from error
 
     def _refuse(self, response: http.client.HTTPResponse, headers: Headers) -> None:
         status = response.status

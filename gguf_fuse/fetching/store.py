@@ -11,8 +11,11 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
+from gguf_fuse.fetching.address import shown
 from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop, fetched
 
+# What obstore tries again by itself: 5xx, connections that are refused or break, no answer; the
+# waits grow from 0.1 s to 15 s.
 _RETRY = {"max_retries": 5, "retry_timeout": timedelta(minutes=3)}
 
 
@@ -32,7 +35,7 @@ def find(address: str) -> Place:
     if not version:
         raise FetchError("the store tells no version (ETag) of it")
     return Place(
-        address, n_bytes, version, open=lambda: _Ranges(library, made, key, version, n_bytes)
+        shown(address), n_bytes, version, open=lambda: _Ranges(library, made, key, version, n_bytes)
     )
 
 

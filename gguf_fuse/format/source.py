@@ -64,6 +64,10 @@ class GGUFError(Exception):
     """A bad input or an I/O failure, as one line for the user: place, value, limit, remedy."""
 
 
+class OtherBytes(GGUFError):
+    """What is fetched is another version by now, or is not what its host says it is."""
+
+
 class Stamp(NamedTuple):
     """What tells that a file is still the one that was read; times in nanoseconds.
 
@@ -230,7 +234,12 @@ class _OpenPlace(OpenSource):
     fd: None = None
 
     def _fill(self, view: memoryview, start: int) -> None:
-        self.ranges.read_into(view, start)
+        from gguf_fuse.fetching.place import Changed
+
+        try:
+            self.ranges.read_into(view, start)
+        except Changed as error:
+            raise OtherBytes(f"{self.source.path}: {error.strerror}") from error
 
     def refuse_changed(self) -> None:
         """Nothing: with every range its version is checked."""

@@ -50,12 +50,12 @@ def copy_ranges(
     copies: Iterable[Copy],
     *,
     threads: int,
-    on_block: Callable[[Copy], None],
+    on_block: Callable[[Copy, memoryview], None],
 ) -> None:
     """Copy, by threads with one buffer each: memory does not grow.
 
-    on_block: called, by any of the threads, with each block that was written. Raises OSError if
-    writing fails, GGUFError if reading does.
+    on_block: called, by any of the threads, with each block that was written, and its bytes. Raises
+    OSError if writing fails, GGUFError if reading does.
     """
     if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
         for fd in (file.fd for file in sources.values() if file.fd is not None):
@@ -69,7 +69,7 @@ def copy_ranges(
             view = buffer[: block.n_bytes]
             sources[block.source].read_at(view, block.start)
             write_all(target_fd, view, block.target)
-            on_block(block)
+            on_block(block, view)
 
     in_turn(iter_blocks(copies, block_bytes), threads, work, lambda: abort(sources))
 

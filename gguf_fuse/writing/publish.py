@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from gguf_fuse import signals
 from gguf_fuse.choices import MOST_THREADS, Reflink, require_count, require_word
@@ -38,13 +37,12 @@ from gguf_fuse.writing.copy import (
 from gguf_fuse.writing.hashing import Hashes, hash_beside
 from gguf_fuse.writing.manifest import contents, manifest_paths, ranges
 from gguf_fuse.writing.place import Copy, Placement
+from gguf_fuse.writing.resume import kept_bytes, temporaries
+from gguf_fuse.writing.temporary import Temporaries, beside
 from gguf_fuse.writing.whole import refuse_other_bytes
 
 Move = tuple[Path, Path]  # from the temporary name to the destination
 
-TEMPORARY_MARK = ".gguf-fuse-"
-
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _RENAME_NOREPLACE, _AT_FDCWD = 1, -100  # linux/fs.h, linux/fcntl.h
 # What a file system says that has no fsync.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -58,7 +56,9 @@ class Options:
     whether to share blocks with the source where the file system can; "always" fails where it
     cannot. on_flush: called when the last wait for the disk begins. split_max_size (bytes of data),
     split_max_tensors: cut the output into shards. manifest: the file that is to tell the SHA-256 of
-    all that is written. Raises GGUFError for a value that cannot be.
+    all that is written. resume: go on where an earlier run that fetched was broken off, and keep
+    what this one has; else begin anew. on_resume: called with a line that says what has become of
+    what an earlier run kept. Raises GGUFError for a value that cannot be.
     """
 
     dry_run: bool = False
@@ -72,6 +72,8 @@ class Options:
     split_max_size: int | None = None
     split_max_tensors: int | None = None
     manifest: AnyPath | None = None
+    resume: bool = True
+    on_resume: Callable[[str], None] = ignore
 
     def __post_init__(self) -> None:
         require_count("threads", self.threads, MOST_THREADS)
@@ -84,10 +86,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Bytes of data by how they came into the new file. Holes of the source are neither."""
+    """Bytes of data by how they came into the new file. Holes of the source are neither.
+
+    n_resumed: of those that were copied, by an earlier run that was broken off.
+    """
 
     n_copied: int
     n_cloned: int
+    n_resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +125,12 @@ def check_destinations(
         for path, real in zip(paths, reals, strict=True):
             check_place(read, path, real, force)
             if reals.count(real) > 1:
-                beside = real in reals[len(outputs) :]
-                what = "the manifest and OUT" if beside else "two shards"
+                is_manifest = real in reals[len(outputs) :]
+                what = "the manifest and OUT" if is_manifest else "two shards"
                 raise GGUFError(f"{path}: {what} would be the same file, {real}")
         for output, real in zip(outputs, reals, strict=False):
             n_bytes = output.placement.n_bytes - output.placement.n_cloned
+            n_bytes -= kept_bytes(output.placement, real)
             needed[real.parent] = needed.get(real.parent, 0) + n_bytes
         for folder, n_bytes in needed.items():
             free = _free_bytes(folder)
@@ -179,52 +186,66 @@ def write(read: Sequence[Source], outputs: Sequence[Output], options: Options) -
     become of the outputs.
     """
     reals = check_destinations(read, outputs, force=options.force, manifest=options.manifest)
-    moves = [(_beside(real), real) for real in reals]
-    temporaries = [temporary for temporary, _ in moves]
-    at, whole = outputs[0].path, False
+    own, others = reals[: len(outputs)], reals[len(outputs) :]
+    small = [beside(real) for real in others]  # where the manifest grows
+    placements = [output.placement for output in outputs]
+    at, whole, growing = outputs[0].path, False, Temporaries(())
     left: list[str] = []  # what could not be undone, or not be done behind the renaming
     try:
+        with signals.waiting():
+            growing = temporaries(placements, own, resume=options.resume)
+        growing.look(options.threads, _progress(options), options.on_resume)
         with opened(read) as sources:
             n_cloned = n_copied = 0
             hashes: list[Hashes] = []
-            for output, temporary in zip(outputs, temporaries, strict=False):
+            for number, output in enumerate(outputs):
                 at, is_last = output.path, output is outputs[-1]
-                clones, copies, found = _write_one(sources, temporary, output, options, is_last)
+                clones, copies, found = _write_one(
+                    sources, growing, number, output, options, is_last
+                )
                 n_cloned, n_copied = n_cloned + clones, n_copied + copies
                 hashes += found
-            placements = [output.placement for output in outputs]
-            refuse_other_bytes(sources, placements, temporaries[: len(outputs)])
+            refuse_other_bytes(sources, placements, growing.paths)
             if options.manifest is not None:
                 at = Path(options.manifest)
                 said = contents(at, read, [(o.path, o.placement) for o in outputs], hashes)
-                _write_small(temporaries[len(outputs) :], said, sources, options)
+                _write_small(small, said, sources, options)
         at = outputs[0].path
         for real in reals:
             check_place(read, real, real, options.force)  # time has gone by
         with signals.waiting():
-            replaced = _publish(moves[: len(outputs)], moves[len(outputs) :], options, left)
+            moves = list(zip(growing.paths, own, strict=True))
+            told_by = list(zip(small, others, strict=True))
+            replaced = _publish(moves, told_by, options, left)
             whole = True
-            _remove([*temporaries, *replaced], left)
+            _remove([*growing.paths, *small, *replaced], left)
+            _end(growing, left)
         if options.sync:
             _flush_folders(reals, left)
     except BaseException as error:
         with signals.waiting():
             if whole and options.sync:
                 left.append("its name may not be on the disk yet")
-            told = _outcome(outputs, whole, left)
+            kept = None if whole or left else growing.kept(error)
+            told = kept or _outcome(outputs, whole, left)
             stale: list[str] = []
-            _remove([] if whole else temporaries, stale)
+            _remove([] if whole else small, stale)
+            if kept is None:
+                _remove([] if whole else growing.paths, stale)
+                _end(growing, stale)
             told = "; ".join([told, *stale])
             if isinstance(error, OSError):
                 raise GGUFError(f"{at}: {error.strerror}; {told}") from error
-            if isinstance(error, GGUFError) and (left or stale):
+            if isinstance(error, GGUFError) and (kept or left or stale):
                 raise GGUFError(f"{error}; {told}") from error
             if isinstance(error, KeyboardInterrupt):
                 error.args = (told,)
             raise
+    finally:
+        growing.close()
     if left:
         raise GGUFError(_outcome(outputs, whole, left))
-    return Written(n_copied, n_cloned)
+    return Written(n_copied, n_cloned, growing.n_resumed)
 
 
 def _outcome(outputs: Sequence[Output], whole: bool, left: Sequence[str]) -> str:
@@ -250,7 +271,7 @@ def write_manifest(
     """
     assert options.manifest is not None
     reals = check_destinations(read, (), force=options.force, manifest=options.manifest)
-    moves, left = [(_beside(real), real) for real in reals], list[str]()
+    moves, left = [(beside(real), real) for real in reals], list[str]()
     temporaries = [temporary for temporary, _ in moves]
     path = Path(options.manifest)
     try:
@@ -275,8 +296,9 @@ def write_manifest(
 def _write_small(
     paths: Sequence[Path], contents: Sequence[bytes], sources: Opened, options: Options
 ) -> None:
-    for path, data in zip(paths, contents, strict=True):
-        with _created(path) as fd:
+    files = Temporaries(paths)
+    for number, data in enumerate(contents):
+        with files.opened(number) as fd:
             write_all(fd, memoryview(data), 0)
             _set_permissions(fd, next(iter(sources.values())))
             if options.sync:
@@ -284,14 +306,19 @@ def _write_small(
 
 
 def _write_one(
-    sources: Opened, path: Path, output: Output, options: Options, is_last: bool
+    sources: Opened,
+    growing: Temporaries,
+    number: int,
+    output: Output,
+    options: Options,
+    is_last: bool,
 ) -> tuple[int, int, list[Hashes]]:
     """A whole new file under a temporary name -> bytes cloned and copied, hashes if wanted.
 
     Raises as `write`.
     """
-    with _created(path) as target_fd:
-        clones, copies, hashes = _fill(sources, path, target_fd, output, options)
+    with growing.opened(number) as target_fd:
+        clones, copies, hashes = _fill(sources, target_fd, growing, number, output, options)
         for file in sources.values():
             file.refuse_changed()
         _set_permissions(target_fd, next(iter(sources.values())))
@@ -302,13 +329,22 @@ def _write_one(
     return clones, copies, hashes
 
 
+def _progress(options: Options) -> OnProgress:
+    """Of copying. With hashes, progress is theirs: they come last."""
+    return options.on_progress if options.manifest is None else ignore
+
+
 def _fill(
-    sources: Opened, path: Path, target_fd: int, output: Output, options: Options
+    sources: Opened,
+    target_fd: int,
+    growing: Temporaries,
+    number: int,
+    output: Output,
+    options: Options,
 ) -> tuple[int, int, list[Hashes]]:
     """Write all of one file -> as `_write_one`. Raises as `write` does."""
     placement = output.placement
-    # With hashes, progress is theirs: they come last.
-    progress = options.on_progress if options.manifest is None else ignore
+    progress = _progress(options)
     reserve(target_fd, placement.n_bytes, ())
     for start, data in placement.literals:
         write_all(target_fd, new_bytes(data), start)
@@ -318,38 +354,25 @@ def _fill(
     copies = without_holes(sources, [*placement.copies, *refused])
     reserve(target_fd, placement.n_bytes, copies)
 
+    missing = growing.missing(number, copies)
+
     def copy_all(tell: Callable[[Copy], None]) -> None:
-        def on_block(block: Copy) -> None:
+        def on_block(block: Copy, view: memoryview) -> None:
             if options.sync:
                 start_write_back(target_fd, block)
+            growing.wrote(number, block, view)
             tell(block)
 
-        copy_ranges(sources, target_fd, copies, threads=options.threads, on_block=on_block)
+        copy_ranges(sources, target_fd, missing, threads=options.threads, on_block=on_block)
 
     hashes: list[Hashes] = []
     if options.manifest is None:
         copy_all(lambda block: progress(block.n_bytes))
     else:
-        where, told = ranges(placement), options.on_progress
-        hashes += [hash_beside(path, placement.n_bytes, where, copies, copy_all, told)]
+        path, where, told = growing.paths[number], ranges(placement), options.on_progress
+        hashes += [hash_beside(path, placement.n_bytes, where, missing, copy_all, told)]
     n_refused = sum(clone.n_bytes for clone in refused)
     return placement.n_cloned - n_refused, sum(copy.n_bytes for copy in copies), hashes
-
-
-def _beside(destination: Path) -> Path:
-    # 255 bytes is the usual limit of a name.
-    stem = os.fsencode(destination.name)[:200].decode(errors="ignore")
-    return destination.with_name(f"{stem}{TEMPORARY_MARK}{uuid4().hex[:8]}.tmp")
-
-
-@contextlib.contextmanager
-def _created(path: Path) -> Iterator[int]:
-    """A new file that nobody else can open before it is whole."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _set_permissions(fd: int, like: OpenSource) -> None:
@@ -367,12 +390,12 @@ def _set_permissions(fd: int, like: OpenSource) -> None:
 
 
 def _publish(
-    moves: Sequence[Move], beside: Sequence[Move], options: Options, left: list[str]
+    moves: Sequence[Move], others: Sequence[Move], options: Options, left: list[str]
 ) -> list[Path]:
     """Give each of (temporary, destination) its name, or none -> new names of what was there.
 
     Loading begins with the first shard: of an old set it goes first, and of the new one it comes
-    last, so that at no moment some shards of both can be loaded, nor after a power failure. beside:
+    last, so that at no moment some shards of both can be loaded, nor after a power failure. others:
     files of the manifest, which are there before what they tell of. Raises OSError and GGUFError;
     left: what could not be undone then.
     """
@@ -381,14 +404,14 @@ def _publish(
     placed: list[Path] = []
     replaced: dict[Path, Path] = {}  # by destination: where the old file is now
     try:
-        for _, destination in [*moves[in_one_step:], *beside]:
+        for _, destination in [*moves[in_one_step:], *others]:
             if options.force and destination.exists():
-                aside = _beside(destination)
+                aside = beside(destination)
                 destination.replace(aside)
                 replaced[destination] = aside
                 if destination == first and options.sync:
                     _flush_folders([first], [])
-        for temporary, destination in reversed([*moves, *beside]):
+        for temporary, destination in reversed([*moves, *others]):
             if in_one_step and destination == first:
                 temporary.replace(destination)
                 break
@@ -447,6 +470,11 @@ def _remove(paths: Sequence[Path], left: list[str]) -> None:
     for path in paths:
         with _noted(left, f"{path} could not be removed"):
             path.unlink(missing_ok=True)
+
+
+def _end(growing: Temporaries, left: list[str]) -> None:
+    with _noted(left, "the journal could not be removed"):
+        growing.end()
 
 
 @contextlib.contextmanager

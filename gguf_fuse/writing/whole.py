@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gguf_fuse.format.source import GGUFError, OpenSource, Source
+from gguf_fuse.format.source import OpenSource, OtherBytes, Source
 from gguf_fuse.writing.copy import BLOCK_BYTES, Opened
 from gguf_fuse.writing.place import Copy, Placement
 
@@ -30,7 +30,7 @@ class _Part(NamedTuple):
 def refuse_other_bytes(
     sources: Opened, placements: Sequence[Placement], written: Sequence[Path]
 ) -> None:
-    """Raises GGUFError if a source with a known SHA-256 has another one."""
+    """Raises OtherBytes if a source with a known SHA-256 has another one."""
     for source, file in sources.items():
         if source.place is None or source.place.sha256 is None:
             continue
@@ -39,7 +39,7 @@ def refuse_other_bytes(
             continue
         found = _sha256(file, parts, written)
         if found != source.place.sha256:
-            raise GGUFError(
+            raise OtherBytes(
                 f"{source.path}: its SHA-256 is {found}, its host says {source.place.sha256}: "
                 "try again; if it stays so, the file there is damaged"
             )

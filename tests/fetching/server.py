@@ -19,7 +19,8 @@ from urllib.parse import unquote
 class Files:
     """What is served, and how. faults: by name, how many requests are still to suffer from it.
 
-    asked: every range that was sent, for whoever counts bytes.
+    asked: every range that was sent, for whoever counts bytes. goes_after: so many more of them;
+    then it answers 503. silent_after: so many, it says nothing for ten seconds.
     """
 
     folder: Path
@@ -30,10 +31,23 @@ class Files:
     redirect: str | None = None
     secret: str | None = None
     delay: float = 0.0
+    goes_after: int | None = None
+    silent_after: int = 1 << 30
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def path(self, asked: str) -> Path:
         return self.folder / unquote(asked.lstrip("/").partition("?")[0])
+
+    @property
+    def n_asked(self) -> int:
+        return sum(last - first + 1 for first, last in self.asked)
+
+    def has_gone(self) -> bool:
+        with self.lock:
+            if self.goes_after:
+                self.goes_after -= 1
+                return False
+            return self.goes_after is not None
 
     def suffers(self, fault: str) -> bool:
         with self.lock:
@@ -56,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(401)
         if files.suffers("429"):
             return self._say(429, Retry_After="1")
-        if files.suffers("503"):
+        if files.suffers("503") or files.has_gone():
             return self._say(503)
         if not path.is_file():
             return self._say(404)
@@ -89,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             first += 1
         told = f"bytes {first}-{last}/{total}"
         etag = '"two"' if files.suffers("other version") else files.etag
-        time.sleep(files.delay)
+        time.sleep(files.delay if len(files.asked) < files.silent_after else 10)
         date = self.date_time_string(int(path.stat().st_mtime))
         facts = {"Content-Range": told, "ETag": etag, "Content-Length": n_bytes}
         facts |= {"Last-Modified": date}

@@ -13,6 +13,7 @@ import pytest
 
 from gguf_fuse.api import fuse, inspect, unfuse
 from gguf_fuse.fetching import http
+from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
@@ -183,9 +184,16 @@ def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "out.gguf").read_bytes() == FUSED
 
 
-def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_WAIT_S", 0.01)
-    with pytest.raises(GGUFError, match=r"Connection refused \(6 tries\)"):
+def test_nobody_answers(there: tuple[str, Files], tmp_path: Path) -> None:
+    address, _ = there
+    with pytest.raises(GGUFError, match=r"Connection refused \(2 tries\)"):
         inspect("http://127.0.0.1:9/in.gguf")
+    with pytest.raises(GGUFError, match=r"SSL.*\(2 tries\)"):
+        inspect(address.replace("http:", "https:") + "/in.gguf")
+    with serve(tmp_path / "there") as (soon_gone, files):
+        model = read_model(f"{soon_gone}/in.gguf")
+        files.faults["cut"] = 1  # of the connection that is open still
+    with pytest.raises(GGUFError, match=r"Connection refused \(6 tries\)"):  # it was there once
+        model.sources[0].read(1 << 20, 100)
     with pytest.raises(GGUFError, match="ftp:// is not known"):
         inspect("ftp://127.0.0.1/in.gguf")

@@ -17,6 +17,7 @@ import pytest
 
 from tests.fetching.server import Files, serve
 from tests.fetching.test_http import FUSED, WHOLE
+from tests.fetching.test_resume import PRELUDE
 
 pytest.importorskip("huggingface_hub")
 
@@ -87,7 +88,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[_Hub], Files, Any]]:
                 "HF_HOME": str(tmp_path / "hf"),
                 "HF_TOKEN": token,
             }
-            command = [sys.executable, "-m", "gguf_fuse", *arguments]
+            command = [sys.executable, "-c", PRELUDE + "cli.main()", *arguments]
             return subprocess.run(
                 command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
             )
@@ -123,7 +124,25 @@ def test_other_bytes_than_the_hub_knows(hub: tuple[type[_Hub], Files, Any], tmp_
     done = run("fuse", "hf://me/model/in.gguf", "out.gguf")
     assert done.returncode == 1
     assert "SHA-256" in done.stderr
-    assert not (tmp_path / "out.gguf").exists()
+    assert not list(tmp_path.glob("out.gguf*"))
+
+
+def test_a_run_that_was_broken_off_goes_on(
+    hub: tuple[type[_Hub], Files, Any], tmp_path: Path
+) -> None:
+    """By the SHA-256 that the hub tells, whatever ETag the place has that it leads to."""
+    _, files, run = hub
+    files.goes_after = 40
+    done = run("fuse", "hf://me/model/in.gguf", "out.gguf")
+    assert done.returncode == 1
+    assert " bytes are kept in " in done.stderr
+    for path in tmp_path.glob("out.gguf*"):
+        assert TOKEN.encode() not in path.read_bytes()
+        assert b"s3cret" not in path.read_bytes()
+    files.goes_after, files.etag = None, '"three"'
+    done = run("fuse", "hf://me/model/in.gguf", "out.gguf")
+    assert "going on with" in done.stderr
+    assert (tmp_path / "out.gguf").read_bytes() == FUSED
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gguf_fuse.api import fuse, inspect
+from gguf_fuse.format import source
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
@@ -61,6 +62,29 @@ def test_an_object_that_is_replaced_meanwhile(bucket: Any, tmp_path: Path) -> No
     with pytest.raises(GGUFError, match=r"s3://models/a/in.gguf: .*changed while it was read"):
         fuse("s3://models/a/in.gguf", tmp_path / "out.gguf", options=options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_broken_off_goes_on(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "FETCH_BYTES", 1 << 18)
+    n_done = 0
+
+    def stop(n_bytes: int) -> None:
+        nonlocal n_done
+        n_done += n_bytes
+        if n_done > len(WHOLE) // 2:
+            raise KeyboardInterrupt
+
+    options = FAST.__class__(sync=False, on_progress=stop)
+    with pytest.raises(KeyboardInterrupt, match=r"bytes are kept in .*\.part: the same command"):
+        fuse("s3://models/a/in.gguf", tmp_path / "out.gguf", options=options)
+    for path in tmp_path.iterdir():
+        assert SECRET.encode() not in path.read_bytes()
+    result = fuse("s3://models/a/in.gguf", tmp_path / "out.gguf", options=FAST)
+    assert result.written.n_resumed > len(WHOLE) // 3
+    assert (tmp_path / "out.gguf").read_bytes() == FUSED
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
 @pytest.mark.parametrize("address", ["s3://models/absent.gguf", "s3://nowhere/in.gguf"])

@@ -210,12 +210,12 @@ def test_the_new_name_is_flushed_after_the_data(
 # -- full disks ---------------------------------------------------------------------------------
 
 # What a disk without room for the file does, where free space is not known or not reserved.
-_FREE_SPACE_LIES = """
+FREE_SPACE_LIES = """
 import collections, shutil
 usage = collections.namedtuple("usage", "total used free")
 shutil.disk_usage = lambda path: usage(1 << 40, 0, 1 << 40)
 """
-_NOTHING_IS_RESERVED = """
+NOTHING_IS_RESERVED = """
 import ctypes
 class Library:
     def __getattr__(self, name):
@@ -224,30 +224,15 @@ ctypes.CDLL = lambda *arguments, **options: Library()
 """
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root mounts a tmpfs")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    try:
-        yield tmp_path
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
 @pytest.mark.parametrize("old", [None, OLD], ids=["absent", "old"])
 @pytest.mark.parametrize("sync", ["--sync", "--no-sync"])
 @pytest.mark.parametrize(
     ("prelude", "words"),
     [
         ("", ("are needed", "are free")),
-        (_FREE_SPACE_LIES, ("No space left on device", "nothing was written")),
+        (FREE_SPACE_LIES, ("No space left on device", "nothing was written")),
         (
-            _FREE_SPACE_LIES + _NOTHING_IS_RESERVED,
+            FREE_SPACE_LIES + NOTHING_IS_RESERVED,
             ("No space left on device", "nothing was written"),
         ),
     ],
@@ -285,7 +270,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, 50 << 20))
 
 
-@pytest.mark.parametrize("prelude", ["", _NOTHING_IS_RESERVED])
+@pytest.mark.parametrize("prelude", ["", NOTHING_IS_RESERVED])
 def test_file_may_not_grow_so_large(prelude: str, model: Model, folder: Path) -> None:
     out = folder / "out.gguf"
     result = run("fuse", model.path, out, prelude=prelude, preexec_fn=limit_file_size)
