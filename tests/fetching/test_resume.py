@@ -20,6 +20,7 @@ from gguf_fuse.fetching import http
 from gguf_fuse.format import source
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.fusions import GATE_UP, QKV
+from gguf_fuse.verifying.manifest import verify_manifest
 from tests import pack
 from tests.conftest import FAST, gguf_fuse
 from tests.fetching.server import Files, serve
@@ -469,3 +470,18 @@ def test_a_batch_goes_on(there: There, tmp_path: Path) -> None:
     assert (tmp_path / "many" / "in-fused.gguf").read_bytes() == FUSED
     assert left(tmp_path / "many" / "out") == [".gguf", ".jsonl"]
     assert files.n_asked <= len(WHOLE) - (n_kept - 10) * BLOCK + HEADER
+
+
+def test_hashes_are_of_what_was_there_before_too(there: There, out: Path) -> None:
+    address, files = there
+    manifest = out.with_name("m.json")
+    how = replace(FAST, manifest=manifest)
+    broken(files, lambda: fuse(f"{address}/in.gguf", out, options=how))
+    assert left(out) == [".journal", ".part"]
+    n_told: list[int] = []
+    how = replace(how, on_progress=n_told.append)
+    assert fuse(f"{address}/in.gguf", out, options=how).written.n_resumed > 30 * BLOCK
+    assert out.read_bytes() == FUSED
+    assert left(out) == [".gguf", ".json", ".sha256"]
+    assert verify_manifest(manifest, out).ok
+    assert sum(n_told) == len(FUSED)
