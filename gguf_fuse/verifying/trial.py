@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ ROW_BLOCK = 1024  # rows of a weight that exist in float64 at one time
 
 _PLAIN = "plain"  # the way whose error sets the limit
 
+Projected = tuple[Floats, Floats, Floats]  # Q, K and V, [n_seqs, n_tokens, rows]
 Checks = Mapping[str, Check | None]  # by way; None: nothing can be told
 
 # q, k, v, mask, params -> [n_seqs, n_head, n_tokens, head_dim_v]
@@ -55,7 +56,7 @@ class _Path:
         assert self.weights.layer is not None
         return self.weights.layer
 
-    def project(self, x: Floats) -> tuple[Floats, Floats, Floats]:
+    def project(self, x: Floats) -> Projected:
         """x [n_seqs, n_tokens, n_embd] -> [n_seqs, n_tokens, rows] of Q, K and V."""
         projections, read = self.weights
         clamp = 0.0 if read is None else read.spec.clamp
@@ -64,9 +65,9 @@ class _Path:
         doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
         return _by_row_blocks(projections, lambda w: w.project(doubles, clamp))
 
-    def heads(self, x: Floats, positions: Ints) -> Heads:
-        """x [n_seqs, n_tokens, n_embd] at positions [n_seqs, n_tokens], -1 for padding."""
-        return layer.positioned(self.layer, *self.project(x), positions)
+    def heads(self, projected: Projected, positions: Ints) -> Heads:
+        """At positions [n_seqs, n_tokens], -1 for padding."""
+        return layer.positioned(self.layer, *projected, positions)
 
     def allocate(self, heads: Heads, n_cells: int) -> None:
         """Caches of n_cells whose first cells are the prompt's K and V."""
@@ -118,9 +119,7 @@ def _largest_sums(projections: Projections, x: Floats) -> list[float]:
     return [float(np.max(part)) for part in _by_row_blocks(projections, sums)]
 
 
-def _by_row_blocks(
-    projections: Projections, compute: Callable[[Linear], Floats]
-) -> tuple[Floats, Floats, Floats]:
+def _by_row_blocks(projections: Projections, compute: Callable[[Linear], Floats]) -> Projected:
     """compute -> [n_seqs, n_tokens, rows], joined, of Q, K and V.
 
     Some rows at a time: a whole weight in float64 would double the memory.
@@ -203,18 +202,28 @@ class Trial:
         return self.random.standard_normal(shape, dtype=np.float32)
 
     def checks(self) -> Checks:
-        x = self.activations(self.options.n_prompt)
-        checks = self.check_projection(x)
-        if self.modelled:
-            checks = {**checks, **self.check_prefill(x), **self.check_decode()}
-        return checks
+        n_prompt, n_decode = self.options.n_prompt, self.options.n_decode * self.modelled
+        x = self.activations(n_prompt + n_decode)  # the prompt, then a token for each decode step
+        exact = self.exact.project(x)  # all at once: float64 weights take long to make
 
-    def check_projection(self, x: Floats) -> Checks:
+        def projected(start: int, end: int) -> list[Projected]:
+            """Of these tokens, by every path."""
+            q, k, v = (part[:, start:end] for part in exact)
+            tokens = x[:, start:end]
+            return [self.plain.project(tokens), self.fused.project(tokens), (q, k, v)]
+
+        prompt = projected(0, n_prompt)
+        checks = self.check_projection(x[:, :n_prompt], prompt)
+        if not self.modelled:
+            return checks
+        steps = (projected(at, at + 1) for at in range(n_prompt, n_prompt + n_decode))
+        return {**checks, **self.check_prefill(prompt), **self.check_decode(steps)}
+
+    def check_projection(self, x: Floats, prompt: Sequence[Projected]) -> Checks:
         """The worst of Q, K and V, each relative to its own size; none if one of them has none."""
         checks: list[Check] = []
         sums = _largest_sums(self.plain.weights.projections, x)
-        projected = zip(*(path.project(x) for path in self.paths), sums, strict=True)
-        for plain, fused, exact, largest in projected:
+        for plain, fused, exact, largest in zip(*prompt, sums, strict=True):
             gauge = _Gauge()
             rounding = largest / (float(np.max(np.abs(exact))) or 1.0)
             self.projected = max(self.projected, rounding)
@@ -225,9 +234,9 @@ class Trial:
         worst = max(checks, key=lambda check: (not check.ok, check.error / check.limit))
         return {"projection": worst}
 
-    def check_prefill(self, x: Floats) -> Checks:
-        positions = masks.padded_positions(self.prompts, x.shape[1])  # [n_seqs, n_tokens]
-        heads = [path.heads(x, positions) for path in self.paths]
+    def check_prefill(self, prompt: Sequence[Projected]) -> Checks:
+        positions = masks.padded_positions(self.prompts, self.options.n_prompt)
+        heads = [path.heads(own, positions) for path, own in zip(self.paths, prompt, strict=True)]
         self.fill_caches(heads)
         plain, fused, exact = (
             path.attend(own, positions, positions)
@@ -251,22 +260,21 @@ class Trial:
                 for cache in caches:
                     cache[seq, :, prompt:context] = filling
 
-    def check_decode(self) -> Checks:
+    def check_decode(self, steps: Iterable[Sequence[Projected]]) -> Checks:
+        """steps: of one new token of each sequence, at the position of its cell."""
         gauge = _Gauge()
-        for step in range(self.options.n_decode):
+        for step, projected in enumerate(steps):
             cells = [context + step for context in self.contexts]
-            plain, fused, exact = self.decode_heads(cells)
+            plain, fused, exact = (
+                path.cached(path.heads(own, np.array(cells)[:, None]), cells)
+                for path, own in zip(self.paths, projected, strict=True)
+            )
             ways = {_PLAIN: self.plain.decode(plain, cells)}
             for name, way in self.decodes.items():
                 ways[f"decode_{name}"] = self.fused.decode(fused, cells, way)
             rounding = self.projected + 2 * self.exact.largest_score(exact)
             gauge.add(self.exact.decode(exact, cells), ways, rounding)
         return gauge.checks()
-
-    def decode_heads(self, cells: Sequence[int]) -> list[Heads]:
-        """One new token of each sequence, at the position of its cell, by every path; cached."""
-        x, positions = self.activations(1), np.array(cells)[:, None]  # [n_seqs, 1]
-        return [path.cached(path.heads(x, positions), cells) for path in self.paths]
 
     def timing(self, name: str) -> Timing:
         """One token of each sequence through the projections, and the last decode step again."""
@@ -277,7 +285,8 @@ class Trial:
         }
         if self.modelled:
             cells = [context + self.options.n_decode - 1 for context in self.contexts]
-            heads = self.decode_heads(cells)[1]
+            heads = self.fused.heads(self.fused.project(x), np.array(cells)[:, None])
+            heads = self.fused.cached(heads, cells)
             for decode, way in self.decodes.items():
                 ways[decode] = functools.partial(self.fused.decode, heads, cells, way)
         times = interleaved(ways, 0.5)
