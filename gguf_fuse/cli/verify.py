@@ -122,6 +122,7 @@ def verify(
             threads=threads,
             seed=seed,
             structure_only=structure_only,
+            timed=verbose or as_json,
             llama=llama,
             n_gpu_layers=n_gpu_layers,
             on_start=bar.start,

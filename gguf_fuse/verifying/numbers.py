@@ -34,7 +34,8 @@ def compare_numbers(
     timing: Timing | None = None
     with blas_threads(options.threads), np.errstate(all="ignore"):
         for name in names:
-            report, layer_timing = _compare_layer(original, fused, name, options, timing is None)
+            timed = options.timed and timing is None
+            report, layer_timing = _compare_layer(original, fused, name, options, timed)
             reports.append(report)
             timing = timing or layer_timing
             options.on_progress(1)

@@ -33,7 +33,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to compute. n_kv: cells that each cache holds before the first decode step.
+    """What to compute. n_kv: cells that each cache holds before the first decode step. timed:
+    whether one layer is timed, too, which takes half a second.
 
     Raises GGUFError for a value that cannot be.
     """
@@ -46,6 +47,7 @@ class VerifyOptions:
     threads: int = COMPUTE_THREADS
     seed: int = 0
     structure_only: bool = False
+    timed: bool = True
     llama: bool = False  # run both files in llama.cpp, too
     n_gpu_layers: int | None = None  # of llama.cpp; None is its own choice
     on_start: OnStart = ignore
