@@ -21,6 +21,7 @@ from pathlib import Path
 
 import random_models  # noqa: F401 (so that tests/ is found)
 
+from gguf_fuse.measuring.gain import gain, spread
 from tests import pack
 
 
@@ -62,10 +63,12 @@ def main() -> None:
                 took, peak = run(Path(name), n, *options)
                 seconds[n].append(took)
                 memory[n].append(peak)
-    few, many = (statistics.median(seconds[n]) for n in counts)
-    spread = statistics.quantiles(seconds[counts[1]], n=4)
-    print(f"{counts[1]} files: {many:.2f} s (middle half {spread[0]:.2f} to {spread[2]:.2f})")
-    print(f"a task: {(many - few) / (counts[1] - counts[0]) * 1000:.1f} ms")
+    few, many = (spread(seconds[n]) for n in counts)
+    for n, each in zip(counts, (few, many), strict=True):
+        print(f"{n} files: {each.median:.2f} s (middle half {each.low:.2f} to {each.high:.2f})")
+    found = gain(seconds[counts[0]], seconds[counts[1]])
+    task_ms = (many.median - few.median) / (counts[1] - counts[0]) * 1000
+    print(f"a task: {task_ms:.1f} ms" if found.seen else f"a task: {found.word}")
     peaks = [statistics.median(memory[n]) / 1e6 for n in counts]
     print(
         f"peak memory: {peaks[0]:.0f} MB for {counts[0]} files, {peaks[1]:.0f} MB for {counts[1]}"

@@ -1,6 +1,7 @@
 """How fast and in how much memory a model is rewritten: gguf-fuse against the tools people have.
 
-All contenders run in turn, round after round, on one model in the page cache. Shown are medians
+All contenders run in turn, round after round, on one model in the page cache (with --cold, out of
+it: the disk is read). Shown are medians
 with the middle half of the runs, and the share of `cp`'s time with its 95 % interval. Every output
 is deleted and every write flushed before the next run. Run it on a quiet machine:
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -62,10 +64,11 @@ def main(
     all_tools: Annotated[
         bool, typer.Option("--all/--cp-only", help="Also gguf-py's script and llama-quantize.")
     ] = True,
+    cold: Annotated[bool, typer.Option("--cold", help="Read from the disk.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     compared = [
-        compare(where, n_bytes, rounds, all_tools)
+        compare(where, n_bytes, rounds, all_tools, drop_cached if cold else read_through)
         for where in folder
         for n_bytes in map(parse_size, size)
     ]
@@ -80,7 +83,9 @@ def parse_size(text: str) -> int:
     return int(float(text.rstrip("KMG")) * UNITS.get(text[-1:], 1))
 
 
-def compare(where: Path, n_bytes: int, rounds: int, all_tools: bool) -> list[Row]:
+def compare(
+    where: Path, n_bytes: int, rounds: int, all_tools: bool, prepare: Callable[[Path], None]
+) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=where, prefix="bench-copy-") as scratch:
         model, output = Path(scratch, "in.gguf"), Path(scratch, "out.gguf")
         f16 = ModelSpec(types={"*": GGMLQuantizationType.F16})
@@ -91,7 +96,7 @@ def compare(where: Path, n_bytes: int, rounds: int, all_tools: bool) -> list[Row
             for name in rotated(list(commands), turn):
                 output.unlink(missing_ok=True)
                 os.sync()
-                read_through(model)
+                prepare(model)
                 runs[name].append(timed(commands[name]))
         return rows_of(runs, file_system(where), model.stat().st_size)
 
@@ -136,6 +141,12 @@ def read_through(path: Path) -> None:
         buffer = bytearray(1 << 20)
         while file.readinto(buffer):
             pass
+
+
+def drop_cached(path: Path) -> None:
+    """Have the model out of the page cache: its pages are clean, since a sync came before."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def timed(command: list[str]) -> Run:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +23,7 @@ import typer
 from gguf import GGMLQuantizationType
 from random_models import ModelSpec, spec_of_size, write_random_model
 
+from gguf_fuse.measuring.gain import gain, spread
 from gguf_fuse.writing.cut import parse_size
 from tests.fetching.server import serve
 
@@ -60,22 +61,22 @@ def main(
                 seconds["gguf-fuse"].append(took)
                 peaks.append(peak)
             fetched = sum(last - first + 1 for first, last in files.asked)
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    spreads = {contender: spread(samples) for contender, samples in seconds.items()}
+    found = gain(seconds["curl"], seconds["gguf-fuse"])
     facts = {
         "bytes": n_bytes,
         "fetched": fetched,
         "peak_mb": max(peaks) / 1e6,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "middle_half": statistics.quantiles(ratios, n=4)[::2] if rounds > 1 else ratios,
+        "seconds": {contender: asdict(each) for contender, each in spreads.items()},
+        "fuse_over_curl": asdict(found),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    for contender, values in seconds.items():
-        print(f"{contender:<12}{statistics.median(values):8.2f} s")
-    low, high = facts["middle_half"]  # type: ignore[misc]
-    print(f"ratio {facts['ratio']:.2f} (middle half {low:.2f} to {high:.2f})")
+    for contender, each in spreads.items():
+        print(f"{contender:<12}{each.median:8.2f} s  ({each.low:.2f} to {each.high:.2f})")
+    share = f"{1 / found.ratio:.2f} ({1 / found.high:.2f} to {1 / found.low:.2f})"
+    print(f"gguf-fuse takes {share} of curl's time: {found.word}")
     print(f"{fetched / n_bytes:.3f} bytes fetched for each, peak memory {facts['peak_mb']:.0f} MB")
 
 
