@@ -78,7 +78,7 @@ def test_options_reach_verify(
     monkeypatch.setattr("gguf_fuse.verifying.verify.verify", stop)
     CliRunner().invoke(app, ["verify", "-q", "a.gguf", "b.gguf", *arguments])
     (options,) = got
-    own = VerifyOptions(on_start=options.on_start, on_progress=options.on_progress)
+    own = VerifyOptions(timed=False, on_start=options.on_start, on_progress=options.on_progress)
     assert options == replace(own, **changes)
 
 
