@@ -51,12 +51,15 @@ def main(
 
 
 def measure(model: Path, rounds: int) -> dict[str, list[float]]:
-    command = [sys.executable, "-m", "gguf_fuse"]
+    command, out = [sys.executable, "-m", "gguf_fuse"], str(model.with_name("out.gguf"))
     contenders: dict[str, Callable[[], object]] = {
         "header": lambda: read_header(model),
         "GGUFReader": lambda: gguf.GGUFReader(model),
         "gguf-fuse inspect": lambda: run([*command, "inspect", str(model)]),
+        "gguf-fuse fuse": lambda: run([*command, "fuse", str(model), out, "--force", "--no-sync"]),
         "gguf-fuse --help": lambda: run([*command, "--help"]),
+        "python": lambda: run([sys.executable, "-c", "pass"]),
+        "import numpy": lambda: run([sys.executable, "-c", "import numpy"]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):

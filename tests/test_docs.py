@@ -208,10 +208,12 @@ def test_pipeline_where_the_mix_leaves_nothing_to_fuse(
     assert [layer.types for layer in layers] == [("Q8_0",), ("Q8_0",)]
 
 
-def test_small_runs_of_the_benchmarks() -> None:
+def test_small_runs_of_the_benchmarks(tmp_path: Path) -> None:
     for name, *arguments in (
         ["bench_copy.py", "--size", "5M", "--rounds", "1", "--cp-only", "--json"],
         ["bench_header.py", "--rounds", "1", "--vocab", "2000", "--json"],
+        ["bench_stall.py", "--rounds", "1", "--size", "3M"],
     ):
         script = str(ROOT / "scripts" / name)
-        subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True)
+        command = [sys.executable, script, *arguments]
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
