@@ -120,12 +120,9 @@ def main(
                 print("synced" if sync else "--no-sync")
                 names = ("nap late by, s", "dirty, GB", "longest gap, s", "last wait, s", "all, s")
                 for name, values in zip(names, zip(*found, strict=True), strict=True):
-                    each = spread([value / (1e9 if name == "dirty" else 1) for value in values])
-                    unit = "GB" if name == "dirty" else "s"
+                    each = spread(list(values))
                     middle = f"middle half {each.low:.3f} to {each.high:.3f}"
-                    print(
-                        f"  {name:<18}{each.median:8.3f} {unit}  ({middle}), most {max(values):.3g}"
-                    )
+                    print(f"  {name:<18}{each.median:8.3f}  ({middle}), most {max(values):.3f}")
 
 
 if __name__ == "__main__":

@@ -63,9 +63,12 @@ class Hub(BaseHTTPRequestHandler):
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[tuple[dict[str, str], type[Hub], Files]]:
     """What the environment must say, the hub, and where its redirects lead: folder/in.gguf."""
-    data = (folder / "in.gguf").read_bytes()
+    model, digest = folder / "in.gguf", hashlib.sha256()
+    with model.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     with serve(folder) as (address, files):
-        facts = {"n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        facts = {"n_bytes": model.stat().st_size, "sha256": digest.hexdigest()}
         handler = type("_OneHub", (Hub,), {"files": address, **facts})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
