@@ -22,12 +22,13 @@ from gguf_fuse.planning import fuse as fusing
 from gguf_fuse.planning import imatrix
 from gguf_fuse.planning import unfuse as unfusing
 from gguf_fuse.planning.base import require_base
-from gguf_fuse.planning.fusions import EXPERTS, FUSIONS, QKV, SSM_IN, Fusion
+from gguf_fuse.planning.fusions import ALL, QKV, SSM_IN, Fusion
 from gguf_fuse.planning.loaders import Architecture, Loader
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
 from gguf_fuse.progress import OnProgress, OnStart, ignore
 from gguf_fuse.writing.copy import clone_block
 from gguf_fuse.writing.cut import divide
+from gguf_fuse.writing.manifest import STANDARD_OUTPUT
 from gguf_fuse.writing.place import Placement, place
 from gguf_fuse.writing.publish import (
     Options,
@@ -45,8 +46,6 @@ __all__ += ["fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]
 
 if TYPE_CHECKING:
     from gguf_fuse.planning import recipe as recipes
-
-STANDARD_OUTPUT = "-"
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def _examine(header: Header) -> tuple[Layer, ...]:
     if general_type == "imatrix":
         return imatrix.examine(header, Segment.read)
     reads = fusing.loader_of(header).reads(SSM_IN).loader  # others' ssm_in is another layout
-    fusions = [*FUSIONS, EXPERTS, *([SSM_IN] if reads is Loader.READS_FUSED else [])]
+    fusions = [one for one in ALL if one is not SSM_IN or reads is Loader.READS_FUSED]
     return fusing.examine(header, Segment.read, fusions=fusions)
 
 

@@ -18,8 +18,7 @@ from typing import Protocol
 
 from tests.pack import save, valid
 
-# Of processor time, beyond what --version takes: several times what is usual, for noisy machines.
-MAX_SECONDS = 3.0
+MAX_SECONDS = 1.0  # of processor time, beyond what --version takes
 MAX_MEMORY = 200 << 20
 MAX_LINE = 2000  # a line that scrolls the screen away is not a clear one
 COMMANDS = ("fuse", "unfuse", "inspect")

@@ -15,6 +15,7 @@ from gguf_fuse.format.source import GGUFError, Segment, opened
 from gguf_fuse.format.types import blocked, type_name
 
 _WINDOW_BYTES = 1 << 20
+_ZEROS = bytes(_WINDOW_BYTES)
 
 
 def misplaced(header: Header) -> list[str]:
@@ -112,26 +113,29 @@ def nonzero_padding(header: Header) -> int:
     fetched are not looked at: each would cost a round trip. Raises GGUFError where they cannot be
     read.
     """
+    buffer, n_nonzero = bytearray(_WINDOW_BYTES), 0
     with opened(header.sources) as files:
-        return sum(
-            _n_nonzero(files[file.source].read(start, n_bytes))
-            for file in header.files
-            if file.source.place is None
-            for start, n_bytes in _paddings(file)
-        )
+        for file in (file for file in header.files if file.source.place is None):
+            source = files[file.source]
+            pieces = (piece for padding in _paddings(file) for piece in source.data(*padding))
+            for start, end in pieces:
+                n_bytes = end - start
+                source.read_at(memoryview(buffer)[:n_bytes], start)
+                n_nonzero += _n_nonzero(buffer if n_bytes == len(buffer) else buffer[:n_bytes])
+    return n_nonzero
 
 
-def _n_nonzero(data: bytes) -> int:
-    return 0 if data == bytes(len(data)) else len(data) - data.count(0)
+def _n_nonzero(data: bytearray) -> int:
+    return 0 if data == _ZEROS[: len(data)] else len(data) - data.count(0)
 
 
 def _paddings(file: Header) -> Iterator[tuple[int, int]]:
-    """The ranges between what means something: start and length, in pieces."""
+    """The ranges between what means something: start and end, in pieces."""
     ends = [(tensor.data.start, tensor.data.start + tensor.n_bytes) for tensor in _filled(file)]
     last = (file.source.n_bytes, 0)
     for (_, end), (start, _) in pairwise([(0, file.end), *ends, last]):
         for at in range(end, start, _WINDOW_BYTES):
-            yield at, min(_WINDOW_BYTES, start - at)
+            yield at, min(at + _WINDOW_BYTES, start)
 
 
 def is_canonical(header: Header) -> bool:

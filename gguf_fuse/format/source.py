@@ -9,6 +9,8 @@ headers were read.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import re
 import stat
@@ -26,7 +28,7 @@ from gguf_fuse.progress import ignore
 if TYPE_CHECKING:
     from gguf_fuse.fetching.place import Place, Ranges
 
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
+BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 _MOST_AT_ONCE = 1 << 30  # a single read of the system ends at 2 GiB
 
 AnyPath = str | os.PathLike[str]
@@ -183,6 +185,11 @@ class OpenSource(ABC):
         self.read_at(memoryview(data), start)
         return bytes(data)
 
+    def data(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The ranges, start and end, that are stored; between them there are holes: zeros."""
+        if start < end:
+            yield start, end
+
     @abstractmethod
     def _fill(self, view: memoryview, start: int) -> None: ...
 
@@ -209,6 +216,28 @@ class _OpenFile(OpenSource):
             if n_bytes == 0:
                 self._fail(f"ended at byte {start}: it was cut while it was read")
             view, start = view[n_bytes:], start + n_bytes
+
+    @functools.cached_property
+    def _has_holes(self) -> bool:
+        status = os.fstat(self.fd)
+        return hasattr(os, "SEEK_HOLE") and status.st_blocks * 512 < status.st_size
+
+    def data(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        if not self._has_holes:
+            yield from super().data(start, end)
+            return
+        while start < end:
+            try:
+                first = os.lseek(self.fd, start, os.SEEK_DATA)
+                stop = os.lseek(self.fd, first, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # that says: no data behind here
+                    yield start, end  # a file system that cannot tell
+                return
+            if first >= end:
+                return
+            start = min(stop, end)
+            yield first, start
 
     def refuse_changed(self) -> None:
         try:
@@ -259,7 +288,7 @@ def opened(sources: Sequence[Source]) -> Iterator[dict[Source, OpenSource]]:
                 files[source] = _OpenPlace(source, source.place.open())
                 continue
             try:
-                fd = os.open(source.path, os.O_RDONLY | _BINARY)
+                fd = os.open(source.path, os.O_RDONLY | BINARY)
             except OSError as error:
                 raise GGUFError(f"{source.path}: {error.strerror}") from error
             stack.callback(_close, fd)

@@ -199,34 +199,8 @@ def _targets(copies: Iterable[Copy]) -> Iterator[tuple[int, int]]:
 
 def without_holes(sources: Opened, copies: Sequence[Copy]) -> list[Copy]:
     """The parts of the ranges that hold data: a hole of a source stays one in the new file."""
-    fds = [(source, file.fd) for source, file in sources.items()]
-    sparse = {source: fd for source, fd in fds if fd is not None and _has_holes(fd)}
-    data = []
-    for copy in copies:
-        if copy.source not in sparse:
-            data.append(copy)
-            continue
-        first = copy.start
-        for start, stop in _data_ranges(sparse[copy.source], first, first + copy.n_bytes):
-            data.append(copy.part(start - first, stop - start))
-    return data
-
-
-def _has_holes(fd: int) -> bool:
-    status = os.fstat(fd)
-    return hasattr(os, "SEEK_HOLE") and status.st_blocks * 512 < status.st_size
-
-
-def _data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    while start < end:
-        try:
-            first = os.lseek(fd, start, os.SEEK_DATA)
-            stop = os.lseek(fd, first, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # that says: no data behind here
-                yield start, end  # a file system that cannot tell
-            return
-        if first >= end:
-            return
-        start = min(stop, end)
-        yield first, start
+    return [
+        copy.part(start - copy.start, stop - start)
+        for copy in copies
+        for start, stop in sources[copy.source].data(copy.start, copy.start + copy.n_bytes)
+    ]

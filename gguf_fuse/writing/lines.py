@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gguf_fuse.format.source import GGUFError
+from gguf_fuse.format.source import BINARY, GGUFError
 
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY
 
 
 class Lines:

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gguf_fuse.format.source import GGUFError, OtherBytes, Source, in_turn, opened
+from gguf_fuse.format.source import BINARY, GGUFError, OtherBytes, Source, in_turn, opened
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.copy import BLOCK_BYTES
 from gguf_fuse.writing.lines import Lines, open_lines
 from gguf_fuse.writing.place import Copy, Placement
-from gguf_fuse.writing.temporary import BINARY, Temporaries, beside, known_beside
+from gguf_fuse.writing.temporary import Temporaries, beside, known_beside
 
 PART, JOURNAL = "part", "journal"
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from uuid import uuid4
 
+from gguf_fuse.format.source import BINARY
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.place import Copy
 
 TEMPORARY_MARK = ".gguf-fuse-"
-
-BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 
 
 def beside(destination: Path) -> Path:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_fuse.api import fuse
+from gguf_fuse.format import source
 from gguf_fuse.format.parser import read_header
 from gguf_fuse.format.source import GGUFError, Source, Stamp
 from gguf_fuse.writing import copy as copying
@@ -196,7 +197,7 @@ def test_a_file_system_that_cannot_tell_holes_has_none(
             raise OSError(error, os.strerror(error))
         return seek(fd, offset, whence)
 
-    monkeypatch.setattr(copying, "_has_holes", lambda fd: True)
+    monkeypatch.setattr(source._OpenFile, "_has_holes", True)
     monkeypatch.setattr("os.lseek", refuse)
     output = tmp_path / "out.gguf"
     fuse(original, str(output), options=FAST)
