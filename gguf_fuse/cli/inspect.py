@@ -23,6 +23,7 @@ from gguf_fuse.cli.options import AsJson, existing_file
 from gguf_fuse.cli.outcome import EXIT_ERROR, complain, fail, print_json
 from gguf_fuse.cli.readers import For, reader_lines, readers_json
 from gguf_fuse.format.source import GGUFError, expand, is_address
+from gguf_fuse.planning import record
 from gguf_fuse.planning.fusions import ALL, GATE_UP, QKV, Fusion
 from gguf_fuse.planning.plan import Layer, Status
 
@@ -175,7 +176,8 @@ def _parts(found: gguf_fuse.Inspection, program: For) -> Iterator[RenderableType
 def _next(found: gguf_fuse.Inspection) -> Iterator[Text]:
     path, fusable = found.header.path, {layer.fusion.flag for layer in _fusable(found)}
     flags = [fusion.flag for fusion in ALL if fusion.flag in fusable]
-    if flags and found.header.is_model:
+    # What is fused already is not fused further.
+    if flags and found.header.is_model and not record.exists(found.header):
         yield from next_line(" ".join(flags), path, beside(path))
 
 

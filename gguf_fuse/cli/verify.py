@@ -102,8 +102,8 @@ def verify(
             by_hash = gguf_fuse.VerifyOptions(
                 threads=threads, on_start=bar.start, on_progress=bar.advance
             )
-            _tell(gguf_fuse.verify_manifest(manifest, original, by_hash), verbose, as_json, quiet)
-        return
+            found = gguf_fuse.verify_manifest(manifest, original, by_hash)
+        return _tell(found, verbose, as_json, quiet)
     if fused is None:
         raise typer.BadParameter("FUSED is missing: gguf-fuse verify [OPTIONS] ORIGINAL FUSED")
     if structure_only and layers is not None:

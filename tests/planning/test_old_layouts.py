@@ -366,6 +366,7 @@ def test_command(model: Model, tmp_path: Path, run: Run) -> None:
     assert done.code == 0, done.err
     assert "6 of 6 stacks of experts rewritten" in done.out
     assert "4 x 128" in done.out
+    assert "next:" not in run("inspect", tmp_path / "out.gguf").out  # it would be refused
     back = run("unfuse", tmp_path / "out.gguf", tmp_path / "back.gguf")
     assert "split into ffn_gate.0 to ffn_gate.3" in back.out
     assert sha256(tmp_path / "back.gguf") == sha256(old)

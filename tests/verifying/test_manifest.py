@@ -22,6 +22,7 @@ from tests.cli.test_json import answer
 from tests.edit import bytes_of
 from tests.fetching.server import serve
 from tests.server import Run, assert_cheap, assert_one_line
+from tests.terminal import on_a_terminal
 
 MODEL = pack.valid(pack.F16, n_layers=3, n_embd=64)
 Tensor = dict[str, Any]
@@ -395,3 +396,9 @@ def test_a_manifest_that_is_not_there(run: Run, packed: Path) -> None:
     outcome = run("verify", "--manifest", "missing.json", packed)
     assert_one_line(outcome, "missing.json: No such file or directory")
     assert_one_line(run("verify", "--manifest", packed.parent, packed), "Is a directory")
+
+
+def test_the_verdict_comes_when_the_bar_is_gone(fused: Path) -> None:
+    shown = on_a_terminal("verify", "--manifest", manifest_of(fused), fused)
+    bar, found, rest = shown.partition("Identical: ")
+    assert found and "hashing" in bar and "hashing" not in rest
