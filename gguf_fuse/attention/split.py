@@ -33,7 +33,9 @@ CHUNK_COST = 2 << 20
 IN_PLACE_KERNELS = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 IN_PLACE_SCORES = 1024
 IN_PLACE_CELLS = 64  # of a tile, at least: a group so large that fewer fit is faster packed
-MAX_GEMV_GROUP = 7  # elsewhere: up to here re-reading a cached V tile is cheaper than packing it
+# Elsewhere: up to such a group, reading a cached tile again is cheaper than packing it.
+GEMV_GROUP_K = 10
+GEMV_GROUP_V = 7
 
 
 class Partials(NamedTuple):
@@ -59,7 +61,7 @@ def split_attention(
     """Shapes as in `attend.attention`, with n_tokens = 1.
 
     chunks: [start, end) ranges that cover n_kv in order, empty ones allowed; None plans them.
-    n_threads: at most so many; None is every CPU of this process.
+    n_threads: at most so many; None is every CPU of this process. Planned chunks get no more.
     Raises ValueError if there is more than one query token, or the chunks do not cover n_kv.
     """
     partials = split_partials(q, k, v, mask, params, chunks, n_threads)
@@ -85,7 +87,7 @@ def split_partials(
     workers = n_threads or cpu_count()
     tile = _tile_cells(sizes.group, k, v)
     if chunks is None:
-        workers = _useful_threads(sizes, workers)
+        workers = _useful_threads(sizes, min(workers, cpu_count()))
         longest = CHUNK_BYTES // (max(sizes.head_dim, sizes.head_dim_v) * k.dtype.itemsize)
         chunks = plan_chunks(sizes.n_kv, tile, longest, -(-workers // sizes.n_seqs))
     _check_chunks(chunks, sizes.n_kv)
@@ -175,6 +177,12 @@ def _reads_in_place() -> bool:
     return any(library.get("architecture") in IN_PLACE_KERNELS for library in blas().info())
 
 
+def _over_and_rows(group: int, largest: int) -> tuple[int, int]:
+    """Whether a group goes over the batch, a GEMV per query head and tile, or into rows: a GEMM."""
+    by_head = group <= largest and not _reads_in_place()
+    return (group, 1) if by_head else (1, group)
+
+
 def _attend_chunk(
     q: Floats,
     k: Floats,
@@ -199,10 +207,12 @@ def _attend_chunk(
     (n_head_kv, group, head_dim), cells = q.shape, k.shape[1]
     tile = _tile_cells(group, k, v)
     n_tiles, tile = (cells // tile, tile) if cells % tile == 0 else (1, cells)
-    k_tiles = k.reshape(n_head_kv, n_tiles, tile, head_dim)  # a view
+    over, rows = _over_and_rows(group, GEMV_GROUP_K)
+    k_tiles = k.reshape(n_head_kv, n_tiles, 1, tile, head_dim)  # a view
     flat = scratch[0][: n_head_kv * group * cells]
+    by_rows = flat.reshape(n_head_kv, n_tiles, over, rows, tile)
+    np.matmul(q.reshape(n_head_kv, 1, over, rows, head_dim), k_tiles.swapaxes(3, 4), out=by_rows)
     scores = flat.reshape(n_head_kv, n_tiles, group, tile)  # [n_head_kv, n_tiles, group, tile]
-    np.matmul(q[:, None], k_tiles.swapaxes(2, 3), out=scores)  # [n_head_kv, n_tiles, group, tile]
     soft_cap(scores, params.softcap)
     if mask is not None and params.max_alibi_bias <= 0:
         scores += mask.reshape(n_tiles, 1, tile)  # [n_head_kv, n_tiles, group, tile]
@@ -223,9 +233,7 @@ def _weigh(weights: Floats, v: Floats, scratch: Floats, summed: Floats) -> None:
     """
     n_head_kv, n_tiles, group, tile = weights.shape
     head_dim_v = v.shape[2]
-    # The group goes over the batch (a GEMV per query head and tile) or into the rows (one GEMM).
-    by_head = group <= MAX_GEMV_GROUP and not _reads_in_place()
-    over, rows = (group, 1) if by_head else (1, group)
+    over, rows = _over_and_rows(group, GEMV_GROUP_V)
     v_tiles = v.reshape(n_head_kv, n_tiles, 1, tile, head_dim_v)  # a view
     flat = scratch[: n_head_kv * n_tiles * group * head_dim_v]
     sums = flat.reshape(n_head_kv, n_tiles, over, rows, head_dim_v)

@@ -130,7 +130,7 @@ def cases(draw: st.DrawFn, max_tokens: int = 1, max_kv: int = 1100) -> Case:
         draw(st.integers(0, 2**32 - 1)),
         n_seqs=n_seqs,
         n_head_kv=draw(st.sampled_from((2, 1, 3))),
-        group=draw(st.sampled_from((1, 2, 3, 4, 5, 6, 8, 17))),  # either side of MAX_GEMV_GROUP
+        group=draw(st.sampled_from((1, 2, 3, 4, 5, 6, 8, 17))),  # either side of GEMV_GROUP_K, _V
         n_tokens=draw(st.integers(1, max_tokens)),
         n_kv=n_kv,
         head_dim=draw(st.sampled_from((2, 8, 33))),
