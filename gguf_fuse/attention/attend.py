@@ -91,9 +91,14 @@ def expanded_attention(
 ) -> Floats:
     """The same with K and V copied out to n_head heads: only to compare with, and to time."""
     sizes = sizes_of(q, k, v, mask, params.sinks)
-    k_all = np.repeat(k, sizes.group, axis=1)  # [n_seqs, n_head, n_kv, head_dim]
-    v_all = np.repeat(v, sizes.group, axis=1)  # [n_seqs, n_head, n_kv, head_dim_v]
-    return broadcast_attention(q, k_all, v_all, mask, params)
+    out = np.empty((*q.shape[:3], sizes.head_dim_v), q.dtype)  # [n_seqs, n_head, n_tokens, ...]
+    for at in range(sizes.n_seqs):
+        seq = slice(at, at + 1)
+        k_all = np.repeat(k[seq], sizes.group, axis=1)  # [1, n_head, n_kv, head_dim]
+        v_all = np.repeat(v[seq], sizes.group, axis=1)  # [1, n_head, n_kv, head_dim_v]
+        seen = None if mask is None else mask[seq]  # [1, n_tokens, n_kv]
+        out[seq] = broadcast_attention(q[seq], k_all, v_all, seen, params)
+    return out
 
 
 def reference_attention(
@@ -108,8 +113,9 @@ def reference_attention(
     slopes = alibi_slopes(sizes.n_head, params.max_alibi_bias)  # [n_head]
     for seq, head in itertools.product(range(sizes.n_seqs), range(sizes.n_head)):
         q_head = q[seq, head].astype(np.float64)  # [n_tokens, head_dim]
-        k_head = k[seq, head // sizes.group].astype(np.float64)  # [n_kv, head_dim]
-        v_head = v[seq, head // sizes.group].astype(np.float64)  # [n_kv, head_dim_v]
+        head_kv = head // sizes.group
+        k_head = k[seq, head_kv].astype(np.float64, copy=False)  # [n_kv, head_dim]
+        v_head = v[seq, head_kv].astype(np.float64, copy=False)  # [n_kv, head_dim_v]
         scores = params.scale * (q_head @ k_head.T)  # [n_tokens, n_kv]
         if params.softcap > 0:
             scores = params.softcap * np.tanh(scores / params.softcap)  # [n_tokens, n_kv]
@@ -118,9 +124,8 @@ def reference_attention(
         sink = -np.inf if params.sinks is None else float(params.sinks[head])
         sinks = np.full((sizes.n_tokens, 1), sink)  # a sink is one more cell, whose V is zero
         logits = np.concatenate([scores, sinks], axis=1)  # [n_tokens, n_kv + 1]
-        for token, row in enumerate(logits):  # [n_kv + 1]
-            if row.max() == -np.inf:
-                continue  # sees nothing: zeros
-            weights = np.exp(row - row.max())  # [n_kv + 1]
-            out[seq, head, token] = weights[:-1] @ v_head / weights.sum()  # [head_dim_v]
+        seen = logits.max(axis=1) != -np.inf  # [n_tokens]; who sees nothing gets zeros
+        weights = np.exp(logits[seen] - logits[seen].max(axis=1, keepdims=True))  # [n, n_kv + 1]
+        total = weights.sum(axis=1, keepdims=True)  # [n, 1]
+        out[seq, head, seen] = weights[:, :-1] @ v_head / total  # [n, head_dim_v]
     return out

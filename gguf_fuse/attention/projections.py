@@ -32,7 +32,9 @@ class Linear:
             raise ValueError(f"weight: expected shape (rows, {x.shape[-1]}), got {weight.shape}")
         if bias is not None:
             expect_shape("bias", bias, weight.shape[:1])
-        y: Floats = x @ weight.T  # [..., n_embd] @ [n_embd, rows] -> [..., rows]
+        # Of several tokens all sequences in one GEMM; single tokens are a GEMV each: both faster.
+        tokens = x.reshape(-1, x.shape[-1]) if x.shape[-2:-1] > (1,) else x
+        y: Floats = (tokens @ weight.T).reshape(*x.shape[:-1], len(weight))  # [..., rows]
         if self.scale is not None:
             y *= y.dtype.type(self.scale)  # [..., rows]
         if bias is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,9 @@ FACTOR = 2.0
 MAX_LIMIT = 0.1  # a limit above it would let through what is plainly wrong
 EPS = float(np.finfo(np.float32).eps)  # 1.2e-7, the rounding of one float32 operation
 
-ROW_BLOCK = 1024  # rows of a weight that exist in float64 at one time
+ROW_BLOCK = 512  # rows of a weight that exist in float64 at one time
+
+POOL = 1 << 20  # random numbers
 
 _PLAIN = "plain"  # the way whose error sets the limit
 
@@ -63,7 +66,11 @@ class _Path:
         if not self.exact:
             return projections.project(x, clamp)
         doubles = x.astype(np.float64)  # [n_seqs, n_tokens, n_embd]
-        return _by_row_blocks(projections, lambda w: w.project(doubles, clamp))
+
+        def project(w: Linear) -> Floats:
+            return replace(w, weight=w.weight.astype(np.float64)).project(doubles, clamp)
+
+        return _by_row_blocks(projections, project)
 
     def heads(self, projected: Projected, positions: Ints) -> Heads:
         """At positions [n_seqs, n_tokens], -1 for padding."""
@@ -190,6 +197,8 @@ class Trial:
         }
         self.options = options
         self.random = np.random.default_rng(options.seed)
+        # Cells are filled from it: to draw each anew takes as long as to attend to it.
+        self.pool = self.random.standard_normal(POOL, dtype=np.float32)  # flat
         self.prompts = _lengths(options.n_prompt, options.n_seqs)
         self.contexts = _lengths(max(options.n_kv, options.n_prompt), options.n_seqs)
         self.n_embd = original.projections.linears[0].weight.shape[1]
@@ -256,7 +265,8 @@ class Trial:
                 known = caches[0][seq, :, :prompt]  # [n_head_kv, prompt, dim]
                 size = np.float32(np.sqrt(np.mean(np.square(known, dtype=np.float64))))
                 shape = (known.shape[0], context - prompt, known.shape[2])
-                filling = size * self.random.standard_normal(shape, dtype=np.float32)
+                start = self.random.integers(len(self.pool) // 2)
+                filling = size * np.resize(self.pool[start:], shape)  # [n_head_kv, ..., dim]
                 for cache in caches:
                     cache[seq, :, prompt:context] = filling
 
