@@ -1,15 +1,18 @@
 """How fast and in how much memory a model is rewritten: gguf-fuse against the tools people have.
 
 All contenders run in turn, round after round, on one model in the page cache (with --cold, out of
-it: the disk is read). Shown are medians
-with the middle half of the runs, and the share of `cp`'s time with its 95 % interval. Every output
-is deleted and every write flushed before the next run. Run it on a quiet machine:
+it: the disk is read). Shown are medians with the middle half of the runs, and the share of `cp`'s
+time with its 95 % interval. Every output is deleted and every write flushed before the next run.
+Run it on a quiet machine:
 
     python scripts/bench_copy.py --size 2.5G --folder /mnt/xfs --folder .
+    sudo python scripts/bench_copy.py --size 300M --cold --disk 100M
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from control_group import inside, slow_disk
 from gguf import GGMLQuantizationType
 from random_models import ModelSpec, spec_of_size, write_random_model
 from rich.console import Console
@@ -65,13 +69,19 @@ def main(
         bool, typer.Option("--all/--cp-only", help="Also gguf-py's script and llama-quantize.")
     ] = True,
     cold: Annotated[bool, typer.Option("--cold", help="Read from the disk.")] = False,
+    disk: Annotated[
+        str | None, typer.Option(help="A slow disk: so many bytes a second each way.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    compared = [
-        compare(where, n_bytes, rounds, all_tools, drop_cached if cold else read_through)
-        for where in folder
-        for n_bytes in map(parse_size, size)
-    ]
+    prepare = drop_cached if cold else read_through
+    compared = []
+    for where in folder:
+        with slowed(where, disk) as begun:
+            compared += [
+                compare(where, n_bytes, rounds, all_tools, prepare, begun)
+                for n_bytes in map(parse_size, size)
+            ]
     if as_json:
         print(json.dumps([asdict(row) for rows in compared for row in rows], indent=2))
         return
@@ -83,8 +93,25 @@ def parse_size(text: str) -> int:
     return int(float(text.rstrip("KMG")) * UNITS.get(text[-1:], 1))
 
 
+@contextlib.contextmanager
+def slowed(where: Path, disk: str | None) -> Iterator[Callable[[list[str]], list[str]]]:
+    """What makes a command one that meets such a disk."""
+    if disk is None:
+        yield list
+        return
+    with slow_disk(where, parse_size(disk)) as group:
+        if group is None:
+            raise SystemExit("--disk: no control group can be made; root can, on Linux")
+        yield functools.partial(inside, group)
+
+
 def compare(
-    where: Path, n_bytes: int, rounds: int, all_tools: bool, prepare: Callable[[Path], None]
+    where: Path,
+    n_bytes: int,
+    rounds: int,
+    all_tools: bool,
+    prepare: Callable[[Path], None],
+    begun: Callable[[list[str]], list[str]],
 ) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=where, prefix="bench-copy-") as scratch:
         model, output = Path(scratch, "in.gguf"), Path(scratch, "out.gguf")
@@ -97,7 +124,7 @@ def compare(
                 output.unlink(missing_ok=True)
                 os.sync()
                 prepare(model)
-                runs[name].append(timed(commands[name]))
+                runs[name].append(timed(begun(commands[name])))
         return rows_of(runs, file_system(where), model.stat().st_size)
 
 

@@ -10,18 +10,17 @@ much later it wakes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from control_group import less_memory
 from gguf import GGMLQuantizationType
 from random_models import ModelSpec, spec_of_size, write_random_model
 
@@ -30,25 +29,6 @@ from gguf_fuse.measuring.gain import spread
 from gguf_fuse.writing.cut import parse_size
 
 NAP_S = 0.02
-_GROUPS = Path("/sys/fs/cgroup")
-
-
-@contextlib.contextmanager
-def group_of(n_bytes: int) -> Iterator[Path | None]:
-    """The group's folder; None where none can be made."""
-    version_1 = _GROUPS / "memory"
-    folder = (version_1 if version_1.is_dir() else _GROUPS) / f"gguf-fuse-{os.getpid()}"
-    limit = "memory.limit_in_bytes" if version_1.is_dir() else "memory.max"
-    try:
-        folder.mkdir()
-        (folder / limit).write_text(str(n_bytes))
-    except OSError:
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        folder.rmdir()
 
 
 def work(group: Path | None, source: Path, output: Path, sync: bool, told: Connection) -> None:
@@ -107,7 +87,7 @@ def main(
         f16 = ModelSpec(types={"*": GGMLQuantizationType.F16})
         write_random_model(source, spec_of_size(f16, parse_size(size)))
         os.sync()
-        with group_of(parse_size(memory)) as group:
+        with less_memory(parse_size(memory)) as group:
             print(f"{size} in {memory}" if group else f"{size}; no control group can be made")
             for sync in (True, False):
                 found = []
