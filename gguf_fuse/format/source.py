@@ -335,11 +335,13 @@ def in_turn(
     threads: int,
     work: Callable[[Iterator[_Block]], None],
     on_failure: Callable[[], None] = ignore,
+    meanwhile: Iterable[object] = (),
 ) -> None:
     """Threads, this one among them, take blocks in turn; `work` is given those of one as they come.
 
-    Raises what `work` raises in any of them; the others end at their next block then, or as soon
-    as `on_failure` makes them.
+    meanwhile: what this thread goes through before it takes any; where it is alone, after the last.
+    Raises what either raises in any of them; the others end at their next block or step then, or as
+    soon as `on_failure` makes them.
     """
     lock, stop = threading.Lock(), threading.Event()
     errors: list[BaseException] = []
@@ -352,9 +354,16 @@ def in_turn(
                 return
             yield block
 
-    def run() -> None:
+    def go_through(steps: Iterable[object]) -> None:
+        for _ in steps:
+            if stop.is_set():
+                return
+
+    def run(before: Iterable[object] = (), after: Iterable[object] = ()) -> None:
         try:
+            go_through(before)
             work(share())
+            go_through(after)
         except BaseException as error:
             errors.append(error)
             stop.set()
@@ -368,7 +377,7 @@ def in_turn(
                 helper = threading.Thread(target=run)
                 helper.start()
                 helpers.append(helper)
-        run()
+        run(before=meanwhile) if helpers else run(after=meanwhile)
     finally:
         stop.set()  # after an interrupt: let them end at once
         with signals.waiting():  # none may go on with files that are closed

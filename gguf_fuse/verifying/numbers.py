@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,42 +21,49 @@ _VAGUE = "the original's own numbers are not finite, or too large for float32"
 
 
 def compare_numbers(
-    original: Header, fused: Header, names: Sequence[str], options: VerifyOptions
-) -> tuple[tuple[LayerReport, ...], Timing | None]:
-    """A report of each layer, and how long the first takes that can be computed.
+    original: Header, fused: Header, names: Sequence[str], options: VerifyOptions, n_blas: int
+) -> Iterator[LayerReport]:
+    """A report of each layer. n_blas: threads of BLAS.
 
     The two must have the same metadata and tensors, but for what is fused. Memory holds the weights
     of one layer of each file at a time. Raises GGUFError where a layer needs more memory than is
     free, where a file cannot be read any more, and for metadata of ORIGINAL that no model has.
     """
     options.on_start("computing", len(names))
-    reports: list[LayerReport] = []
-    timing: Timing | None = None
+    for name in names:
+        with blas_threads(n_blas), np.errstate(all="ignore"):
+            report = _compare_layer(original, fused, name, options)
+        options.on_progress(1)
+        yield report
+
+
+def time_layer(
+    original: Header, fused: Header, reports: Sequence[LayerReport], options: VerifyOptions
+) -> Timing | None:
+    """How long the first layer takes that was computed; on its own, since what else runs counts."""
+    name = next((report.layer for report in reports if report.checks), None)
+    before = None if name is None else _read(original, name)[0]
+    if name is None or before is None:
+        return None
     with blas_threads(options.threads), np.errstate(all="ignore"):
-        for name in names:
-            timed = options.timed and timing is None
-            report, layer_timing = _compare_layer(original, fused, name, options, timed)
-            reports.append(report)
-            timing = timing or layer_timing
-            options.on_progress(1)
-    return tuple(reports), timing
+        trial = Trial(before, _read_like(before, fused, name), options)
+        trial.checks()
+        return trial.timing(name)
 
 
 def _compare_layer(
-    original: Header, fused: Header, name: str, options: VerifyOptions, timed: bool
-) -> tuple[LayerReport, Timing | None]:
+    original: Header, fused: Header, name: str, options: VerifyOptions
+) -> LayerReport:
     before, note = _read(original, name)
     if before is None:
-        return LayerReport(name, {}, note), None
+        return LayerReport(name, {}, note)
     _require_memory(original, name, before, options)
-    trial = Trial(before, _read_like(before, fused, name), options)
-    found = trial.checks()
+    found = Trial(before, _read_like(before, fused, name), options).checks()
     checks = {way: check for way, check in found.items() if check is not None}
     notes = [] if note is None else [note]
     if missing := sorted(found.keys() - checks.keys()):
         notes.append(f"not checked: {', '.join(missing)}: {_VAGUE}")
-    report = LayerReport(name, checks, "; ".join(notes) or None)
-    return report, trial.timing(name) if timed else None
+    return LayerReport(name, checks, "; ".join(notes) or None)
 
 
 def _read(header: Header, name: str) -> tuple[Weights | None, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,13 +40,19 @@ class _Range:
         return self.original.n_bytes
 
 
-def compare_structure(original: Header, fused: Header, options: VerifyOptions) -> Structure:
+def compare_structure(
+    original: Header,
+    fused: Header,
+    options: VerifyOptions,
+    meanwhile: Iterable[object] = (),
+) -> Structure:
     """What `compare_contents` says; and FUSED must be laid out as llama.cpp wants it.
 
-    Raises GGUFError as it does.
+    meanwhile: what this thread goes through while others compare, where the files differ in nothing
+    but data at most. Raises GGUFError as they do, and what `meanwhile` does.
     """
-    found = compare_contents(original, fused, options)
     faults = tuple(_layout_problems(fused))
+    found = compare_contents(original, fused, options, () if faults else meanwhile)
     return replace(
         found,
         problems=(*found.problems, *faults),
@@ -55,12 +61,18 @@ def compare_structure(original: Header, fused: Header, options: VerifyOptions) -
     )
 
 
-def compare_contents(original: Header, fused: Header, options: VerifyOptions) -> Structure:
+def compare_contents(
+    original: Header,
+    fused: Header,
+    options: VerifyOptions,
+    meanwhile: Iterable[object] = (),
+) -> Structure:
     """Every tensor and every metadata value of both files, byte for byte.
 
     What is fused, and where its rows must come from, follows from ORIGINAL's tensors alone: the
-    record in FUSED's metadata is checked, not believed. Memory does not grow with the files. Raises
-    GGUFError for a file that cannot be read, or that changes meanwhile.
+    record in FUSED's metadata is checked, not believed. Memory does not grow with the files.
+    meanwhile: as in `compare_structure`. Raises GGUFError for a file that cannot be read, or that
+    changes while it is.
     """
     started = time.perf_counter()
     made, unlike_fused = find_fused(original, fused)
@@ -74,8 +86,6 @@ def compare_contents(original: Header, fused: Header, options: VerifyOptions) ->
         _Range(key, f"metadata {key}", *both, "byte", 1) for key, both in long_pairs.items()
     ]
     n_bytes = sum(part.n_bytes for part in ranges)
-    options.on_start("comparing", n_bytes)
-    differing = _compare_data(original, fused, ranges, options)
     problems = [
         *unlike_fused,
         *_format_problems(original, fused),
@@ -83,6 +93,8 @@ def compare_contents(original: Header, fused: Header, options: VerifyOptions) ->
         *own_problems(original, fused, made),
         *listing,
     ]
+    options.on_start("comparing", n_bytes)
+    differing = _compare_data(original, fused, ranges, options, () if problems else meanwhile)
     return Structure(
         (*problems, *_told(original, fused, differing)),
         *counts,
@@ -228,7 +240,11 @@ def _tensor_ranges(tensor: TensorInfo, source: FusedTensor) -> Iterator[_Range]:
 
 
 def _compare_data(
-    original: Header, fused: Header, ranges: Sequence[_Range], options: VerifyOptions
+    original: Header,
+    fused: Header,
+    ranges: Sequence[_Range],
+    options: VerifyOptions,
+    meanwhile: Iterable[object],
 ) -> list[tuple[_Range, int]]:
     """By threads with two buffers each -> the ranges that differ, and in which byte first."""
     first: dict[int, int] = {}  # by range: the first byte that differs
@@ -258,7 +274,7 @@ def _compare_data(
         for start in range(0, part.n_bytes, block_bytes)
     )
     with opened(sources) as files:
-        in_turn(blocks, threads, work, lambda: abort(files))
+        in_turn(blocks, threads, work, lambda: abort(files), meanwhile)
         for file in files.values():
             file.refuse_changed()
     return [(ranges[at], first[at]) for at in sorted(first)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from gguf_fuse.format.parser import read_header
-from gguf_fuse.format.source import GGUFError, Segment, Source, opened
+from gguf_fuse.format.source import GGUFError, Segment, Source, in_turn, opened
 
 Model = Callable[..., Path]
 
@@ -120,3 +121,33 @@ def test_short_metadata_is_read_once(model: Model) -> None:
     short = [key for key in header.metadata if header.metadata.segment(key).n_bytes <= 4096]
     assert len(short) > 15
     assert all(header.metadata[key] is not None for key in short)
+
+
+def test_what_goes_on_meanwhile_ends_where_another_thread_fails() -> None:
+    steps: list[int] = []
+
+    def meanwhile() -> Iterator[None]:
+        for step in range(2000):
+            steps.append(step)
+            yield time.sleep(0.005)
+
+    def work(blocks: Iterator[int]) -> None:
+        raise GGUFError(f"block {next(blocks)} cannot be read")
+
+    with pytest.raises(GGUFError, match="block 7 cannot be read"):
+        in_turn(iter([7, 8]), 2, work, meanwhile=meanwhile())
+    assert len(steps) < 2000
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_goes_on_meanwhile_comes_last_where_one_thread_is_alone(threads: int) -> None:
+    done: list[str] = []
+
+    def work(blocks: Iterator[str]) -> None:
+        for block in blocks:
+            time.sleep(0.05)  # so that the other thread's step is done
+            done.append(block)
+
+    in_turn(iter(["a", "b"]), threads, work, meanwhile=map(done.append, ["step"]))
+    assert sorted(done) == ["a", "b", "step"]
+    assert done.index("step") == (2 if threads == 1 else 0)
