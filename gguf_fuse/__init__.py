@@ -18,8 +18,9 @@ TYPE_CHECKING = False  # for type checkers it is true; typing itself takes a whi
 __version__ = "0.1.0"
 
 _PUBLIC = {  # by the module that has them
-    "api": "Altered Inspection Options Result fuse inspect recipe requantize_and_fuse unfuse",
+    "api": "Altered Options Result fuse recipe requantize_and_fuse unfuse",
     "format.source": "GGUFError",
+    "inspection": "Inspection inspect",
     "planning.fusions": "EXPERTS GATE_UP QKV SSM_IN",
     "planning.plan": "NothingToDo Refused",
     "planning.recipe": "Recipe Way",
@@ -39,16 +40,15 @@ if TYPE_CHECKING:
     # For type checkers, which do not read the table; a test compares the two.
     from gguf_fuse.api import (
         Altered,
-        Inspection,
         Options,
         Result,
         fuse,
-        inspect,
         recipe,
         requantize_and_fuse,
         unfuse,
     )
     from gguf_fuse.format.source import GGUFError
+    from gguf_fuse.inspection import Inspection, inspect
     from gguf_fuse.planning.fusions import EXPERTS, GATE_UP, QKV, SSM_IN
     from gguf_fuse.planning.plan import NothingToDo, Refused
     from gguf_fuse.planning.recipe import Recipe, Way

@@ -19,11 +19,7 @@ from gguf_fuse.format.layout import is_canonical, nonzero_padding, refuse_unacco
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Segment, is_address, opened
 from gguf_fuse.planning import fuse as fusing
-from gguf_fuse.planning import imatrix
-from gguf_fuse.planning import unfuse as unfusing
-from gguf_fuse.planning.base import require_base
-from gguf_fuse.planning.fusions import ALL, QKV, SSM_IN, Fusion
-from gguf_fuse.planning.loaders import Architecture, Loader
+from gguf_fuse.planning.fusions import QKV, Fusion
 from gguf_fuse.planning.plan import Layer, NothingToDo, Plan, Refused, Rows, Status, refuse_any
 from gguf_fuse.progress import OnProgress, OnStart, ignore
 from gguf_fuse.writing.copy import clone_block
@@ -38,11 +34,10 @@ from gguf_fuse.writing.publish import (
     check_place,
     write,
 )
-from gguf_fuse.writing.stream import stream
 from gguf_fuse.writing.temporary import TEMPORARY_MARK
 
-__all__ = ["Altered", "Inspection", "OnMismatch", "Options", "Reflink", "Result"]
-__all__ += ["fuse", "inspect", "recipe", "requantize_and_fuse", "unfuse"]
+__all__ = ["Altered", "OnMismatch", "Options", "Reflink", "Result"]
+__all__ += ["fuse", "recipe", "requantize_and_fuse", "unfuse"]
 
 if TYPE_CHECKING:
     from gguf_fuse.planning import recipe as recipes
@@ -133,23 +128,6 @@ def unfuse(
     return _carry_out(header, plan, os.fspath(output), options or Options())
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a file holds: its layers, and what llama.cpp's loader for it reads."""
-
-    header: Header
-    layers: tuple[Layer, ...]
-    loader: Architecture
-
-
-def inspect(source: AnyPath) -> Inspection:
-    """What `source` holds and what fusing would do to it. Raises GGUFError."""
-    header = read_model(source)
-    layers = _examine(header)
-    name = layers[0].name if layers else "blk.0"
-    return Inspection(header, layers, fusing.loader_of(header, name))
-
-
 def recipe(source: AnyPath) -> recipes.Recipe:
     """What llama-quantize must do to `source` so that layers of different types can be fused.
 
@@ -233,20 +211,6 @@ def _check_room(found: recipes.Recipe, way: recipes.Way, output: Path, force: bo
         )
 
 
-def _examine(header: Header) -> tuple[Layer, ...]:
-    """Each layer of a model, an adapter or a matrix, for all fusions."""
-    general_type = header.metadata.get("general.type")
-    if general_type == "adapter":
-        from gguf_fuse.planning import fuse_adapter
-
-        return fuse_adapter.examine(header)
-    if general_type == "imatrix":
-        return imatrix.examine(header, Segment.read)
-    reads = fusing.loader_of(header).reads(SSM_IN).loader  # others' ssm_in is another layout
-    fusions = [one for one in ALL if one is not SSM_IN or reads is Loader.READS_FUSED]
-    return fusing.examine(header, Segment.read, fusions=fusions)
-
-
 def _fuse_plan(
     header: Header, base: Header | None, fusions: Sequence[Fusion], any_architecture: bool
 ) -> Plan:
@@ -264,9 +228,14 @@ def _fuse_plan(
         )
     rows: Rows | None = None
     if base is not None:
+        from gguf_fuse.planning import unfuse as unfusing
+        from gguf_fuse.planning.base import require_base
+
         rows = unfusing.base_rows(base, Segment.read, any_architecture=any_architecture)
         require_base(header, base, rows)
     if general_type == "imatrix":
+        from gguf_fuse.planning import imatrix
+
         return imatrix.fuse(header, Segment.read, rows=rows)
     from gguf_fuse.planning import fuse_adapter  # numpy, which only adapters need: 0.1 s
 
@@ -280,7 +249,11 @@ def _unfuse_plan(header: Header, any_architecture: bool) -> Plan:
 
         return unfuse_adapter.unfuse(header, Segment.read)
     if general_type == "imatrix":
+        from gguf_fuse.planning import imatrix
+
         return imatrix.unfuse(header)
+    from gguf_fuse.planning import unfuse as unfusing
+
     return unfusing.unfuse(header, any_architecture=any_architecture)
 
 
@@ -299,6 +272,8 @@ def _carry_out(
         copies = [copy.n_bytes for part in outputs for copy in part.placement.copies]
         written = Written(sum(copies), sum(part.placement.n_cloned for part in outputs))
     elif output == STANDARD_OUTPUT:
+        from gguf_fuse.writing.stream import stream
+
         options.on_start(n_bytes)
         written = stream(read, outputs[0], sys.stdout.fileno(), options)
     else:

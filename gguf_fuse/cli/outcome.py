@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import math
 import os
 import signal
@@ -17,8 +16,6 @@ from typing import Any, NoReturn
 import typer
 
 from gguf_fuse import signals
-from gguf_fuse.format.source import GGUFError
-from gguf_fuse.planning.plan import NothingToDo
 
 JSON_FORMAT = 1  # one more whenever a word changes its meaning or is gone; new words may come
 
@@ -63,6 +60,9 @@ def failing(command: Callable[..., None]) -> Callable[..., None]:
 
 def _outcome(action: Callable[[], None]) -> tuple[int, str]:
     """Exit code, and why it is not 0. Raises BadParameter."""
+    from gguf_fuse.format.source import GGUFError  # which --help need not wait for
+    from gguf_fuse.planning.plan import NothingToDo
+
     try:
         with signals.raised():
             action()
@@ -148,6 +148,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 def to_json(value: dict[str, Any]) -> str:
     """NaN and infinities, which JSON does not have, become null."""
+    import json
+
     return json.dumps(_finite(value), allow_nan=False)
 
 

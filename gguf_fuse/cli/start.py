@@ -3,7 +3,9 @@
 Before this, Python itself starts: what Ctrl-C does in those hundredths of a second is its affair.
 """
 
+import atexit
 import contextlib
+import gc
 import os
 import sys
 
@@ -13,6 +15,10 @@ from gguf_fuse import signals
 def main() -> None:
     """The console command."""
     signals.end_at_once()
+    # To look for cycles among the classes of all modules, and once more at the end, takes a seventh
+    # of a short command; there is next to nothing to be found.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     # A closed stream's number would go to the next file that is opened, OUT perhaps, and with it
     # whatever a library prints there.
     with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gguf_fuse.planning.fusions import GATE_UP, SSM_IN, Fusion, Stack
 
@@ -42,8 +42,7 @@ class Loader(Enum):
         return self.value.format(words)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Build:
+class Build(NamedTuple):
     """A build of llama.cpp, and when it was made."""
 
     number: int
@@ -126,7 +125,7 @@ _ROWS: dict[tuple[Loader, Proof], str] = {
 _APRIL, _LATE_APRIL = Build(8672, "April 2026, or before"), Build(8929, "April 2026")
 _MAY, _JULY = Build(9093, "May 2026"), Build(10068, "July 2026")
 _AUGUST, _SEPTEMBER = Build(10566, "August 2026"), Build(11063, "September 2026")
-_QKV_SINCE = {
+_QKV_BUILDS = {
     _APRIL: "bert chatglm glm4 jina-bert-v3 nomic-bert nomic-bert-moe phi2 phi3",
     _LATE_APRIL: """
         apertus arcee baichuan cohere2 command-r deci deepseek dots1 ernie4_5 ernie4_5-moe exaone
@@ -141,7 +140,7 @@ _QKV_SINCE = {
         cohere2moe deepseek2-ocr gemma3n gemma4 nemotron_h olmo2 olmoe qwen35 qwen35moe
         qwen3next""",
 }
-_GATE_UP_SINCE = {
+_GATE_UP_BUILDS = {
     _APRIL: "deepseek2 deepseek2-ocr gemma4 mistral4 qwen35moe qwen3next",
     _JULY: "hy_v3",
     _AUGUST: "granite_swa",
@@ -149,8 +148,11 @@ _GATE_UP_SINCE = {
 }
 
 
-def _since(table: dict[Build, str], name: str) -> Build | None:
-    return next((build for build, names in table.items() if name in names.split()), None)
+def _by_name(builds: dict[Build, str]) -> dict[str, Build]:
+    return {name: build for build, names in builds.items() for name in names.split()}
+
+
+_QKV_SINCE, _GATE_UP_SINCE = _by_name(_QKV_BUILDS), _by_name(_GATE_UP_BUILDS)
 
 
 # gemma4's own fused code adds no bias; the fused paths of the others apply no scale in some layers
@@ -196,7 +198,7 @@ def _reads_newer(name: str, measured: set[str]) -> Reads:
 
 def _gate_up(name: str) -> Reads:
     if name in _GATE_UP:
-        since = _since(_GATE_UP_SINCE, name)
+        since = _GATE_UP_SINCE.get(name)
         return Reads(Loader.READS_FUSED, "measured", biases=False, scales=False, since=since)
     return Reads(Loader.NEEDS_SEPARATE, "source", scales=False)
 
@@ -236,7 +238,7 @@ ARCHITECTURES = {
             proof,
             biases=name not in _NO_BIASES,
             scales=name not in _NO_SCALES,
-            since=_since(_QKV_SINCE, name),
+            since=_QKV_SINCE.get(name),
         ),
         _gate_up(name),
         _reads_newer(name, _ONCE_ONE_BY_ONE),

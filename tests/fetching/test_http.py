@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from gguf_fuse.api import fuse, inspect, unfuse
+from gguf_fuse.api import fuse, unfuse
 from gguf_fuse.fetching import http
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.inspection import inspect
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
 from tests import pack

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from gguf_fuse.api import fuse, inspect
+from gguf_fuse.api import fuse
 from gguf_fuse.format import source
 from gguf_fuse.format.source import GGUFError
+from gguf_fuse.inspection import inspect
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
 from tests.conftest import FAST
