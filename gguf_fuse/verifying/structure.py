@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from gguf_fuse.format.header import Header, TensorInfo
 from gguf_fuse.format.layout import misplaced, nonzero_padding
 from gguf_fuse.format.source import Segment, abort, in_turn, opened, pace
@@ -284,8 +282,11 @@ def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:
     # == of two bytearrays is memcmp; of two memoryviews it goes element by element.
     if (a == b) if n_bytes == len(a) else (a[:n_bytes] == b[:n_bytes]):
         return None
-    x, y = (np.frombuffer(data, np.uint8, n_bytes) for data in (a, b))
-    return int(np.argmax(x != y))
+    equal, end = 0, n_bytes  # so many are equal; the first that is not comes before the end
+    while end - equal > 1:
+        middle = (equal + end) // 2
+        equal, end = (middle, end) if a[equal:middle] == b[equal:middle] else (equal, middle)
+    return equal
 
 
 def _data_problem(original: Header, fused: Header, part: _Range, at: int) -> str:

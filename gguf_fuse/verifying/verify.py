@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
 from dataclasses import replace
 
 from gguf_fuse.format.header import Header
@@ -13,8 +11,6 @@ from gguf_fuse.models.names import other_layers
 from gguf_fuse.planning.plan import Refused
 from gguf_fuse.verifying.fused import find_fused
 from gguf_fuse.verifying.layers import choose_layers
-from gguf_fuse.verifying.llama import judge, require_wheel
-from gguf_fuse.verifying.numbers import compare_numbers, time_layer
 from gguf_fuse.verifying.report import LayerReport, Report, Structure, VerifyOptions
 from gguf_fuse.verifying.structure import compare_structure
 
@@ -33,6 +29,8 @@ def verify(original: AnyPath, fused: AnyPath, options: VerifyOptions | None = No
     """
     options = options or VerifyOptions()
     if options.llama:
+        from gguf_fuse.verifying.llama import judge, require_wheel
+
         require_wheel()  # before anything long
     before, after = read_model(original), read_model(fused)
     for header in (before, after):
@@ -51,74 +49,21 @@ def verify(original: AnyPath, fused: AnyPath, options: VerifyOptions | None = No
         before, after = after, before
     names = [] if options.structure_only else choose_layers(before, options.layers)
     report = Report(before, after, Structure(()), exchanged=exchanged)
-    structure, layers = _compare(before, after, names, options)
-    report = replace(report, structure=structure)
-    if structure.computable and not options.structure_only:
-        timing = time_layer(before, after, layers, options) if options.timed else None
-        layers += _not_computed(before, options)
-        report = replace(report, layers=tuple(layers), timing=timing)
+    if options.structure_only:
+        report = replace(report, structure=compare_structure(before, after, options))
+    else:
+        # numpy and gguf-py: comparing bytes needs neither, and takes less time than to load them.
+        from gguf_fuse.verifying.beside import compare
+
+        structure, layers, timing = compare(before, after, names, options)
+        if structure.computable:
+            layers = (*layers, *_not_computed(before, options))
+        report = replace(report, structure=structure, layers=layers, timing=timing)
     if options.llama:
         report = replace(report, llama=judge(before, after, options))
     with opened([*before.sources, *after.sources]):
         pass  # a file that is not any more what was compared is not verified
     return report
-
-
-def _compare(
-    original: Header, fused: Header, names: Sequence[str], options: VerifyOptions
-) -> tuple[Structure, list[LayerReport]]:
-    """Layers are computed while bytes are compared."""
-    if options.structure_only:
-        return compare_structure(original, fused, options), []
-    layers: list[LayerReport] = []
-    told = _Told(options)
-    half = max(1, options.threads // 2)
-    beside = replace(options, on_start=told.layers, on_progress=told.layer)
-    computed = map(layers.append, compare_numbers(original, fused, names, beside, half))
-    own = replace(
-        options,
-        threads=options.threads - half + 1,  # the one that computes joins the others later
-        on_start=told.all_bytes,
-        on_progress=told.bytes,
-    )
-    return compare_structure(original, fused, own, computed), layers
-
-
-class _Told:
-    """Progress of both, as if it were first that of bytes, then that of the layers."""
-
-    def __init__(self, options: VerifyOptions) -> None:
-        self.options = options
-        self.bytes_left = self.n_layers = self.layers_done = 0
-        self.lock = threading.Lock()
-
-    def all_bytes(self, what: str, n_bytes: int) -> None:
-        self.bytes_left = n_bytes
-        self.options.on_start(what, n_bytes)
-
-    def bytes(self, n: int) -> None:
-        with self.lock:
-            self.bytes_left -= n
-            self.options.on_progress(n)
-            self._turn_to_layers()
-
-    def layers(self, what: str, n_layers: int) -> None:
-        with self.lock:
-            self.n_layers = n_layers
-            self._turn_to_layers()
-
-    def layer(self, n: int) -> None:
-        with self.lock:
-            self.layers_done += n
-            if not self.bytes_left:
-                self.options.on_progress(n)
-
-    def _turn_to_layers(self) -> None:
-        if self.bytes_left or not self.n_layers:
-            return
-        self.options.on_start("computing", self.n_layers)
-        if self.layers_done:
-            self.options.on_progress(self.layers_done)
 
 
 def _not_computed(original: Header, options: VerifyOptions) -> list[LayerReport]:
