@@ -20,8 +20,8 @@ app = typer.Typer(
     cls=Program,
     help=(
         "Join the Q, K and V weights of an existing GGUF into one attn_qkv tensor per layer.\n\n"
-        f"\b\n  gguf-fuse {QKV.flag} in.gguf out.gguf    fuse, the main job\n"
-        "  gguf-fuse in.gguf                                inspect: what is in it"
+        f"\b\n  gguf-fuse {QKV.flag} in.gguf out.gguf\n      fuse, the main job\n"
+        "  gguf-fuse in.gguf\n      inspect: what is in it"
     ),
     epilog=(
         "Exit codes: 0 done; 1 bad input or I/O error; 2 wrong usage; 3 nothing to fuse or "

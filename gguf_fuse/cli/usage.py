@@ -135,7 +135,7 @@ class Program(TyperGroup):
 def _load(name: str) -> Any:
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
     function = getattr(importlib.import_module(f"gguf_fuse.cli.{name}"), name)
-    example = f"Example: gguf-fuse {name} {COMMANDS[name].example}"
+    example = f"\b\nExample: gguf-fuse {name} {COMMANDS[name].example}"  # \b: not broken
     one.command(name, cls=Command, epilog=example)(failing(function))
     return typer.main.get_command(one)
 

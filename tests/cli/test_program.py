@@ -30,11 +30,13 @@ def test_help_names_the_main_job_and_every_command() -> None:
     assert "Exit codes" in shown
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_has_an_example(command: str) -> None:
-    done = gguf_fuse(command, "--help")
+@pytest.mark.parametrize("columns", [50, 80])
+@pytest.mark.parametrize("command", LISTED)
+def test_help_of_a_command_has_an_example_to_be_copied(command: str, columns: int) -> None:
+    done = gguf_fuse(command, "--help", env={**os.environ, "COLUMNS": str(columns)})
     assert done.returncode == 0
-    assert f"Example: gguf-fuse {command}" in done.stdout
+    example = f"Example: gguf-fuse {command} {LISTED[command].example}"
+    assert example in [line.strip() for line in done.stdout.splitlines()]
 
 
 def loaded_by(*arguments: str | Path) -> set[str]:
@@ -86,10 +88,16 @@ def test_version(flag: str) -> None:
 def test_help_fits(command: str, columns: int) -> None:
     arguments = [command, "--help"] if command else ["--help"]
     shown = gguf_fuse(*arguments, env={**os.environ, "COLUMNS": str(columns)}).stdout
-    # The bare form is not broken: it is there to be copied.
-    lines = [line for line in shown.splitlines() if "in.gguf" not in line]
-    assert max(map(len, lines)) <= columns
+    assert max(map(len, shown.splitlines())) <= columns
     assert "<" not in shown and "range" not in shown and "[required]" not in shown
+
+
+@pytest.mark.parametrize("columns", [50, 60, 80, 120])
+def test_examples_in_help_are_not_broken(columns: int) -> None:
+    shown = gguf_fuse("--help", env={**os.environ, "COLUMNS": str(columns)}).stdout
+    lines = [line.strip() for line in shown.splitlines()]
+    for example in ("gguf-fuse --fuse-qkv-weights in.gguf out.gguf", "gguf-fuse in.gguf"):
+        assert example in lines
 
 
 def test_options_stand_in_parts() -> None:
