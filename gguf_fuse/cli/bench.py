@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gguf_fuse.measuring.gain import Gain
 
 _PROJECTION, _DECODE = ("separate", "fused"), ("expand", "broadcast", "split", "stream")
-_NONE_SEEN = "none seen"  # short for "no difference seen"
+_SHORT = {"no difference seen": "none seen", "too few rounds": "too few"}
 _WIDE = 80  # columns that the tables with spreads take
 
 
@@ -77,6 +77,8 @@ def _counted(
 
 def _parts(layer: Bench, projection: list[Row], decode: list[Row]) -> Iterator[Text]:
     """For people: each row is timed when it is asked for, and kept in its list."""
+    from gguf_fuse.measuring.gain import MIN_ROUNDS, MIN_SAMPLES
+
     shape = layer.shape
     yield text(
         f"{layer.source}: n_embd {shape.n_embd}, {shape.n_head} heads, {shape.n_head_kv} KV heads, "
@@ -89,9 +91,10 @@ def _parts(layer: Bench, projection: list[Row], decode: list[Row]) -> Iterator[T
     yield text()
     yield from _lines(_decode_columns(), layer.decode(), decode)
     yield text("vs expand, of reading: the speed of split; 100% is K and V merely read once")
+    if min(len(times) for row in (*projection, *decode) for times in row.ms.values()) < MIN_ROUNDS:
+        line = f"too few rounds fitted into the time to conclude: fewer than {MIN_ROUNDS}"
+        yield text(f"{line}; ±?: fewer than {MIN_SAMPLES}", "yellow")
     readings = [row.spread("stream") for row in decode]
-    if any(reading.few for reading in readings):
-        yield text("±?: too few rounds fitted into the time to tell anything", "yellow")
     if any(reading.noisy for reading in readings):
         yield text("noisy: reading itself varied by more than a fifth (±10%)", "yellow")
     yield from _left_out("free memory", "n_kv", layer.too_large)
@@ -169,7 +172,7 @@ def _of_reading(row: Row) -> str:
 
 def _times_as_fast(row: Row) -> str:
     gain = row.gain("expand", "split")
-    return f"{gain.ratio:.1f} x" if gain.seen else _NONE_SEEN
+    return _SHORT.get(gain.word, f"{gain.ratio:.1f} x")
 
 
 def _percent(row: Row) -> str:
@@ -177,12 +180,13 @@ def _percent(row: Row) -> str:
 
 
 def _short(gain: Gain) -> str:
-    return f"{gain.ratio - 1:+.0%}" if gain.seen else _NONE_SEEN
+    return _SHORT.get(gain.word, f"{gain.ratio - 1:+.0%}")
 
 
 def projection_verdict(rows: Sequence[Row]) -> str:
     """What the measurement says of fusing, and no more than that."""
-    found: dict[str, list[str]] = {"faster": [], "no difference seen": [], "slower": []}
+    words = ("faster", "no difference seen", "slower", "too few rounds")
+    found: dict[str, list[str]] = {word: [] for word in words}
     for row in rows:
         found[row.gain(*_PROJECTION).word].append(str(row.size))
     parts = [f"{word} at n_tokens {', '.join(sizes)}" for word, sizes in found.items() if sizes]

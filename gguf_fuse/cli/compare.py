@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gguf_fuse import __version__
 from gguf_fuse.cli import console
-from gguf_fuse.cli.console import number, text
+from gguf_fuse.cli.console import Fitting, number, table, text
 from gguf_fuse.cli.options import AsJson, Quiet, existing_file
 from gguf_fuse.cli.outcome import print_json
 
@@ -43,7 +43,10 @@ def compare(
     n_prompt: Annotated[str, _counts("-p", "Tokens of a prompt, or of a small batch")] = "8,512",
     n_gen: Annotated[str, _counts("-n", "Tokens to generate")] = "128",
     n_depth: Annotated[str, _counts("-d", "Tokens that are in the cache before that")] = "0",
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Processes for each file.")] = 5,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="Processes for each file; fewer conclude nothing."),
+    ] = 9,
     repetitions: Annotated[
         int, typer.Option("-r", min=1, max=1000, help="Samples of each process, after a first one.")
     ] = 3,
@@ -131,10 +134,12 @@ class _Comparison:
 
     @property
     def best(self) -> list[Best]:
-        """Where there is more to choose from than the two files."""
+        """Where there is more to choose from than the two files, and it can be told."""
         from gguf_fuse.llama.compare import best
+        from gguf_fuse.measuring.gain import MIN_ROUNDS
 
-        return best(self.runs) if len(self.runs) > 2 else []
+        enough = len(self.runs) > 2 and self.rounds_done >= MIN_ROUNDS
+        return best(self.runs) if enough else []
 
     @property
     def command(self) -> str:
@@ -196,8 +201,12 @@ def _json(result: _Comparison) -> dict[str, Any]:
 def _parts(result: _Comparison) -> Iterator[RenderableType]:
     yield text(result.device)
     yield text()
-    titles = [Column("test", no_wrap=True), number("separate"), number("fused"), number("gain")]
-    yield console.table([*titles, number("95 % interval"), ""], map(_cells, result.rows))
+    rows = [_cells(row) for row in result.rows]
+    test, gain = Column("test", no_wrap=True), number("gain", no_wrap=True)
+    interval = number("95 % interval", no_wrap=True)
+    wide = table([test, number("separate"), number("fused"), gain, interval, ""], rows)
+    narrow = table([test, gain, interval, ""], ([row[0], *row[3:]] for row in rows))
+    yield Fitting(wide, narrow)
     yield text()
     yield from map(text, _remarks(result))
 
@@ -233,15 +242,15 @@ def _speed(tokens_per_second: float) -> str:
 
 def _remarks(result: _Comparison) -> Iterator[str]:
     """What stands below the table."""
-    from gguf_fuse.measuring.gain import MIN_SAMPLES
+    from gguf_fuse.measuring.gain import MIN_ROUNDS
 
     done = f"{result.rounds_done} rounds" if result.rounds_done != 1 else "1 round"
     yield (
         f"Tokens per second: medians of {done} in turn, {result.settings.repetitions} samples of "
         "each process after a first one that is left out."
     )
-    if result.rounds_done * result.settings.repetitions < MIN_SAMPLES:
-        yield f"Fewer than {MIN_SAMPLES} samples of each cannot tell a difference: more --rounds."
+    if result.rounds_done < MIN_ROUNDS:
+        yield f"Too few rounds to conclude: give --rounds {MIN_ROUNDS} or more."
     elif any(not row.gain.seen for row in result.rows):
         yield (
             "No difference seen: the interval holds 0, or samples of the same file differ by more "

@@ -12,7 +12,7 @@ from gguf_fuse.measuring.plot import check_plot
 
 __all__ = ["check_plot", "plot"]
 
-_COLOURS = {"faster": "#1b7837", "slower": "#b2182b", "no difference seen": "#777777"}
+_COLOURS = {"faster": "#1b7837", "slower": "#b2182b"}
 
 
 def plot(rows: Sequence[Row], device: str, path: Path) -> None:
@@ -25,9 +25,10 @@ def plot(rows: Sequence[Row], device: str, path: Path) -> None:
     labels = [f"{row.test}\n{GRAPH_OPT}=1" if row.graph_opt else str(row.test) for row in rows]
     for at, row in enumerate(rows):
         low, gain, high = (_percent(x) for x in (row.gain.low, row.gain.ratio, row.gain.high))
-        axes.plot([low, high], [at, at], color=_COLOURS[row.gain.word], linewidth=2)
-        axes.plot(gain, at, "o", color=_COLOURS[row.gain.word])
-        words = f"{gain:+.1f} %" if row.gain.word != "no difference seen" else row.gain.word
+        colour = _COLOURS.get(row.gain.word, "#777777")
+        axes.plot([low, high], [at, at], color=colour, linewidth=2)
+        axes.plot(gain, at, "o", color=colour)
+        words = f"{gain:+.1f} %" if row.gain.seen else row.gain.word
         axes.annotate(words, (max(high, gain), at), (8, 0), textcoords="offset points", va="center")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), labels)

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 # One way's, in any unit of time: [n_rounds], or [n_rounds, n_samples] with several in each round.
 Samples: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | npt.NDArray[np.float64]
-Word: TypeAlias = Literal["faster", "slower", "no difference seen"]
+Word: TypeAlias = Literal["faster", "slower", "no difference seen", "too few rounds"]
 
 NOISY = 0.2  # a middle half wider than this share of its median says little
-MIN_SAMPLES = 5  # of each way: with fewer, chance alone puts all of one before all of the other
+MIN_SAMPLES = 5  # with fewer, a middle half says nothing
+MIN_ROUNDS = 9  # with fewer, one busy moment may have met all of one way
 CONFIDENCE = 0.95
 RESAMPLED = 2000
 
@@ -55,7 +56,7 @@ class Gain:
 
     @property
     def seen(self) -> bool:
-        return self.word != "no difference seen"
+        return self.word in ("faster", "slower")
 
 
 def spread(samples: Samples) -> Spread:
@@ -72,6 +73,7 @@ def gain(before: Samples, after: Samples) -> Gain:
     rounds together, so what slows both tells nothing), and over the samples inside a round. A
     difference is seen where the interval leaves out 1 and the medians differ by more than the width
     of either middle half: busy moments last for rounds, so the interval alone would be too sure.
+    Fewer than MIN_ROUNDS rounds are too few to conclude from, however many samples each has.
     For speeds instead of times, pass their reciprocals. Raises ValueError unless both ways have
     as many rounds, at least one, with as many samples in each.
     """
@@ -81,13 +83,16 @@ def gain(before: Samples, after: Samples) -> Gain:
     times = times.reshape(*times.shape[:2], -1)  # [2, n_rounds, n_samples]
     old, new = spread(times[0]), spread(times[1])
     low, high = _interval(times)
-    surely = not old.few and abs(old.median - new.median) > max(old.width, new.width)
+    ratio = old.median / new.median
+    if times.shape[1] < MIN_ROUNDS:
+        return Gain(ratio, low, high, "too few rounds")
+    surely = abs(old.median - new.median) > max(old.width, new.width)
     word: Word = "no difference seen"
     if surely and low > 1:
         word = "faster"
     if surely and high < 1:
         word = "slower"
-    return Gain(old.median / new.median, low, high, word)
+    return Gain(ratio, low, high, word)
 
 
 def _interval(times: npt.NDArray[np.float64]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gguf_fuse import __version__
-from gguf_fuse.cli import commands
+from gguf_fuse.cli.commands import COMMANDS as LISTED
 from tests.conftest import gguf_fuse
 
 Model = Callable[..., Path]
@@ -70,10 +70,10 @@ def test_a_command_loads_what_it_needs(model: Model, tmp_path: Path) -> None:
         assert not seen & (HEAVY | {"gguf_fuse.cli.batch", "gguf_fuse.cli.verify"})
 
 
-@pytest.mark.parametrize("command", commands.COMMANDS)
+@pytest.mark.parametrize("command", LISTED)
 def test_what_help_lists_is_how_a_commands_own_help_begins(command: str) -> None:
     own = " ".join(gguf_fuse("help", command).stdout.split())
-    usage, _, words = own.partition(commands.COMMANDS[command].summary)
+    usage, _, words = own.partition(LISTED[command].summary)
     assert usage.startswith("Usage: ") and usage.count("gguf-fuse") == 1 and words
 
 

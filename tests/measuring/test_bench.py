@@ -90,7 +90,8 @@ def test_each_row_is_shown_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> N
         ({"split": [1.0] * 9, "stream": [0.5] * 9}, ["8.0", "x", "50%"]),
         ({"split": [1.0] * 9, "stream": [0.5, 0.7, 0.9] * 3}, ["8.0", "x", "noisy"]),
         ({"split": [1.0, 8.0, 20.0] * 3, "stream": [0.5] * 9}, ["none", "seen", "6%"]),
-        ({"split": [1.0] * 4, "stream": [0.5] * 4}, ["none", "seen", "noisy"]),
+        ({"split": [1.0] * 8, "stream": [0.5] * 8}, ["too", "few", "50%"]),
+        ({"split": [1.0] * 4, "stream": [0.5] * 4}, ["too", "few", "noisy"]),
     ],
 )
 def test_noise_is_not_told_as_fact(
@@ -108,7 +109,8 @@ def test_noise_is_not_told_as_fact(
     (line,) = (line.split() for line in shown.splitlines() if line.startswith("  512"))
     assert line[-len(told) :] == told
     assert ("noisy: reading itself varied" in shown) == (told[-1] == "noisy")
-    assert ("±?" in shown) == (rounds == 4)
+    assert ("too few rounds fitted into the time to conclude" in shown) == (rounds < 9)
+    assert ("±?" in line) == (rounds == 4)
 
 
 def test_few_rounds_tell_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +121,7 @@ def test_few_rounds_tell_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Few("default shape", Shape(), 2, timed().extent, ())
     shown = show(monkeypatch, layer).stdout
     (line,) = (line.split() for line in shown.splitlines() if line.startswith("       1 "))
-    assert line == "1 2 ±? 1 ±? ? no difference seen".split()
+    assert line == "1 2 ±? 1 ±? ? too few rounds".split()
 
 
 @pytest.mark.parametrize(("extent", "most_s"), [(FULL, 53), (QUICK, 16)])
@@ -345,7 +347,7 @@ def test_table_says_where_fusing_gains_nothing(short: None, model: Model) -> Non
     ],
 )
 def test_the_verdict_follows_the_measurement(separate: tuple[float, float], expected: str) -> None:
-    noise = np.array([0.95, 0.97, 1.0, 1.03, 1.05])
+    noise = np.array(2 * [0.95, 0.97, 1.0, 1.03, 1.05])
     rows = [
         Row(n, {"separate": list(ms * noise), "fused": list(noise)})
         for n, ms in zip((1, 8), separate, strict=True)

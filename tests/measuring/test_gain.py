@@ -26,11 +26,12 @@ def test_noisy_is_a_middle_half_of_more_than_a_fifth(high: float, noisy: bool) -
 @pytest.mark.parametrize(
     ("before", "after", "ratio", "word"),
     [
-        ([2.0] * 5, [1.0] * 5, 2.0, "faster"),
-        ([1.0] * 5, [2.0] * 5, 0.5, "slower"),
-        ([1.0] * 5, [1.0] * 5, 1.0, "no difference seen"),
-        ([2.0] * 4, [1.0] * 4, 2.0, "no difference seen"),  # chance can do that with four
-        ([[2.0, 2.1, 1.9]] * 2, [[1.0, 1.1, 0.9]] * 2, 2.0, "faster"),
+        ([2.0] * 9, [1.0] * 9, 2.0, "faster"),
+        ([1.0] * 9, [2.0] * 9, 0.5, "slower"),
+        ([1.0] * 9, [1.0] * 9, 1.0, "no difference seen"),
+        ([2.0] * 8, [1.0] * 8, 2.0, "too few rounds"),
+        ([[2.0, 2.1, 1.9]] * 9, [[1.0, 1.1, 0.9]] * 9, 2.0, "faster"),
+        ([[2.0] * 9] * 2, [[1.0] * 9] * 2, 2.0, "too few rounds"),  # whatever they hold
     ],
 )
 def test_known_answers(before: Samples, after: Samples, ratio: float, word: str) -> None:
