@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, Any
 
 import typer
@@ -243,15 +243,16 @@ class Writing:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Show typer, in place of each parameter that is a Fusing or a Writing, the fields of it."""
+    """Show typer, in place of each parameter that is of a dataclass, the fields of it."""
     signature = inspect.signature(command, eval_str=True)
     shown: list[inspect.Parameter] = []
     fields: dict[str, list[str]] = {}
     for name, parameter in signature.parameters.items():
-        if parameter.annotation not in (Fusing, Writing):
+        group = parameter.annotation
+        if not (isinstance(group, type) and is_dataclass(group)):
             shown.append(parameter)
             continue
-        own = inspect.signature(parameter.annotation, eval_str=True).parameters
+        own = inspect.signature(group, eval_str=True).parameters
         fields[name] = list(own)
         shown += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in own.values()]
 

@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +21,7 @@ from gguf_fuse.choices import MOST_TOKENS
 from gguf_fuse.cli import console
 from gguf_fuse.cli.console import ms, number, text
 from gguf_fuse.cli.layers import ranges
-from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file
+from gguf_fuse.cli.options import AsJson, ComputeThreads, Quiet, existing_file, grouped
 from gguf_fuse.cli.outcome import EXIT_NOT_VERIFIED, fail, one_line, print_json
 from gguf_fuse.cli.usage import complete_path
 from gguf_fuse.machine import COMPUTE_THREADS
@@ -40,6 +40,51 @@ def _count(words: str) -> Any:
     return typer.Option(min=1, max=MOST_TOKENS, help=words)
 
 
+@dataclass(frozen=True)
+class Computing:
+    """What is computed with both files, in the order of --help."""
+
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to compute: 0,5-7 or all, or 4x for 4 spread evenly; auto is all of a "
+            "small model, 4x of a large one. Bytes are compared in all layers.",
+            show_default="auto",
+        ),
+    ] = None
+    n_prompt: Annotated[int, _count("Tokens of the prompt.")] = 48
+    n_decode: Annotated[int, _count("Decode steps.")] = 4
+    n_seqs: Annotated[int, _count("Sequences, of different lengths.")] = 3
+    n_kv: Annotated[int, _count("Cells in the cache before decoding.")] = 1000
+    threads: ComputeThreads = COMPUTE_THREADS
+    seed: Annotated[
+        int, typer.Option(min=0, max=sys.maxsize, help="Of the random activations.")
+    ] = 0
+    structure_only: Annotated[
+        bool, typer.Option("--structure-only", help="Compare the bytes, compute nothing.")
+    ] = False
+    llama: Annotated[
+        bool, typer.Option("--llama", help="Run both in llama.cpp, too: are the answers the same?")
+    ] = False
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option("-ngl", min=0, help="Layers llama.cpp puts on a GPU.", show_default="all"),
+    ] = None
+
+    def options(self, *, timed: bool) -> gguf_fuse.VerifyOptions:
+        """Raises BadParameter."""
+        from gguf_fuse.verifying.layers import parse_layers
+
+        if self.structure_only and self.layers is not None:
+            raise typer.BadParameter("--structure-only computes nothing: leave out --layers")
+        try:
+            layers = parse_layers(self.layers or "auto")
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--layers") from error
+        return gguf_fuse.VerifyOptions(timed=timed, **(vars(self) | {"layers": layers}))
+
+
+@grouped
 def verify(
     original: Annotated[
         str, existing_file("ORIGINAL", "The file before; left out with --manifest.")
@@ -55,32 +100,8 @@ def verify(
             autocompletion=complete_path,
         ),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers to compute: 0,5-7 or all, or 4x for 4 spread evenly; auto is all of a "
-            "small model, 4x of a large one. Bytes are compared in all layers.",
-            show_default="auto",
-        ),
-    ] = None,
-    n_prompt: Annotated[int, _count("Tokens of the prompt.")] = 48,
-    n_decode: Annotated[int, _count("Decode steps.")] = 4,
-    n_seqs: Annotated[int, _count("Sequences, of different lengths.")] = 3,
-    n_kv: Annotated[int, _count("Cells in the cache before decoding.")] = 1000,
-    threads: ComputeThreads = COMPUTE_THREADS,
-    seed: Annotated[
-        int, typer.Option(min=0, max=sys.maxsize, help="Of the random activations.")
-    ] = 0,
-    structure_only: Annotated[
-        bool, typer.Option("--structure-only", help="Compare the bytes, compute nothing.")
-    ] = False,
-    llama: Annotated[
-        bool, typer.Option("--llama", help="Run both in llama.cpp, too: are the answers the same?")
-    ] = False,
-    n_gpu_layers: Annotated[
-        int | None,
-        typer.Option("-ngl", min=0, help="Layers llama.cpp puts on a GPU.", show_default="all"),
-    ] = None,
+    *,
+    what: Computing,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Every check and its limit, and the time taken.")
     ] = False,
@@ -91,47 +112,26 @@ def verify(
 
     With --manifest, that it is what was written: then ORIGINAL is not needed.
     """
-    from gguf_fuse.verifying.layers import parse_layers
-
     if manifest is not None:
         if fused is not None:
             raise typer.BadParameter("--manifest proves FUSED alone: leave out ORIGINAL")
-        if layers is not None or llama:
+        if what.layers is not None or what.llama:
             raise typer.BadParameter("--manifest computes nothing: leave out --layers and --llama")
         with console.progress_bar(quiet, of_bytes=True) as bar:
             by_hash = gguf_fuse.VerifyOptions(
-                threads=threads, on_start=bar.start, on_progress=bar.advance
+                threads=what.threads, on_start=bar.start, on_progress=bar.advance
             )
             found = gguf_fuse.verify_manifest(manifest, original, by_hash)
         return _tell(found, verbose, as_json, quiet)
     if fused is None:
         raise typer.BadParameter("FUSED is missing: gguf-fuse verify [OPTIONS] ORIGINAL FUSED")
-    if structure_only and layers is not None:
-        raise typer.BadParameter("--structure-only computes nothing: leave out --layers")
-    try:
-        choice = parse_layers(layers or "auto")
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--layers") from error
+    options = what.options(timed=verbose or as_json)
     with console.progress_bar(quiet) as bar:
-        options = gguf_fuse.VerifyOptions(
-            layers=choice,
-            n_prompt=n_prompt,
-            n_decode=n_decode,
-            n_seqs=n_seqs,
-            n_kv=n_kv,
-            threads=threads,
-            seed=seed,
-            structure_only=structure_only,
-            timed=verbose or as_json,
-            llama=llama,
-            n_gpu_layers=n_gpu_layers,
-            on_start=bar.start,
-            on_progress=bar.advance,
-        )
-        report = gguf_fuse.verify(original, fused, options)
+        shown = replace(options, on_start=bar.start, on_progress=bar.advance)
+        report = gguf_fuse.verify(original, fused, shown)
     if report.exchanged:
-        what = f"{original} is the fused file, {fused} the original: verified that way round"
-        print(f"gguf-fuse: {one_line(what)}", file=sys.stderr)
+        words = f"{original} is the fused file, {fused} the original: verified that way round"
+        print(f"gguf-fuse: {one_line(words)}", file=sys.stderr)
     if as_json:
         print_json(_json(report))
     elif not quiet:
