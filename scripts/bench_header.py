@@ -57,6 +57,7 @@ def measure(model: Path, rounds: int) -> dict[str, list[float]]:
         "GGUFReader": lambda: gguf.GGUFReader(model),
         "gguf-fuse inspect": lambda: run([*command, "inspect", str(model)]),
         "gguf-fuse fuse": lambda: run([*command, "fuse", str(model), out, "--force", "--no-sync"]),
+        "gguf-fuse verify": lambda: run([*command, "verify", str(model), out, "--structure-only"]),
         "gguf-fuse --help": lambda: run([*command, "--help"]),
         "python": lambda: run([sys.executable, "-c", "pass"]),
         "import numpy": lambda: run([sys.executable, "-c", "import numpy"]),
