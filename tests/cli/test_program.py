@@ -52,22 +52,36 @@ def loaded_by(*arguments: str | Path) -> set[str]:
     return set(done.stderr.splitlines())
 
 
-HEAVY = {"numpy", "gguf", "rich.progress", "rich.markdown", "pydantic", "ssl", "http.client"}
-HEAVY |= {"asyncio", "logging", "gguf_fuse.verifying.verify", "gguf_fuse.fetching.address"}
+COMPUTES = {"numpy", "gguf", "threadpoolctl", "gguf_fuse.verifying.numbers"}
+FETCHES = {"ssl", "http.client", "asyncio", "logging", "pydantic", "gguf_fuse.fetching.address"}
+DRAWS = {"rich.progress", "rich.markdown"}  # where there is a progress bar
+WRITES = {"gguf_fuse.api", "gguf_fuse.writing.publish", "gguf_fuse.writing.hashing"}
+READS = {"gguf_fuse.format.source", "gguf_fuse.planning.plan", "json"}
+UNFUSES = {"gguf_fuse.planning.unfuse"}
+HEAVY = COMPUTES | FETCHES | DRAWS
 
 
-def test_a_command_loads_what_it_needs(model: Model, tmp_path: Path) -> None:
-    path = model()
-    seen = loaded_by("--help")
-    assert {name for name in seen if name.startswith("gguf_fuse.cli.")} == {
-        *("gguf_fuse.cli.start", "gguf_fuse.cli.entry", "gguf_fuse.cli.usage"),
-        *("gguf_fuse.cli.commands", "gguf_fuse.cli.outcome"),
-    }
-    assert not seen & (HEAVY | {"rich", "gguf_fuse.api"})
-    for command in (["inspect", path], ["fuse", path, tmp_path / "out.gguf"]):
-        seen = loaded_by(*command)
-        assert f"gguf_fuse.cli.{command[0]}" in seen
-        assert not seen & (HEAVY | {"gguf_fuse.cli.batch", "gguf_fuse.cli.verify"})
+@pytest.mark.parametrize(
+    ("arguments", "commands", "not_needed"),
+    [
+        ("--help", "", HEAVY | READS | WRITES | UNFUSES | {"rich"}),
+        ("fuse --help", "fuse", HEAVY | WRITES | UNFUSES),
+        ("inspect IN", "inspect fuse", HEAVY | WRITES | UNFUSES),
+        ("inspect IN --json", "inspect fuse", HEAVY | WRITES | UNFUSES),
+        ("fuse IN OUT", "fuse", HEAVY | UNFUSES),
+        ("unfuse FUSED OUT", "unfuse", HEAVY),
+        ("verify IN FUSED --structure-only", "verify", HEAVY | WRITES | UNFUSES),
+    ],
+)
+def test_a_command_loads_what_it_needs(
+    arguments: str, commands: str, not_needed: set[str], model: Model, tmp_path: Path
+) -> None:
+    files = {"IN": model(), "FUSED": tmp_path / "fused.gguf", "OUT": tmp_path / "out.gguf"}
+    assert gguf_fuse("fuse", files["IN"], files["FUSED"]).returncode == 0
+    seen = loaded_by(*(files.get(word, word) for word in arguments.split()))
+    assert not seen & not_needed
+    own = {name.removeprefix("gguf_fuse.cli.") for name in seen if "gguf_fuse.cli." in name}
+    assert own & set(COMMANDS) == set(commands.split())
 
 
 @pytest.mark.parametrize("command", LISTED)
