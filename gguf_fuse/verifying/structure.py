@@ -92,13 +92,14 @@ def compare_contents(
         *listing,
     ]
     options.on_start("comparing", n_bytes)
-    differing = _compare_data(original, fused, ranges, options, () if problems else meanwhile)
+    steps = () if problems else meanwhile
+    differing, ended = _compare_data(original, fused, ranges, options, steps)
     return Structure(
         (*problems, *_told(original, fused, differing)),
         *counts,
         n_bytes=n_bytes,
         computable=not problems,
-        seconds=time.perf_counter() - started,
+        seconds=ended - started,
     )
 
 
@@ -243,15 +244,17 @@ def _compare_data(
     ranges: Sequence[_Range],
     options: VerifyOptions,
     meanwhile: Iterable[object],
-) -> list[tuple[_Range, int]]:
-    """By threads with two buffers each -> the ranges that differ, and in which byte first."""
+) -> tuple[list[tuple[_Range, int]], float]:
+    """By threads with two buffers each -> the ranges that differ, and in which byte first; and when
+    the last was compared, which may be before `meanwhile` ends.
+    """
     first: dict[int, int] = {}  # by range: the first byte that differs
-    lock = threading.Lock()
-
+    lock, ended = threading.Lock(), time.perf_counter()
     sources = [*original.sources, *fused.sources]
     block_bytes, threads = pace(sources, BLOCK_BYTES, options.threads)
 
     def work(blocks: Iterator[tuple[int, int]]) -> None:
+        nonlocal ended
         a, b = bytearray(block_bytes), bytearray(block_bytes)
         for at, start in blocks:
             part = ranges[at]
@@ -264,6 +267,7 @@ def _compare_data(
                 if differs is not None:
                     with lock:
                         first[at] = min(first.get(at, part.n_bytes), start + differs)
+            ended = time.perf_counter()
             options.on_progress(n_bytes)
 
     blocks = (
@@ -275,7 +279,7 @@ def _compare_data(
         in_turn(blocks, threads, work, lambda: abort(files), meanwhile)
         for file in files.values():
             file.refuse_changed()
-    return [(ranges[at], first[at]) for at in sorted(first)]
+    return [(ranges[at], first[at]) for at in sorted(first)], ended
 
 
 def _first_difference(a: bytearray, b: bytearray, n_bytes: int) -> int | None:

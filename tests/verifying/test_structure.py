@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,29 @@ def test_a_file_that_is_cut_meanwhile(model: Model) -> None:
     options = VerifyOptions(threads=1, on_progress=lambda n: os.truncate(fused, 100))
     with pytest.raises(GGUFError, match=words):
         compare_structure(*headers, options)
+
+
+def test_the_time_is_that_of_comparing_alone(model: Model) -> None:
+    """Not that of what goes on meanwhile, where that takes longer."""
+    original = model()
+    headers = read_header(original), read_header(fused_copy(original))
+    left = [sum(tensor.n_bytes for tensor in headers[0].tensors)]
+    compared: list[float] = []
+
+    def on_progress(n_bytes: int) -> None:
+        left[0] -= n_bytes
+
+    def meanwhile() -> Iterator[None]:
+        while left[0] > 0:
+            yield time.sleep(0.001)
+        compared.append(time.perf_counter())
+        yield time.sleep(0.05)
+
+    started = time.perf_counter()
+    found = compare_structure(
+        *headers, VerifyOptions(threads=2, on_progress=on_progress), meanwhile()
+    )
+    assert 0 < found.seconds < compared[0] - started
 
 
 # -- the layout that llama.cpp wants -------------------------------------------------------------
