@@ -13,7 +13,14 @@ from typer import BadParameter
 
 import gguf_fuse
 from gguf_fuse.cli.console import Flowing, next_line, print_parts, text
-from gguf_fuse.cli.layers import fused_tensor, layer_table, layout_notes, print_result, recipe_hint
+from gguf_fuse.cli.layers import (
+    beside,
+    fused_tensor,
+    layer_table,
+    layout_notes,
+    print_result,
+    recipe_hint,
+)
 from gguf_fuse.cli.options import AsJson, DryRun, Fusing, In, OutOrBeside, Writing, writing
 from gguf_fuse.cli.usage import WHAT, complete_path, option
 from gguf_fuse.planning.plan import Layer
@@ -80,21 +87,6 @@ def fuse(
         verify_command(source, str(result.files[0]), quiet=not told)
     elif told:
         print_parts(next_after(result), stderr=output == "-")
-
-
-def beside(source: str) -> str:
-    """Where the fused file is written when nobody says where: of shards, the first one.
-
-    What is fetched has no folder to be beside: its name alone.
-    """
-    from gguf_fuse.format.shards import ShardName
-    from gguf_fuse.format.source import is_address
-
-    path = source.rpartition("/")[2] if is_address(source) else source
-    name = ShardName.parse(path)
-    if name is None:
-        return f"{path.removesuffix('.gguf')}-fused.gguf"
-    return str(ShardName(f"{name.prefix}-fused", 1, name.count).path(1))
 
 
 def print_fused(result: gguf_fuse.Result, dry_run: bool = False, force: bool = False) -> None:

@@ -17,8 +17,7 @@ from typer import BadParameter
 import gguf_fuse
 from gguf_fuse.cli.answer import inspection_json, loader_word, status
 from gguf_fuse.cli.console import Fitting, Flowing, next_line, number, print_parts, table, text
-from gguf_fuse.cli.fuse import beside
-from gguf_fuse.cli.layers import counted, fused_tensor, layer_table, recipe_hint
+from gguf_fuse.cli.layers import beside, counted, fused_tensor, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, existing_file
 from gguf_fuse.cli.outcome import EXIT_ERROR, complain, fail, print_json
 from gguf_fuse.cli.readers import For, reader_lines, readers_json

@@ -1,4 +1,4 @@
-"""Layers as lines of a table and as JSON, and all else that fuse and unfuse both print."""
+"""Layers as lines of a table, and all else that inspect, fuse and unfuse have in common."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ def recipe_hint(source: Header, layers: Sequence[Layer]) -> Iterator[Text]:
 
     if source.is_model and not record.exists(source) and of_mixed_types(layers):
         yield from next_line("recipe", source.path, label="to fuse layers of mixed types too")
+
+
+def beside(source: str) -> str:
+    """Where the fused file is written when nobody says where: of shards, the first one.
+
+    What is fetched has no folder to be beside: its name alone.
+    """
+    from gguf_fuse.format.shards import ShardName
+    from gguf_fuse.format.source import is_address
+
+    path = source.rpartition("/")[2] if is_address(source) else source
+    name = ShardName.parse(path)
+    if name is None:
+        return f"{path.removesuffix('.gguf')}-fused.gguf"
+    return str(ShardName(f"{name.prefix}-fused", 1, name.count).path(1))
 
 
 def ranges(names: Sequence[str]) -> str:

@@ -66,8 +66,8 @@ HEAVY = COMPUTES | FETCHES | DRAWS
     [
         ("--help", "", HEAVY | READS | WRITES | UNFUSES | {"rich"}),
         ("fuse --help", "fuse", HEAVY | WRITES | UNFUSES),
-        ("inspect IN", "inspect fuse", HEAVY | WRITES | UNFUSES),
-        ("inspect IN --json", "inspect fuse", HEAVY | WRITES | UNFUSES),
+        ("inspect IN", "inspect", HEAVY | WRITES | UNFUSES),
+        ("inspect IN --json", "inspect", HEAVY | WRITES | UNFUSES),
         ("fuse IN OUT", "fuse", HEAVY | UNFUSES),
         ("unfuse FUSED OUT", "unfuse", HEAVY),
         ("verify IN FUSED --structure-only", "verify", HEAVY | WRITES | UNFUSES),
