@@ -45,7 +45,9 @@ def compare(
     n_depth: Annotated[str, _counts("-d", "Tokens that are in the cache before that")] = "0",
     rounds: Annotated[
         int,
-        typer.Option(min=1, max=1000, help="Processes for each file; fewer conclude nothing."),
+        typer.Option(
+            min=1, max=1000, help="Processes for each file; fewer than 9 conclude nothing."
+        ),
     ] = 9,
     repetitions: Annotated[
         int, typer.Option("-r", min=1, max=1000, help="Samples of each process, after a first one.")

@@ -111,15 +111,19 @@ def _require_memory(header: Header, name: str, weights: Weights, options: Verify
 
 
 def _bytes_needed(weights: Weights, options: VerifyOptions) -> int:
-    """What grows with the options: activations, caches and their copies, scores and masks."""
+    """FUSED's weights, and what grows with the options: activations, caches and their copies,
+    scores and masks.
+    """
     n_seqs, n_prompt = options.n_seqs, options.n_prompt
-    rows = weights.projections.rows
-    n_embd: int = weights.projections.linears[0].weight.shape[1]
-    needed = 24 * n_seqs * n_prompt * (n_embd + sum(rows))
+    rows, linears = weights.projections.rows, weights.projections.linears
+    n_embd: int = linears[0].weight.shape[1]
+    needed = sum(linear.weight.nbytes for linear in linears)
+    needed += 24 * n_seqs * n_prompt * (n_embd + sum(rows))
     if weights.layer is None:
         return needed
     spec = weights.layer.spec
-    # A cell of the caches: two in float32, one in float64; copied out to all heads in float32.
-    cell = 16 * (rows[1] + rows[2]) + 4 * spec.n_head * (spec.head_dim + spec.head_dim_v)
+    # A cell of the caches: two in float32, one in float64; those of one sequence at a time copied
+    # out to all heads in float32.
+    cell = n_seqs * 16 * (rows[1] + rows[2]) + 4 * spec.n_head * (spec.head_dim + spec.head_dim_v)
     n_cells = max(options.n_kv, n_prompt) + options.n_decode
-    return needed + n_seqs * n_cells * cell + (32 + 13 * n_seqs) * n_prompt * n_prompt
+    return needed + n_cells * cell + (32 + 13 * n_seqs) * n_prompt * n_prompt
