@@ -104,28 +104,30 @@ def expanded_attention(
 def reference_attention(
     q: Floats, k: Floats, v: Floats, mask: Floats | None, params: AttentionParams
 ) -> Doubles:
-    """float64, head by head, no blocks, chunks or threads: llama.cpp's `use_ref`. Slow.
+    """float64, no blocks, chunks or threads: llama.cpp's `use_ref`. Slow.
 
     Shapes as in `attention`. Shares with the fast paths only the checks and `alibi_slopes`.
     """
     sizes = sizes_of(q, k, v, mask, params.sinks)
     out = np.zeros((*q.shape[:3], sizes.head_dim_v))  # [n_seqs, n_head, n_tokens, head_dim_v]
     slopes = alibi_slopes(sizes.n_head, params.max_alibi_bias)  # [n_head]
-    for seq, head in itertools.product(range(sizes.n_seqs), range(sizes.n_head)):
-        q_head = q[seq, head].astype(np.float64)  # [n_tokens, head_dim]
-        head_kv = head // sizes.group
+    sinks = np.full(sizes.n_head, -np.inf) if params.sinks is None else params.sinks  # [n_head]
+    for seq, head_kv in itertools.product(range(sizes.n_seqs), range(sizes.n_head_kv)):
+        heads = slice(head_kv * sizes.group, (head_kv + 1) * sizes.group)  # that read this KV head
+        q_heads = q[seq, heads].astype(np.float64)  # [group, n_tokens, head_dim]
         k_head = k[seq, head_kv].astype(np.float64, copy=False)  # [n_kv, head_dim]
         v_head = v[seq, head_kv].astype(np.float64, copy=False)  # [n_kv, head_dim_v]
-        scores = params.scale * (q_head @ k_head.T)  # [n_tokens, n_kv]
+        scores = params.scale * (q_heads @ k_head.T)  # [group, n_tokens, n_kv]
         if params.softcap > 0:
-            scores = params.softcap * np.tanh(scores / params.softcap)  # [n_tokens, n_kv]
+            scores = params.softcap * np.tanh(scores / params.softcap)  # [group, n_tokens, n_kv]
         if mask is not None:
-            scores = scores + slopes[head] * mask[seq].astype(np.float64)  # [n_tokens, n_kv]
-        sink = -np.inf if params.sinks is None else float(params.sinks[head])
-        sinks = np.full((sizes.n_tokens, 1), sink)  # a sink is one more cell, whose V is zero
-        logits = np.concatenate([scores, sinks], axis=1)  # [n_tokens, n_kv + 1]
-        seen = logits.max(axis=1) != -np.inf  # [n_tokens]; who sees nothing gets zeros
-        weights = np.exp(logits[seen] - logits[seen].max(axis=1, keepdims=True))  # [n, n_kv + 1]
-        total = weights.sum(axis=1, keepdims=True)  # [n, 1]
-        out[seq, head, seen] = weights[:, :-1] @ v_head / total  # [n, head_dim_v]
+            scores += slopes[heads, None, None] * mask[seq].astype(np.float64)  # [.., n_kv]
+        # A sink is one more cell, whose V is zero.
+        one_more = np.broadcast_to(sinks[heads, None, None], (*scores.shape[:2], 1))
+        logits = np.concatenate([scores, one_more], axis=2)  # [group, n_tokens, n_kv + 1]
+        top = logits.max(axis=2, keepdims=True)  # [group, n_tokens, 1]
+        weights = np.exp(logits - np.where(top == -np.inf, 0, top))  # [group, n_tokens, n_kv + 1]
+        total = weights.sum(axis=2, keepdims=True)  # [group, n_tokens, 1]
+        # Who sees nothing has weights of 0, and gets zeros.
+        out[seq, heads] = weights[:, :, :-1] @ v_head / np.where(total == 0, 1, total)
     return out
