@@ -117,17 +117,17 @@ class _Path:
 
 def _largest_sums(projections: Projections, x: Floats) -> list[float]:
     """Of Q, K and V: the largest scale · Σ|x w| of any token and row."""
-    sizes = np.abs(x)  # [n_seqs, n_tokens, n_embd]
+    sizes = np.abs(x).reshape(-1, x.shape[2])  # [n_seqs * n_tokens, n_embd]
 
     def sums(w: Linear) -> Floats:
         scale = 1.0 if w.scale is None else abs(w.scale)
-        return sizes @ np.abs(w.weight).T * scale  # [n_seqs, n_tokens, rows]
+        return sizes @ np.abs(w.weight).T * scale  # [n_seqs * n_tokens, rows]
 
     return [float(np.max(part)) for part in _by_row_blocks(projections, sums)]
 
 
 def _by_row_blocks(projections: Projections, compute: Callable[[Linear], Floats]) -> Projected:
-    """compute -> [n_seqs, n_tokens, rows], joined, of Q, K and V.
+    """compute -> [..., rows], joined, of Q, K and V.
 
     Some rows at a time: a whole weight in float64 would double the memory.
     """
@@ -137,7 +137,7 @@ def _by_row_blocks(projections: Projections, compute: Callable[[Linear], Floats]
             rows = slice(start, start + ROW_BLOCK)
             bias = None if linear.bias is None else linear.bias[rows]
             outputs.append(compute(Linear(linear.weight[rows], linear.scale, bias)))
-    joined = np.concatenate(outputs, axis=-1)  # [n_seqs, n_tokens, q + k + v rows]
+    joined = np.concatenate(outputs, axis=-1)  # [..., q + k + v rows]
     return split_rows(joined, projections.rows)
 
 
@@ -197,8 +197,6 @@ class Trial:
         }
         self.options = options
         self.random = np.random.default_rng(options.seed)
-        # Cells are filled from it: to draw each anew takes as long as to attend to it.
-        self.pool = self.random.standard_normal(POOL, dtype=np.float32)  # flat
         self.prompts = _lengths(options.n_prompt, options.n_seqs)
         self.contexts = _lengths(max(options.n_kv, options.n_prompt), options.n_seqs)
         self.n_embd = original.projections.linears[0].weight.shape[1]
@@ -265,8 +263,9 @@ class Trial:
                 known = caches[0][seq, :, :prompt]  # [n_head_kv, prompt, dim]
                 size = np.float32(np.sqrt(np.mean(np.square(known, dtype=np.float64))))
                 shape = (known.shape[0], context - prompt, known.shape[2])
-                start = self.random.integers(len(self.pool) // 2)
-                filling = size * np.resize(self.pool[start:], shape)  # [n_head_kv, ..., dim]
+                start = self.random.integers(POOL // 2)
+                pool = _pool(self.options.seed)[start:]
+                filling = size * np.resize(pool, shape)  # [n_head_kv, ..., dim]
                 for cache in caches:
                     cache[seq, :, prompt:context] = filling
 
@@ -303,6 +302,12 @@ class Trial:
         ms = {way: spread(taken) for way, taken in times.items()}
         gained = gain(times["separate"], times["fused"])
         return Timing(name, self.options.n_seqs, max(self.contexts), ms, gained)
+
+
+@functools.cache
+def _pool(seed: int) -> Floats:
+    """Cells are filled from it: to draw each anew would take as long as to attend to it."""
+    return np.random.default_rng((seed, 1)).standard_normal(POOL, dtype=np.float32)  # flat
 
 
 def _lengths(longest: int, n_seqs: int) -> list[int]:
