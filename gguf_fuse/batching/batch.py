@@ -12,7 +12,7 @@ from pathlib import Path
 from gguf_fuse import __version__
 from gguf_fuse.batching.inputs import Found
 from gguf_fuse.batching.ledger import Ledger
-from gguf_fuse.batching.task import Entry, Settings, Task, carry_out
+from gguf_fuse.batching.task import Entry, Settings, Task, carry_out, manifest_files
 from gguf_fuse.format.shards import ShardName
 
 # Calls the first as work on a task begins, the second as it ends.
@@ -39,7 +39,7 @@ def survey(found: Sequence[Found], settings: Settings, ledger: Ledger, *, force:
         if entry is not None and not force and _still_holds(entry, one, settings):
             unchanged.append(entry)
         else:
-            replace = force or _is_ours(one.output, entry, ledger)
+            replace = force or _is_ours(one.output, settings, entry, ledger)
             tasks.append(Task(one.input, one.output, settings, replace))
     return Batch(tuple(tasks), tuple(unchanged))
 
@@ -49,21 +49,28 @@ def _still_holds(entry: Entry, one: Found, settings: Settings) -> bool:
         return False
     if entry.result != "fused" and entry.version != __version__:
         return False
-    if _decides(entry.settings) != _decides(settings):
+    wanted = _decides(settings)
+    if _decides(entry.settings) not in (wanted, dataclasses.replace(wanted, manifest=True)):
         return False
-    return all(file.is_there() for file in (*entry.inputs, *entry.outputs))
+    manifest = entry.manifest if settings.manifest else ()
+    return all(file.is_there() for file in (*entry.inputs, *entry.outputs, *manifest))
 
 
 def _decides(settings: Settings) -> Settings:
     """Those that change what is written or how sure it is; not how fast."""
-    return dataclasses.replace(settings, threads=1, sync=True, reflink="auto")
+    return dataclasses.replace(settings, threads=1, sync=True, reflink="auto", resume=True)
 
 
-def _is_ours(output: str, entry: Entry | None, ledger: Ledger) -> bool:
+def _is_ours(output: str, settings: Settings, entry: Entry | None, ledger: Ledger) -> bool:
     """Whether what is there is what this batch wrote, wholly or until it was broken off."""
-    if output in ledger.begun:
-        return True
-    return entry is not None and bool(entry.outputs) and all(f.is_there() for f in entry.outputs)
+    ours = set(ledger.begun)
+    if entry is not None and entry.outputs:
+        ours.update(file.path for file in entry.manifest if file.is_there())
+        ours.update([output] if all(file.is_there() for file in entry.outputs) else [])
+    manifest = {name for name in manifest_files(output, settings) if Path(name).exists()}
+    if output in ours or (manifest and not _is_there(output, settings)):
+        return manifest <= ours
+    return False
 
 
 def run(batch: Batch, ledger: Ledger, execute: Execute, on_entry: Callable[[Entry], None]) -> None:
@@ -74,8 +81,10 @@ def run(batch: Batch, ledger: Ledger, execute: Execute, on_entry: Callable[[Entr
     """
 
     def begin(task: Task) -> None:
-        if task.replace or not _is_there(task):
-            ledger.begin(task.output)
+        manifest = map(Path, manifest_files(task.output, task.settings))
+        is_there = _is_there(task.output, task.settings) or any(map(Path.exists, manifest))
+        if task.replace or not is_there:
+            ledger.begin(task)
 
     def done(task: Task, entry: Entry) -> None:
         ledger.add(entry)
@@ -84,12 +93,12 @@ def run(batch: Batch, ledger: Ledger, execute: Execute, on_entry: Callable[[Entr
     execute(iter(batch.tasks), begin, done)
 
 
-def _is_there(task: Task) -> bool:
+def _is_there(path: str, settings: Settings) -> bool:
     """Whether an output, or the first shard of one, has its name already."""
-    output = Path(task.output)
+    output = Path(path)
     if output.exists():
         return True
-    if (task.settings.split_max_size, task.settings.split_max_tensors) == (None, None):
+    if (settings.split_max_size, settings.split_max_tensors) == (None, None):
         return False
     name = ShardName.parse(output.name)
     prefix = output.name.removesuffix(".gguf") if name is None else name.prefix

@@ -1,7 +1,8 @@
 """The ledger of a batch, its memory: a file of JSON lines in its output folder, only ever added to.
 
-One line says that work on an output begins (only where nothing was there that is not ours), a later
-one what became of it. What began and did not end was broken off: its output may be replaced.
+One line says that work on a file begins (only where nothing was there that is not ours), a later
+one what became of it; of a manifest's files, that of their output does. What began and did not end
+was broken off: it may be replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gguf_fuse.batching.task import Entry
+from gguf_fuse.batching.task import Entry, Task, manifest_files
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.writing.lines import Lines, open_lines, whole_lines
 
@@ -20,7 +21,7 @@ NAME = "gguf-fuse-batch.jsonl"
 
 
 class Ledger:
-    """entries: by output, the last one. begun: outputs whose last work did not end."""
+    """entries: by output, the last one. begun: files the last work on which did not end."""
 
     def __init__(self, path: Path, file: Lines | None) -> None:
         self.path = path
@@ -28,10 +29,11 @@ class Ledger:
         self.begun: set[str] = set()
         self._file = file
 
-    def begin(self, output: str) -> None:
+    def begin(self, task: Task) -> None:
         """Raises GGUFError if it cannot be written, as `add` does."""
-        self.begun.add(output)
-        self._append({"begun": output})
+        for name in (task.output, *manifest_files(task.output, task.settings)):
+            self.begun.add(name)
+            self._append({"begun": name})
 
     def add(self, entry: Entry) -> None:
         self._take(entry.as_dict())
@@ -43,7 +45,7 @@ class Ledger:
             return
         entry = Entry.of(line)
         self.entries[entry.output] = entry
-        self.begun.discard(entry.output)
+        self.begun -= {entry.output, *manifest_files(entry.output, entry.settings)}
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._file is None:

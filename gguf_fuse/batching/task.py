@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gguf_fuse import __version__, api
 from gguf_fuse.choices import OnMismatch, Reflink, Verified
 from gguf_fuse.format.header import Header
+from gguf_fuse.format.manifest import read_manifest
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import AnyPath, GGUFError, Source
 from gguf_fuse.planning.fusions import ALL, QKV
@@ -20,6 +21,7 @@ from gguf_fuse.planning.plan import Layer, NothingToDo, Refused, summary
 from gguf_fuse.progress import OnProgress, ignore
 from gguf_fuse.verifying.report import VerifyOptions
 from gguf_fuse.verifying.verify import verify
+from gguf_fuse.writing.manifest import manifest_paths
 
 Result = Literal["fused", "nothing to fuse", "refused", "failed"]
 
@@ -28,7 +30,10 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How every file of a batch is fused: what the options of fuse say. fused: fused tensors."""
+    """How every file of a batch is fused: what the options of fuse say. fused: fused tensors.
+
+    manifest: whether each output gets one, see `manifest_files`.
+    """
 
     fused: tuple[str, ...] = (QKV.fused,)
     on_mismatch: OnMismatch = "skip"
@@ -39,6 +44,15 @@ class Settings:
     reflink: Reflink = "auto"
     sync: bool = True
     threads: int = 1
+    resume: bool = True
+    manifest: bool = False
+
+
+def manifest_files(output: str, settings: Settings) -> tuple[str, ...]:
+    """The two of the manifest that an output gets, if it gets one: called as it is."""
+    if not settings.manifest:
+        return ()
+    return tuple(map(str, manifest_paths(f"{output.removesuffix('.gguf')}.json")))
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,9 @@ class File:
 class Entry:
     """What became of a task. line: the reason, where nothing was written.
 
-    inputs: the file or the shards, empty where they could not be read. fused, layers: how many
-    were fused, of how many. skipped: the reasons of the others.
+    inputs: the file or the shards, empty where they could not be read. manifest: its two files,
+    where it was wanted. fused, layers: how many were fused, of how many. skipped: the reasons of
+    the others.
     """
 
     input: str
@@ -111,6 +126,7 @@ class Entry:
     line: str | None = None
     inputs: tuple[File, ...] = ()
     outputs: tuple[File, ...] = ()
+    manifest: tuple[File, ...] = ()
     architecture: str | None = None
     fused: int = 0
     layers: int = 0
@@ -124,7 +140,8 @@ class Entry:
     @classmethod
     def of(cls, told: dict[str, Any]) -> Entry:
         """Raises TypeError, KeyError or ValueError for what no entry is."""
-        files = {key: tuple(File(**file) for file in told[key]) for key in ("inputs", "outputs")}
+        keys = ("inputs", "outputs", "manifest")
+        files = {key: tuple(File(**file) for file in told.get(key, ())) for key in keys}
         task = Task.of({**told, "replace": False})
         return cls(**{**told, **files, "settings": task.settings})
 
@@ -165,6 +182,8 @@ def _carry_out(
     task: Task, on_start: Callable[[int], None], on_progress: OnProgress, dry_run: bool
 ) -> Entry:
     settings = task.settings
+    output = _in_a_folder(task.output) if dry_run else task.output
+    manifest = manifest_files(output, settings)
     options = api.Options(
         dry_run=dry_run,
         force=task.replace,
@@ -175,10 +194,12 @@ def _carry_out(
         on_progress=on_progress,
         split_max_size=settings.split_max_size,
         split_max_tensors=settings.split_max_tensors,
+        manifest=manifest[0] if manifest else None,
+        resume=settings.resume,
     )
     result = api.fuse(
         task.input,
-        _in_a_folder(task.output) if dry_run else task.output,
+        output,
         fusions=[fusion for fusion in ALL if fusion.fused in settings.fused],
         on_mismatch=settings.on_mismatch,
         any_architecture=settings.any_architecture,
@@ -189,11 +210,17 @@ def _carry_out(
         folder = Path(task.output).parent
         sizes = [(part.path.name, part.placement.n_bytes) for part in result.outputs]
         outputs = tuple(File(str(folder / name), n_bytes, 0) for name, n_bytes in sizes)
-    else:
-        _verify(task, result)
-        written = [File.find(path, _sha256(path)) for path in result.files]
-        outputs = tuple(file for file in written if file is not None)
+        return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
+    _verify(task, result)
+    sums = [file.sha256 for file in read_manifest(manifest[0])] if manifest else None
+    outputs = _found(result.files, sums or map(_sha256, result.files))
+    found["manifest"] = _found(manifest, map(_sha256, map(Path, manifest)))
     return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
+
+
+def _found(paths: Iterable[AnyPath], sums: Iterable[str]) -> tuple[File, ...]:
+    files = map(File.find, paths, sums)
+    return tuple(file for file in files if file is not None)
 
 
 def _in_a_folder(output: str) -> str:
@@ -212,7 +239,7 @@ def _verify(task: Task, result: api.Result) -> None:
     report = verify(task.input, result.files[0], options)
     if report.ok:
         return
-    for path in result.files:
+    for path in (*result.files, *map(Path, manifest_files(task.output, task.settings))):
         path.unlink(missing_ok=True)
     problems = report.structure.problems or ("its numbers differ",)
     raise GGUFError(f"{task.output}: verify failed, and it was removed: {problems[0]}")

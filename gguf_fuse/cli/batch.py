@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from gguf_fuse.choices import Reflink, Verified
+from gguf_fuse.choices import Verified
 from gguf_fuse.cli.console import printer, text
-from gguf_fuse.cli.options import AsJson, DryRun, Fusing, Quiet, existing_file, grouped
+from gguf_fuse.cli.options import AsJson, DryRun, Fusing, Outputs, Quiet, existing_file, grouped
 from gguf_fuse.cli.outcome import EXIT_ERROR, fail, print_json
-from gguf_fuse.cli.usage import OUTPUT, SHARDS, SPEED, WHAT, option
+from gguf_fuse.cli.usage import OUTPUT, SPEED, WHAT, option
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.loaders import TRIED, architecture
 
 if TYPE_CHECKING:
+    from gguf_fuse.batching.batch import Execute
+    from gguf_fuse.batching.inputs import Found
+    from gguf_fuse.batching.local import OnBytes
     from gguf_fuse.batching.task import Entry, Task
 
 
@@ -55,22 +58,6 @@ def batch(
             help="What is verified of each file.",
         ),
     ] = "structure",
-    split_max_size: Annotated[
-        str | None,
-        option(
-            "--split-max-size", part=SHARDS, metavar="N[K|M|G]", help="Cut outputs into shards."
-        ),
-    ] = None,
-    split_max_tensors: Annotated[
-        int | None,
-        option(
-            "--split-max-tensors",
-            part=SHARDS,
-            min=1,
-            metavar="N",
-            help="Cut outputs into shards of N tensors.",
-        ),
-    ] = None,
     force: Annotated[
         bool,
         option("-f", "--force", part=OUTPUT, help="Do all again, replacing what is there."),
@@ -86,19 +73,6 @@ def batch(
             help="Files at once (default: by cores and memory).",
         ),
     ] = None,
-    reflink: Annotated[
-        Reflink,
-        option(
-            "--reflink",
-            part=SPEED,
-            metavar="auto|always|never",
-            help="Share blocks with IN: where the file system can (auto), or fail.",
-        ),
-    ] = "auto",
-    sync: Annotated[
-        bool,
-        option("--sync/--no-sync", part=SPEED, help="Wait until each output is on the disk."),
-    ] = True,
     dask: Annotated[
         str | None,
         option(
@@ -118,41 +92,42 @@ def batch(
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    how: Outputs,
+    manifest: Annotated[
+        bool,
+        option(
+            "--manifest",
+            part=OUTPUT,
+            help="Also write beside each output NAME.gguf the SHA-256 of it and of each tensor in "
+            "it, to NAME.json for verify --manifest; and to NAME.sha256 for sha256sum -c.",
+        ),
+    ] = False,
 ) -> None:
     """Fuse many files into DIR; run it again, and only what is new or failed is done.
 
     What was done is in DIR/gguf-fuse-batch.jsonl. One bad file does not stop the others.
     """
     from gguf_fuse.batching import batch as batches
-    from gguf_fuse.batching import inputs as naming
-    from gguf_fuse.batching import ledger, local
+    from gguf_fuse.batching import ledger
     from gguf_fuse.batching.task import Settings
-    from gguf_fuse.writing.cut import parse_size
 
-    try:
-        max_size = None if split_max_size is None else parse_size(split_max_size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--split-max-size") from error
-    if split_max_size is not None and split_max_tensors is not None:
-        raise typer.BadParameter("give --split-max-size or --split-max-tensors, not both")
     settings = Settings(
         fused=tuple(fusion.fused for fusion in what.fusions),
         on_mismatch=what.on_mismatch,
         any_architecture=what.any_architecture,
         verify=verify,
-        split_max_size=max_size,
-        split_max_tensors=split_max_tensors,
-        reflink=reflink,
-        sync=sync,
+        split_max_size=how.shard_bytes(),
+        split_max_tensors=how.split_max_tensors,
+        reflink=how.reflink,
+        sync=how.sync,
+        resume=how.resume,
+        manifest=manifest,
     )
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
     if markdown and not out.is_dir() and not (inputs or listed):
         raise GGUFError(f"{out}: no such folder, so no batch to tell of")
-    try:
-        found = naming.find([*(inputs or ()), *_listed(listed)], out, name)
-    except ValueError as error:
-        raise typer.BadParameter(f"{name} is not {error}", param_hint="--name") from error
+    found = _found([*(inputs or ()), *_listed(listed)], out, name)
     if not found and not markdown:
         raise typer.BadParameter("there is no *.gguf file: give files, folders or --from FILE")
     shown = _Shown(quiet=quiet or as_json or markdown, fail_fast=fail_fast)
@@ -162,12 +137,7 @@ def batch(
             _foresee(work, out, as_json)
             return
         with shown.progress(len(work.tasks)) as on_bytes:
-            n_jobs = min(jobs or local.default_jobs(), max(1, len(work.tasks)))
-            execute: batches.Execute = functools.partial(local.execute, n_jobs, on_bytes)
-            if dask is not None:
-                from gguf_fuse.batching import cluster
-
-                execute = functools.partial(cluster.execute, dask, jobs or local.default_jobs())
+            execute = _execute(dask, jobs, len(work.tasks), on_bytes)
             with contextlib.suppress(_FirstFailure):
                 batches.run(work, memory, execute, shown.entry)
         entries = [*work.unchanged, *shown.entries]
@@ -194,6 +164,28 @@ def _listed(source: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise GGUFError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def _found(inputs: Sequence[str], out: Path, name: str) -> list[Found]:
+    """Raises BadParameter for a --name that is none, GGUFError as `inputs.find` does."""
+    from gguf_fuse.batching.inputs import find
+
+    try:
+        return find(inputs, out, name)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name} is not {error}", param_hint="--name") from error
+
+
+def _execute(dask: str | None, jobs: int | None, n_tasks: int, on_bytes: OnBytes) -> Execute:
+    """On this machine, or on the cluster that --dask names."""
+    from gguf_fuse.batching import local
+
+    jobs = jobs or local.default_jobs()
+    if dask is None:
+        return functools.partial(local.execute, min(jobs, max(1, n_tasks)), on_bytes)
+    from gguf_fuse.batching import cluster
+
+    return functools.partial(cluster.execute, dask, jobs)
 
 
 class _FirstFailure(Exception):
@@ -225,7 +217,7 @@ class _Shown:
         out.print(_line(entry), soft_wrap=True, highlight=False)
 
     @contextlib.contextmanager
-    def progress(self, n_tasks: int) -> Iterator[Callable[[Task, int, int | None], None]]:
+    def progress(self, n_tasks: int) -> Iterator[OnBytes]:
         """A bar of all files and one of each that is at work, on stderr, if that is a terminal."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda task, n_bytes, total: None

@@ -100,14 +100,9 @@ class Fusing:
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How OUT is written: what fuse and unfuse have in common, in the order of --help."""
+class Outputs:
+    """How new files are written, one or many: what batch has in common with fuse and unfuse."""
 
-    force: Annotated[
-        bool, option("-f", "--force", part=OUTPUT, help="Replace an existing OUT.")
-    ] = False
-    quiet: Quiet = False
-    threads: CopyThreads = COPY_THREADS
     reflink: Annotated[
         Reflink,
         option(
@@ -122,7 +117,7 @@ class Writing:
         option(
             "--sync/--no-sync",
             part=SPEED,
-            help="Wait until OUT is on the disk, not only in its cache; or do not.",
+            help="Wait until what is written is on the disk, not only in its cache; or do not.",
         ),
     ] = True
     resume: Annotated[
@@ -139,8 +134,8 @@ class Writing:
             "--split-max-size",
             part=SHARDS,
             metavar="N[K|M|G]",
-            help="Cut OUT into shards, each with so many bytes of tensors at most (K, M, G: powers "
-            "of 1000), as llama-gguf-split does: OUT, less its .gguf, comes before "
+            help="Cut what is written into shards, each with so many bytes of tensors at most (K, "
+            "M, G: powers of 1000), as llama-gguf-split does: its name, less .gguf, comes before "
             "-00001-of-0000N.gguf.",
         ),
     ] = None
@@ -151,9 +146,32 @@ class Writing:
             part=SHARDS,
             min=1,
             metavar="N",
-            help="Cut OUT into shards of N tensors.",
+            help="Cut what is written into shards of N tensors.",
         ),
     ] = None
+
+    def shard_bytes(self) -> int | None:
+        """What --split-max-size says. Raises BadParameter for what cannot be."""
+        from gguf_fuse.writing.cut import parse_size
+
+        size = self.split_max_size
+        if size is not None and self.split_max_tensors is not None:
+            raise BadParameter("give --split-max-size or --split-max-tensors, not both")
+        try:
+            return None if size is None else parse_size(size)
+        except ValueError as error:
+            raise BadParameter(str(error), param_hint="--split-max-size") from error
+
+
+@dataclass(frozen=True)
+class Writing(Outputs):
+    """How OUT is written: what fuse and unfuse have in common."""
+
+    force: Annotated[
+        bool, option("-f", "--force", part=OUTPUT, help="Replace an existing OUT.")
+    ] = False
+    quiet: Quiet = False
+    threads: CopyThreads = COPY_THREADS
     manifest: Annotated[
         str | None,
         option(
@@ -185,7 +203,8 @@ class Writing:
         Where nothing is to be done, `--json` gets its object all the same. Raises what `rewrite`
         raises, and BadParameter.
         """
-        max_size = self._max_size(output, dry_run, as_json)
+        self._refuse_stream(output, dry_run, as_json)
+        max_size = self.shard_bytes()
         with progress_bar(self.quiet, of_bytes=True) as bar:
 
             def start(n_bytes: int) -> None:
@@ -221,25 +240,18 @@ class Writing:
             print_json(answer | ({"manifest": self.manifest} if self.manifest else {}))
         return result
 
-    def _max_size(self, output: str, dry_run: bool, as_json: bool) -> int | None:
-        """Bytes that a shard may have at most. Raises BadParameter for what cannot be."""
-        from gguf_fuse.writing.cut import parse_size
-
-        size, tensors = self.split_max_size, self.split_max_tensors
-        if output == "-" and as_json:
+    def _refuse_stream(self, output: str, dry_run: bool, as_json: bool) -> None:
+        """Raises BadParameter where OUT is -, and that cannot be."""
+        if output != "-":
+            return
+        if as_json:
             raise BadParameter("--json and OUT - both want standard output")
-        if output == "-" and not dry_run and sys.__stdout__ is None:
+        if not dry_run and sys.__stdout__ is None:
             raise BadParameter("OUT is -, but standard output is closed")
-        if output == "-" and not dry_run and sys.stdout.isatty():
+        if not dry_run and sys.stdout.isatty():
             raise BadParameter("OUT is -, but standard output is a terminal; pipe it somewhere")
-        if size is not None and tensors is not None:
-            raise BadParameter("give --split-max-size or --split-max-tensors, not both")
-        if output == "-" and (size, tensors) != (None, None):
+        if (self.split_max_size, self.split_max_tensors) != (None, None):
             raise BadParameter("OUT is -, which cannot be cut into shards")
-        try:
-            return None if size is None else parse_size(size)
-        except ValueError as error:
-            raise BadParameter(str(error), param_hint="--split-max-size") from error
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from gguf_fuse.batching.ledger import NAME
 from tests import pack
 from tests.batching.kinds import FAILED, FUSED, NOTHING, fused_alone, write_all
 from tests.conftest import gguf_fuse
+from tests.shards import cut
 from tests.terminal import on_a_terminal
 
 N_FILES = 60 if os.environ.get("GGUF_FUSE_HARNESS") is None else 200
@@ -183,6 +185,58 @@ def test_markdown(packed: Path, tmp_path: Path) -> None:
         in done.stdout
     )
     assert sha256 in done.stdout
+
+
+def test_manifests(tmp_path: Path) -> None:
+    """Made again where they are missing; one that is somebody else's is not replaced."""
+    models, out = tmp_path / "in", tmp_path / "out"
+    models.mkdir()
+    pack.save(pack.valid(), models / "m.gguf")
+    first, *_ = cut(pack.save(pack.valid(n_layers=4), models / "whole.gguf"), "set", [5, 13])
+    (models / "whole.gguf").unlink()
+    command = (models, "--out", out, "--manifest")
+    assert batch(*command).returncode == 0
+    of_outputs = {"m-fused.json": "m-fused.gguf"}
+    of_outputs[first.name.replace("set", "set-fused").replace(".gguf", ".json")] = (
+        first.name.replace("set", "set-fused")
+    )
+    for manifest, output in of_outputs.items():
+        proof = gguf_fuse("verify", out / output, "--manifest", out / manifest)
+        assert proof.returncode == 0, proof
+    for entry in entries(out):
+        for file in (*entry["outputs"], *entry["manifest"]):
+            data = Path(file["path"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == file["sha256"]
+    assert len(entries(out)) == 2
+
+    assert batch(*command).returncode == 0
+    assert batch(models, "--out", out).returncode == 0  # it has more than is asked for
+    assert len(entries(out)) == 2
+    whole = outputs(out)
+    (out / "m-fused.sha256").unlink()
+    assert batch(*command).returncode == 0
+    (out / "m-fused.gguf").unlink()
+    assert batch(*command).returncode == 0
+    assert outputs(out) == whole
+    assert len(entries(out)) == 4
+    (out / "m-fused.json").write_text("mine")
+    assert batch(*command).returncode == 1
+    assert outputs(out) == {**whole, "m-fused.json": b"mine"}
+    assert batch(*command, "--force").returncode == 0
+    assert outputs(out) == whole
+
+
+def test_manifests_that_are_wanted_later(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert batch(packed, "--out", out, "--split-max-tensors", "9").returncode == 0
+    command = (packed, "--out", out, "--split-max-tensors", "9", "--manifest")
+    (out / "in-fused.json").write_text("mine")
+    assert batch(*command).returncode == 1
+    assert (out / "in-fused.json").read_text() == "mine"
+    (out / "in-fused.json").unlink()
+    assert batch(*command, "--force").returncode == 0
+    shard = min(out.glob("in-fused-*.gguf"))
+    assert gguf_fuse("verify", shard, "--manifest", out / "in-fused.json").returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes end with the batch")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gguf_fuse.verifying.manifest import verify_manifest
 from tests import pack
 from tests.batching.test_batch import batch, entries, outputs
 from tests.conftest import gguf_fuse
@@ -73,7 +74,7 @@ def test_a_worker_that_is_killed_midway(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with cluster() as client:
         pid = min(client.run(os.getpid).values())
-        command = ["batch", tmp_path / "in", "--out", out, "--dask", address(client)]
+        command = ["batch", tmp_path / "in", "--out", out, "--manifest", "--dask", address(client)]
         process = subprocess.Popen([sys.executable, "-m", "gguf_fuse", *command])
         while not list(out.glob("*.tmp")):
             assert process.poll() is None
@@ -82,7 +83,11 @@ def test_a_worker_that_is_killed_midway(tmp_path: Path) -> None:
         assert process.wait(60) == 0
     made = outputs(out)
     assert {name: made[name] for name in wanted} == wanted
-    assert all(".gguf-fuse-" in name for name in made.keys() - wanted.keys())
+    for name in wanted:
+        manifest = out / name.replace(".gguf", ".json")
+        assert verify_manifest(manifest, out / name).ok
+        del made[name], made[manifest.name], made[name.replace(".gguf", ".sha256")]
+    assert all(".gguf-fuse-" in name for name in made)
 
 
 def test_without_a_cluster(packed: Path, tmp_path: Path) -> None:

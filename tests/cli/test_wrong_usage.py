@@ -61,6 +61,10 @@ TOLD = {  # what is told for what was typed
     "fuse a b --reflink 1": "--reflink takes auto or always or never",
     "fuse a b --split-max-size 4x": "--split-max-size: '4x': write a size as 4G, 500M, 100K or a "
     "number of bytes",
+    "batch a --out b --split-max-size 4x": "--split-max-size: '4x': write a size as 4G, 500M, 100K "
+    "or a number of bytes",
+    "batch a --out b --split-max-size 4G --split-max-tensors 4": "give --split-max-size or "
+    "--split-max-tensors, not both",
     "fuse a b --threads": "option '--threads' requires an argument",
     "fuse": "IN is missing: gguf-fuse fuse [OPTIONS] IN [OUT]",
     "verify a": "FUSED is missing: gguf-fuse verify [OPTIONS] ORIGINAL FUSED",

@@ -463,6 +463,12 @@ def test_a_batch_goes_on(there: There, tmp_path: Path) -> None:
     done = gguf_fuse(*command, env=environment)
     assert done.returncode == 1
     assert " bytes are kept in " in json.loads(done.stdout)["files"][0]["line"]
+    files.goes_after = 40
+    done = gguf_fuse(*command, "--no-resume", env=environment)
+    assert " are kept in " not in json.loads(done.stdout)["files"][0]["line"]
+    assert left(tmp_path / "many" / "out") == [".jsonl"]
+    files.goes_after = 40
+    assert gguf_fuse(*command, env=environment).returncode == 1
     n_kept = kept(tmp_path / "many" / "out", ".journal").read_text().count("\n") - 1
     files.goes_after, files.asked = None, []
     done = gguf_fuse(*command, "--verify", "none", env=environment)
