@@ -150,7 +150,8 @@ def test_shards_that_are_whole_are_not_fetched_again(there: There, out: Path) ->
     result = fuse(f"{address}/in.gguf", out, options=options)
     assert [path.read_bytes() for path in result.files] == at_once
     assert left(out) == [".gguf"] * len(at_once)
-    assert files.n_asked <= len(WHOLE) - n_kept + HEADER + 1
+    late = THREADS * BLOCK  # of the run that was broken off, but only now seen by the server
+    assert files.n_asked <= len(WHOLE) - n_kept + HEADER + 1 + late
 
 
 def test_killed_at_ten_moments(there: There, out: Path, run: Run) -> None:
