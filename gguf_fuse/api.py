@@ -25,16 +25,16 @@ from gguf_fuse.progress import OnProgress, OnStart, ignore
 from gguf_fuse.writing.copy import clone_block
 from gguf_fuse.writing.cut import divide
 from gguf_fuse.writing.manifest import STANDARD_OUTPUT
-from gguf_fuse.writing.place import Placement, place
-from gguf_fuse.writing.publish import (
+from gguf_fuse.writing.outputs import (
     Options,
     Output,
     Written,
     check_destinations,
     check_place,
-    write,
 )
+from gguf_fuse.writing.place import Placement, place
 from gguf_fuse.writing.temporary import TEMPORARY_MARK
+from gguf_fuse.writing.write import write
 
 __all__ = ["Altered", "OnMismatch", "Options", "Reflink", "Result"]
 __all__ += ["fuse", "recipe", "requantize_and_fuse", "unfuse"]

@@ -42,6 +42,8 @@ _CANNOT_CLONE = {
     errno.ETXTBSY,
     errno.ENOSYS,
 }
+# What a file system says that has no fsync.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def copy_ranges(
@@ -170,6 +172,17 @@ def _libc_function(name: str) -> Callable[..., int]:
 def start_write_back(fd: int, block: Copy) -> None:
     """Let the disk begin with a block that was written, so that a later fsync has less to wait."""
     libc_call("sync_file_range", fd, block.target, block.n_bytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def flush(fd: int) -> None:
+    """Raises OSError, which tells of the way out for a file system that cannot."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+        words = f"{error.strerror}: this disk cannot be waited for; --no-sync does not wait"
+        raise OSError(error.errno, words) from error
 
 
 def reserve(fd: int, n_bytes: int, copies: Sequence[Copy]) -> None:

@@ -13,24 +13,18 @@ from pathlib import Path
 
 from gguf_fuse.format.source import GGUFError, Source, abort, opened, pace
 from gguf_fuse.planning.plan import new_bytes
-from gguf_fuse.writing.copy import BLOCK_BYTES, Opened, iter_blocks
+from gguf_fuse.writing.copy import BLOCK_BYTES, Opened, flush, iter_blocks
 from gguf_fuse.writing.hashing import Digests, digesting
 from gguf_fuse.writing.manifest import manifest_paths, ranges
+from gguf_fuse.writing.outputs import Options, Output, Written, check_destinations
 from gguf_fuse.writing.place import Copy, Placement
-from gguf_fuse.writing.publish import (
-    Options,
-    Output,
-    Written,
-    check_destinations,
-    flush,
-    write_manifest,
-)
+from gguf_fuse.writing.write import write_manifest
 
 
 def stream(read: Sequence[Source], output: Output, target_fd: int, options: Options) -> Written:
     """Write the new file to a pipe, or to whatever else standard output is.
 
-    read: as for `publish.write`; the placement must be one without clones.
+    read: as for `write.write`; the placement must be one without clones.
 
     Raises GGUFError where reading or writing fails, or the manifest cannot be written. It, and a
     KeyboardInterrupt's args, tell how much went out.
@@ -69,7 +63,7 @@ def _send(read: Sequence[Source], output: Output, target: _Target, options: Opti
         whole = target.at == placement.n_bytes
         told = f"{'all of it was' if whole else went} written to standard output"
         if isinstance(error, KeyboardInterrupt):
-            error.args = (told,)
+            error.args = (told, *error.args)  # those tell of the manifest
             raise
         if isinstance(error, GGUFError):
             raise type(error)(f"{error}; {told}" if target.at else str(error)) from error

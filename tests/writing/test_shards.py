@@ -23,7 +23,7 @@ from gguf_fuse.api import Options, fuse, unfuse
 from gguf_fuse.format import shards
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.planning.record import SHARDS_KEY
-from gguf_fuse.writing import publish as write
+from gguf_fuse.writing import write
 from tests.compare import assert_judged_equal, needs_llama_cpp, sha256
 from tests.conftest import FAST, fused_copy
 from tests.edit import bytes_of
