@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     Handler: TypeAlias = Callable[[int, FrameType | None], object] | signal.Handlers
 
+_IMPORT = "<frozen importlib._bootstrap>"  # what the code is called that loads a module
+
 # Windows has no SIGHUP.
 STOPPING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
@@ -78,9 +80,24 @@ def _heed(handler: Handler) -> None:
             signal.signal(number, handler)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _imports(frame):  # which could swallow it: the signal comes again
+        import threading
+
+        with contextlib.suppress(RuntimeError):  # no thread to be had
+            threading.Timer(0.01, signal.raise_signal, [number]).start()
+            return
     _heed(_ignore)
     raise Stopped(number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being loaded."""
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from gguf_fuse import __version__
 from gguf_fuse.cli.commands import COMMANDS as LISTED
-from tests.conftest import gguf_fuse
+from tests.conftest import fused_copy, gguf_fuse
 
 Model = Callable[..., Path]
 
@@ -238,6 +238,30 @@ def test_ctrl_c_while_the_program_is_loaded(at: int, model: Model, tmp_path: Pat
         "gguf-fuse: interrupted\n",  # in the command itself, before its file is begun
     )
     assert not (tmp_path / "out.gguf").exists()
+
+
+# numpy's compiled modules swallow what is raised while they are loaded.
+_SWALLOW = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gguf_fuse.cli.start import main
+class Finder:
+    def find_spec(name, path, target=None):
+        try:
+            if name == "numpy":
+                signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            pass
+sys.meta_path.insert(0, Finder)
+main()
+"""
+
+
+def test_ctrl_c_in_an_import_that_swallows_what_is_raised(model: Model) -> None:
+    original = model()
+    command = [sys.executable, "-c", _SWALLOW, "verify", str(original), str(fused_copy(original))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gguf-fuse: interrupted\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the platform has no /dev/full")
