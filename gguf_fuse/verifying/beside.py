@@ -28,7 +28,7 @@ def compare(
     computed = map(layers.append, compare_numbers(original, fused, names, beside, half))
     own = replace(
         options,
-        threads=options.threads - half + 1,  # the one that computes joins the others later
+        threads=options.threads + (options.threads > 1),  # so many read while this one computes
         on_start=told.all_bytes,
         on_progress=told.bytes,
     )
