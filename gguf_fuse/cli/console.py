@@ -162,8 +162,10 @@ def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     and speed.
     """
     console = printer(stderr=True)
+    say = ignore if quiet else functools.partial(_say, console)
     if quiet or not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield Bar(lambda **changes: None, ignore if quiet else functools.partial(_say, console))
+        with told_of_waits(say):
+            yield Bar(lambda **changes: None, say)
         return
     from rich import progress as rich
 
@@ -174,9 +176,20 @@ def progress_bar(quiet: bool, *, of_bytes: bool = False) -> Iterator[Bar]:
     done = [rich.DownloadColumn(table_column=whole()), rich.TransferSpeedColumn(whole())]
     columns = [rich.TextColumn("{task.description}", table_column=whole()), rich.BarColumn()]
     columns += [*(done if of_bytes else of_steps), rich.TimeRemainingColumn(table_column=whole())]
-    with rich.Progress(*columns, console=console, transient=True) as progress:
-        update = functools.partial(progress.update, progress.add_task("", visible=False))
-        yield Bar(update, functools.partial(_say, console))
+    with rich.Progress(*columns, console=console, transient=True) as progress, told_of_waits(say):
+        yield Bar(functools.partial(progress.update, progress.add_task("", visible=False)), say)
+
+
+@contextlib.contextmanager
+def told_of_waits(say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """What is fetched in the block tells where it waits for a server."""
+    from gguf_fuse.fetching.place import waits
+
+    waits.tell = say or functools.partial(_say, printer(stderr=True))
+    try:
+        yield
+    finally:
+        waits.tell = ignore
 
 
 def _say(console: Console, line: str) -> None:

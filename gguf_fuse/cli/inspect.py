@@ -16,7 +16,16 @@ from typer import BadParameter
 
 import gguf_fuse
 from gguf_fuse.cli.answer import inspection_json, loader_word, status
-from gguf_fuse.cli.console import Fitting, Flowing, next_line, number, print_parts, table, text
+from gguf_fuse.cli.console import (
+    Fitting,
+    Flowing,
+    next_line,
+    number,
+    print_parts,
+    table,
+    text,
+    told_of_waits,
+)
 from gguf_fuse.cli.layers import beside, counted, fused_tensor, layer_table, recipe_hint
 from gguf_fuse.cli.options import AsJson, existing_file
 from gguf_fuse.cli.outcome import EXIT_ERROR, complain, fail, print_json
@@ -48,7 +57,7 @@ def inspect(
     """Show what IN holds and what fusing would do to it. Reads headers only."""
     names = [name for given in inputs for name in expand(given)]
     if names == inputs and len(inputs) == 1 and not _is_folder(inputs[0]):
-        found = gguf_fuse.inspect(inputs[0])
+        found = _inspect(inputs[0])
         if as_json:
             return print_json(inspection_json(found) | readers_json(found, program))
         return print_parts(_parts(found, program))
@@ -100,11 +109,16 @@ def _inspect_all(
     good, bad = list[gguf_fuse.Inspection](), list[dict[str, str]]()
     for file in files:
         try:
-            good.append(gguf_fuse.inspect(file))
+            good.append(_inspect(file))
         except GGUFError as error:
             complain(str(error))
             bad.append({"input": file, "error": str(error)})
     return good, bad
+
+
+def _inspect(file: str) -> gguf_fuse.Inspection:
+    with told_of_waits():
+        return gguf_fuse.inspect(file)
 
 
 def _fetched(names: Iterable[str]) -> Iterator[RenderableType]:

@@ -25,7 +25,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from gguf_fuse import __version__
 from gguf_fuse.fetching.address import shown
-from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop, fetched
+from gguf_fuse.fetching.place import Changed, FetchError, Place, Stop, fetched, waits
 
 TIMEOUT_S = 30.0  # without a byte
 TRIES = 6
@@ -173,7 +173,9 @@ class _Session:
                 if TRIES - left >= tries:
                     raise FetchError(f"{_words(error)} ({TRIES - left} tries)") from error
                 wait = FIRST_WAIT_S * 2 ** (TRIES - 1 - left) * random.uniform(1, 1.3)
-                stop.wait(getattr(error, "wait", None) or wait)
+                wait = getattr(error, "wait", None) or wait
+                waits.begin(f"{shown(self._first)}: {_words(error)}", wait)
+                stop.wait(wait)
 
     def break_off(self) -> None:
         """Called by another thread than the one that waits here: for 30 s, if need be."""

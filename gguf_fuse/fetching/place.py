@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from gguf_fuse.progress import ignore
+
+NOTICED_S = 1.0  # a shorter wait nobody notices
 
 
 class FetchError(OSError):
@@ -64,6 +69,27 @@ class Tally:
 
 
 fetched = Tally()
+
+
+class Waits:
+    """Tells that a try has failed and the next one is waited for; of all threads together: those
+    that wait at the same time mostly wait for the same server.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._until = threading.Lock(), 0.0
+        self.tell: Callable[[str], None] = ignore
+
+    def begin(self, problem: str, seconds: float) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if seconds < NOTICED_S or now < self._until:
+                return
+            self._until = now + seconds
+        self.tell(f"{problem}; trying again in {seconds:.0f} s")
+
+
+waits = Waits()
 
 
 class Stop:

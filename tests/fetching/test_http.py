@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gguf_fuse.api import fuse, unfuse
-from gguf_fuse.fetching import http
+from gguf_fuse.fetching import http, place
 from gguf_fuse.format.shards import read_model
 from gguf_fuse.format.source import GGUFError
 from gguf_fuse.inspection import inspect
@@ -78,6 +78,30 @@ def test_what_passes_is_tried_again(there: tuple[str, Files], tmp_path: Path, fa
     fuse(f"{address}/in.gguf", tmp_path / "out.gguf", options=FAST)
     assert (tmp_path / "out.gguf").read_bytes() == FUSED
     assert files.faults[fault] == 0
+
+
+@pytest.mark.parametrize("command", ["inspect IN", "fuse IN OUT", "fuse IN OUT -q"])
+def test_who_waits_for_a_server_says_so(
+    there: tuple[str, Files], tmp_path: Path, command: str
+) -> None:
+    address, files = there
+    files.faults["429"] = 1  # which asks to come again in a second
+    words = {"IN": f"{address}/in.gguf", "OUT": tmp_path / "out.gguf"}
+    done = gguf_fuse(*(words.get(word, word) for word in command.split()))
+    assert done.returncode == 0
+    said = "the server says 429 Too Many Requests; trying again in 1 s"
+    assert done.stderr == ("" if "-q" in command else f"gguf-fuse: {address}/in.gguf: {said}\n")
+
+
+def test_those_who_wait_at_the_same_time_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, told, now = place.Waits(), list[str](), [100.0]
+    monkeypatch.setattr(place.time, "monotonic", lambda: now[0])
+    waits.tell = told.append
+    for seconds in (0.5, 4.0, 4.2):
+        waits.begin("http://a/b.gguf: it broke off", seconds)
+    now[0] = 105.0
+    waits.begin("http://a/b.gguf: it broke off", 8.1)
+    assert told == [f"http://a/b.gguf: it broke off; trying again in {n} s" for n in (4, 8)]
 
 
 @pytest.mark.parametrize(
