@@ -26,6 +26,8 @@ BLOCK_BYTES = 1 << 20
 # One request to clone: short enough for Ctrl-C and the progress bar.
 CLONE_BYTES = 1 << 30
 
+GAP_BYTES = 1 << 12  # that are fetched for nothing, rather than asking once more
+
 Opened = Mapping[Source, OpenSource]
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
@@ -65,15 +67,44 @@ def copy_ranges(
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     block_bytes, threads = pace(sources, BLOCK_BYTES, threads)
 
-    def work(blocks: Iterator[Copy]) -> None:
+    def work(groups: Iterator[list[Copy]]) -> None:
         buffer = memoryview(bytearray(block_bytes))
-        for block in blocks:
-            view = buffer[: block.n_bytes]
-            sources[block.source].read_at(view, block.start)
-            write_all(target_fd, view, block.target)
-            on_block(block, view)
+        for group in groups:
+            start = group[0].start
+            view = buffer[: max(block.start + block.n_bytes for block in group) - start]
+            sources[group[0].source].read_at(view, start)
+            for block in group:
+                part = view[block.start - start :][: block.n_bytes]
+                write_all(target_fd, part, block.target)
+                on_block(block, part)
 
-    in_turn(iter_blocks(copies, block_bytes), threads, work, lambda: abort(sources))
+    in_turn(_groups(sources, copies, block_bytes), threads, work, lambda: abort(sources))
+
+
+def _groups(sources: Opened, copies: Iterable[Copy], most: int) -> Iterator[list[Copy]]:
+    """Blocks that are read at once: of files on a disk each by itself; where a read is a request,
+    those that lie beside each other.
+    """
+    blocks = iter_blocks(copies, most)
+    if all(source.place is None for source in sources):
+        yield from ([block] for block in blocks)
+        return
+    order = {source: at for at, source in enumerate(sources)}
+    group: list[Copy] = []
+    end = 0
+    for block in sorted(blocks, key=lambda block: (order[block.source], block.start)):
+        grown = max(end, block.start + block.n_bytes)
+        if group and (
+            block.source != group[0].source
+            or block.start - end > GAP_BYTES
+            or grown - group[0].start > most
+        ):
+            yield group
+            group, grown = [], block.start + block.n_bytes
+        group.append(block)
+        end = grown
+    if group:
+        yield group
 
 
 def iter_blocks(copies: Iterable[Copy], most: int = BLOCK_BYTES) -> Iterator[Copy]:

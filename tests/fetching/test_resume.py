@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -19,12 +20,13 @@ from gguf_fuse.api import Options, Result, fuse, unfuse
 from gguf_fuse.fetching import http
 from gguf_fuse.format import source
 from gguf_fuse.format.source import GGUFError
-from gguf_fuse.planning.fusions import GATE_UP, QKV
+from gguf_fuse.planning.fusions import GATE_UP, QKV, SSM_IN
 from gguf_fuse.verifying.manifest import verify_manifest
 from tests import pack
-from tests.conftest import FAST, gguf_fuse
+from tests.conftest import FAST, fused_copy, gguf_fuse
 from tests.fetching.server import Files, serve
 from tests.fetching.test_http import FUSED, WHOLE
+from tests.planning.test_old_layouts import qwen3next, with_ssm_in
 from tests.server import Outcome, Run, assert_one_line
 from tests.writing.test_interruption import FREE_SPACE_LIES, NOTHING_IS_RESERVED
 
@@ -109,6 +111,30 @@ def test_the_server_goes_away_and_comes_back(there: There, out: Path) -> None:
     assert files.n_asked <= len(WHOLE) - n_kept + HEADER + 1 + LATE
 
 
+def test_rows_that_lie_side_by_side_are_one_request(
+    there: There, out: Path, model: Callable[..., Path]
+) -> None:
+    """qwen3next's ssm_in goes to two tensors, by the rows of each head."""
+    address, files = there
+    old = with_ssm_in(qwen3next(model, n_embd=256, n_layer=8))
+    old.rename(files.folder / "old.gguf")
+    fused_copy(files.folder / "old.gguf", fusions=(SSM_IN,)).rename(out.parent / "wanted")
+    wanted = (out.parent / "wanted").read_bytes()
+    split = functools.partial(
+        fuse, f"{address}/old.gguf", out, fusions=(SSM_IN,), options=replace(FAST, force=True)
+    )
+    split()
+    assert out.read_bytes() == wanted
+    n_asked = len(files.asked)
+    files.asked = []
+    fuse(f"{address}/old.gguf", out.parent / "all.gguf", options=FAST)  # nothing is cut in two
+    assert n_asked <= len(files.asked) + 8
+    (out.parent / "all.gguf").unlink()
+    broken(files, split, 40)
+    assert split().written.n_resumed > 0
+    assert out.read_bytes() == wanted
+
+
 def test_unfuse(there: There, out: Path) -> None:
     address, files = there
     broken(files, lambda: unfuse(f"{address}/fused.gguf", out, options=FAST))
@@ -178,8 +204,8 @@ def test_killed_at_ten_moments(there: There, out: Path, run: Run) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(there: There, out: Path, run: Run, number: signal.Signals) -> None:
     address, files = there
-    files.delay = 0.05
-    stopped = run("fuse", f"{address}/in.gguf", out, prelude=ENDED.format(0.3, number))
+    files.delay = 0.1  # 1.5 s in all
+    stopped = run("fuse", f"{address}/in.gguf", out, prelude=ENDED.format(0.7, number))
     assert_one_line(stopped, " bytes are kept in ", "--no-resume", code=128 + number)
     files.delay = 0.0
     done = run("fuse", f"{address}/in.gguf", out, prelude=PRELUDE)
