@@ -39,7 +39,7 @@ def survey(found: Sequence[Found], settings: Settings, ledger: Ledger, *, force:
         if entry is not None and not force and _still_holds(entry, one, settings):
             unchanged.append(entry)
         else:
-            replace = force or _is_ours(one.output, settings, entry, ledger)
+            replace = force or _is_ours(one.output, settings, ledger)
             tasks.append(Task(one.input, one.output, settings, replace))
     return Batch(tuple(tasks), tuple(unchanged))
 
@@ -61,10 +61,10 @@ def _decides(settings: Settings) -> Settings:
     return dataclasses.replace(settings, threads=1, sync=True, reflink="auto", resume=True)
 
 
-def _is_ours(output: str, settings: Settings, entry: Entry | None, ledger: Ledger) -> bool:
+def _is_ours(output: str, settings: Settings, ledger: Ledger) -> bool:
     """Whether what is there is what this batch wrote, wholly or until it was broken off."""
     ours = set(ledger.begun)
-    if entry is not None and entry.outputs:
+    if entry := ledger.written.get(output):
         ours.update(file.path for file in entry.manifest if file.is_there())
         ours.update([output] if all(file.is_there() for file in entry.outputs) else [])
     manifest = {name for name in manifest_files(output, settings) if Path(name).exists()}

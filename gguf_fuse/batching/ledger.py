@@ -8,6 +8,7 @@ was broken off: it may be replaced.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +22,15 @@ NAME = "gguf-fuse-batch.jsonl"
 
 
 class Ledger:
-    """entries: by output, the last one. begun: files the last work on which did not end."""
+    """entries: by output, the last one. begun: files the last work on which did not end.
+
+    written: by output, the last entry that has files, and its manifest's last ones.
+    """
 
     def __init__(self, path: Path, file: Lines | None) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
+        self.written: dict[str, Entry] = {}
         self.begun: set[str] = set()
         self._file = file
 
@@ -45,6 +50,10 @@ class Ledger:
             return
         entry = Entry.of(line)
         self.entries[entry.output] = entry
+        if entry.outputs:
+            before = self.written.get(entry.output, entry)
+            manifest = entry.manifest or before.manifest
+            self.written[entry.output] = dataclasses.replace(entry, manifest=manifest)
         self.begun -= {entry.output, *manifest_files(entry.output, entry.settings)}
 
     def _append(self, line: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -114,9 +115,9 @@ class File:
 class Entry:
     """What became of a task. line: the reason, where nothing was written.
 
-    inputs: the file or the shards, empty where they could not be read. manifest: its two files,
-    where it was wanted. fused, layers: how many were fused, of how many. skipped: the reasons of
-    the others.
+    inputs: the file or the shards, empty where they could not be read. outputs: what was written;
+    of a failure, what is there, not verified. manifest: its two files, where it was wanted. fused,
+    layers: how many were fused, of how many. skipped: the reasons of the others.
     """
 
     input: str
@@ -211,14 +212,20 @@ def _carry_out(
         sizes = [(part.path.name, part.placement.n_bytes) for part in result.outputs]
         outputs = tuple(File(str(folder / name), n_bytes, 0) for name, n_bytes in sizes)
         return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
-    _verify(task, result)
-    sums = [file.sha256 for file in read_manifest(manifest[0])] if manifest else None
-    outputs = _found(result.files, sums or map(_sha256, result.files))
-    found["manifest"] = _found(manifest, map(_sha256, map(Path, manifest)))
+    try:
+        _verify(task, result)
+        sums = [file.sha256 for file in read_manifest(manifest[0])] if manifest else None
+        outputs = _found(result.files, sums or map(_sha256, result.files))
+        found["manifest"] = _found(manifest, map(_sha256, map(Path, manifest)))
+    except GGUFError as error:  # what is there by now is recorded, to be replaced the next time
+        outputs = _found(result.files, itertools.repeat(None))
+        found["manifest"] = _found(manifest, itertools.repeat(None))
+        line = f"{error}; {task.output} is there, but not verified" if outputs else str(error)
+        return Entry(task.input, task.output, settings, "failed", line, outputs=outputs, **found)
     return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
 
 
-def _found(paths: Iterable[AnyPath], sums: Iterable[str]) -> tuple[File, ...]:
+def _found(paths: Iterable[AnyPath], sums: Iterable[str | None]) -> tuple[File, ...]:
     files = map(File.find, paths, sums)
     return tuple(file for file in files if file is not None)
 

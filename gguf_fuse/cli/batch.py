@@ -314,13 +314,13 @@ def _markdown(entries: Sequence[Entry], out: Path) -> Iterator[str]:
     """For a model card: the files, and who reads them."""
     yield "| file | size | fused layers | SHA-256 |"
     yield "| --- | --- | --- | --- |"
-    for entry in sorted(entries, key=lambda entry: entry.output):
+    made = [entry for entry in entries if entry.result == "fused"]
+    for entry in sorted(made, key=lambda entry: entry.output):
         for file in entry.outputs:
             name = os.path.relpath(file.path, out.resolve())
             counts = f"{entry.fused} of {entry.layers}"
             yield f"| {name} | {decimal(file.bytes)} | {counts} | `{file.sha256}` |"
     yield ""
-    made = [entry for entry in entries if entry.outputs]
     since = [architecture(entry.architecture or "").qkv.since for entry in made]
     builds = [build for build in since if build]
     when = f"since build {max(builds)}" if builds and all(since) else f"of {TRIED}"

@@ -20,6 +20,7 @@ from gguf_fuse.batching.ledger import NAME
 from tests import pack
 from tests.batching.kinds import FAILED, FUSED, NOTHING, fused_alone, write_all
 from tests.conftest import gguf_fuse
+from tests.fetching.server import serve
 from tests.shards import cut
 from tests.terminal import on_a_terminal
 
@@ -112,6 +113,37 @@ def test_a_file_of_somebody_else_is_not_replaced(packed: Path, tmp_path: Path) -
     (out / "in-fused.gguf").write_bytes(b"mine")  # after it was recorded
     assert batch(packed, "--out", out).returncode == 1
     assert (out / "in-fused.gguf").read_bytes() == b"mine"
+
+
+def test_its_own_file_stays_its_own(packed: Path, tmp_path: Path) -> None:
+    """Also where the last run failed, or made no manifest."""
+    out = tmp_path / "out"
+    command = (packed, "--out", out, "--manifest")
+    assert batch(*command).returncode == 0
+    packed.write_bytes(pack.valid().pack()[:-100])  # still being copied
+    assert batch(*command).returncode == 1
+    pack.save(pack.valid(n_layers=3), packed)
+    assert batch(packed, "--out", out).returncode == 0
+    assert batch(*command).returncode == 0
+    proof = gguf_fuse("verify", out / "in-fused.gguf", "--manifest", out / "in-fused.json")
+    assert proof.returncode == 0, proof
+
+
+def test_what_could_not_be_verified_is_done_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack.save(pack.valid(), tmp_path / "m.gguf")
+    with serve(tmp_path) as (address, files):
+        command = (f"{address}/m.gguf", "--out", out, "--manifest")
+        assert batch(*command).returncode == 0
+        n_ranges = len(files.asked)
+        files.goes_after = n_ranges - 1  # the last of them is one of verify's
+        failed = batch(*command, "--force")
+        files.goes_after = None
+        assert failed.returncode == 1
+        assert f"{out / 'm-fused.gguf'} is there, but not verified" in failed.stdout
+        assert "m-fused.gguf" not in batch("--out", out, "--markdown").stdout
+        assert batch(*command).returncode == 0
+    assert (out / "m-fused.gguf").read_bytes() == pack.fused(pack.valid()).pack()
 
 
 def test_nothing_could_be_fused(tmp_path: Path) -> None:
