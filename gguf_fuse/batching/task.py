@@ -220,7 +220,7 @@ def _carry_out(
     except GGUFError as error:  # what is there by now is recorded, to be replaced the next time
         outputs = _found(result.files, itertools.repeat(None))
         found["manifest"] = _found(manifest, itertools.repeat(None))
-        line = f"{error}; {task.output} is there, but not verified" if outputs else str(error)
+        line = f"{error}; {result.files[0]} is there, but not verified" if outputs else str(error)
         return Entry(task.input, task.output, settings, "failed", line, outputs=outputs, **found)
     return Entry(task.input, task.output, settings, "fused", outputs=outputs, **found)
 
