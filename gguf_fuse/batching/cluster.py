@@ -7,6 +7,7 @@ ledger. Needs the extra `dask`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -85,7 +86,9 @@ def _submit_all(
         future.release()
         others = sorted(set(client.nthreads()) - {*failed_on, worker})
         if entry.result == "failed" and worker and others and len(failed_on) + 1 < TRIES:
-            submit(task, [*failed_on, worker], workers=others)
+            # What could not be verified there is ours.
+            again = dataclasses.replace(task, replace=task.replace or bool(entry.outputs))
+            submit(again, [*failed_on, worker], workers=others)
             continue
         done(task, entry)
         following = next(tasks, None)
@@ -101,4 +104,4 @@ def _result(future: Any, task: Task) -> tuple[Entry, str]:
         told = future.result()
         return Entry.of(told["entry"]), told["worker"]
     line = f"{task.input}: {type(error).__name__}: {error}".splitlines()[0]
-    return Entry(task.input, task.output, task.settings, "failed", line), ""
+    return Entry(task.input, task.output, task.settings, "failed", line, broken_off=True), ""

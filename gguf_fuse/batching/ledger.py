@@ -54,7 +54,8 @@ class Ledger:
             before = self.written.get(entry.output, entry)
             manifest = entry.manifest or before.manifest
             self.written[entry.output] = dataclasses.replace(entry, manifest=manifest)
-        self.begun -= {entry.output, *manifest_files(entry.output, entry.settings)}
+        if not entry.broken_off:
+            self.begun -= {entry.output, *manifest_files(entry.output, entry.settings)}
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._file is None:

@@ -107,7 +107,7 @@ class _Worker:
             raise KeyboardInterrupt
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         line = f"{task.input}: the process that fused it died ({how})"
-        return Entry(task.input, task.output, task.settings, "failed", line)
+        return Entry(task.input, task.output, task.settings, "failed", line, broken_off=True)
 
     def interrupt(self) -> None:
         with self._lock:

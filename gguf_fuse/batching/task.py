@@ -117,7 +117,8 @@ class Entry:
 
     inputs: the file or the shards, empty where they could not be read. outputs: what was written;
     of a failure, what is there, not verified. manifest: its two files, where it was wanted. fused,
-    layers: how many were fused, of how many. skipped: the reasons of the others.
+    layers: how many were fused, of how many. skipped: the reasons of the others. broken_off: its
+    process died, and what is there may be half done.
     """
 
     input: str
@@ -133,6 +134,7 @@ class Entry:
     layers: int = 0
     skipped: str = ""
     seconds: float = 0.0
+    broken_off: bool = False
     version: str = __version__
 
     def as_dict(self) -> dict[str, Any]:

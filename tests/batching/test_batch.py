@@ -311,14 +311,15 @@ def test_an_interrupt_leaves_nothing_half_done(tmp_path: Path) -> None:
         assert path.read_bytes() == pack.fused(pack.valid(n_layers=2, n_embd=2048)).pack()
 
 
-def test_a_process_that_dies_costs_one_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["*.tmp", "*.gguf"])  # while it writes, and while it verifies
+def test_a_process_that_dies_costs_one_file(tmp_path: Path, at: str) -> None:
     """As the kernel ends one that takes too much memory."""
     for number in range(6):
         pack.save(pack.valid(n_embd=2048), tmp_path / f"m{number}.gguf")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "gguf_fuse", "batch", tmp_path, "--out", out, "--jobs", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while not list(out.glob("*.tmp")):
+    while not list(out.glob(at)):
         time.sleep(0.002)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     tasks = Path(f"/proc/{process.pid}/task").iterdir()
