@@ -101,7 +101,7 @@ def slowed(where: Path, disk: str | None) -> Iterator[Callable[[list[str]], list
         return
     with slow_disk(where, parse_size(disk)) as group:
         if group is None:
-            raise SystemExit("--disk: no control group can be made; root can, on Linux")
+            raise SystemExit(f"--disk: no control group slows the disk of {where}; on Linux root's can")
         yield functools.partial(inside, group)
 
 
