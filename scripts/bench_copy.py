@@ -101,7 +101,7 @@ def slowed(where: Path, disk: str | None) -> Iterator[Callable[[list[str]], list
         return
     with slow_disk(where, parse_size(disk)) as group:
         if group is None:
-            raise SystemExit(f"--disk: no control group slows the disk of {where}; on Linux root's can")
+            raise SystemExit(f"--disk: a control group cannot slow {where}: not root, or no disk")
         yield functools.partial(inside, group)
 
 
