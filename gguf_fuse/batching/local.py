@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -88,14 +89,15 @@ class _Worker:
     def _started(self) -> subprocess.Popen[str]:
         with self._lock:
             if self._process is None and not self._interrupted:
-                # Ctrl-C on the terminal is for the batch, which passes it on once.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "gguf_fuse.batching.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,
-                )
+                with _interrupts_wait():
+                    # Ctrl-C on the terminal is for the batch, which passes it on once.
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-m", "gguf_fuse.batching.worker"],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        start_new_session=True,
+                    )
             if self._process is None:
                 raise KeyboardInterrupt
             return self._process
@@ -120,3 +122,19 @@ class _Worker:
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._process.wait()
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """A process that is begun in the block is not interrupted before it lets itself be.
+
+    Until it has loaded its modules, Python would print where it was.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -39,6 +39,8 @@ def _tell(event: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    if sys.platform != "win32":  # blocked until now: see `local`
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     _end_with_parent()
     for line in sys.stdin:
         teller = _Teller()

@@ -293,6 +293,21 @@ def test_killed_at_random_and_run_again(
     assert sum(begun.values()) == list(wanted.values()).count(FUSED)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when a process starts")
+def test_an_interrupt_as_processes_start_is_one_line(packed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gguf_fuse", "batch", packed, "--out", tmp_path / "out"]
+    for delay in (0.0, 0.01, 0.02, 0.04):  # loading takes longer
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while not children.read_text():
+                assert process.poll() is None
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        assert errors == "gguf-fuse: interrupted\n"
+        assert process.returncode == 130
+
+
 def test_an_interrupt_leaves_nothing_half_done(tmp_path: Path) -> None:
     for number in range(4):
         pack.save(pack.valid(n_layers=2, n_embd=2048), tmp_path / f"m{number}.gguf")
