@@ -198,6 +198,7 @@ class Trial:
         self.options = options
         self.random = np.random.default_rng(options.seed)
         self.prompts = _lengths(options.n_prompt, options.n_seqs)
+        self.positions = masks.padded_positions(self.prompts, options.n_prompt)
         self.contexts = _lengths(max(options.n_kv, options.n_prompt), options.n_seqs)
         self.n_embd = original.projections.linears[0].weight.shape[1]
         self.modelled = original.layer is not None
@@ -242,24 +243,24 @@ class Trial:
         return {"projection": worst}
 
     def check_prefill(self, prompt: Sequence[Projected]) -> Checks:
-        positions = masks.padded_positions(self.prompts, self.options.n_prompt)
-        heads = [path.heads(own, positions) for path, own in zip(self.paths, prompt, strict=True)]
-        self.fill_caches(heads)
+        at = self.positions
+        heads = [path.heads(own, at) for path, own in zip(self.paths, prompt, strict=True)]
+        self.fill_caches(self.paths, heads)
         plain, fused, exact = (
-            path.attend(own, positions, positions)
-            for path, own in zip(self.paths, heads, strict=True)
+            path.attend(own, at, at) for path, own in zip(self.paths, heads, strict=True)
         )
         gauge = _Gauge()
         rounding = self.projected + 2 * self.exact.largest_score(heads[2])
         gauge.add(exact, {_PLAIN: plain, "prefill": fused}, rounding)
         return gauge.checks()
 
-    def fill_caches(self, heads: Sequence[Heads]) -> None:
+    def fill_caches(self, paths: Sequence[_Path], heads: Sequence[Heads]) -> None:
+        """heads: of the prompt, one for each path."""
         n_cells = max(self.contexts) + self.options.n_decode
-        for path, own in zip(self.paths, heads, strict=True):
+        for path, own in zip(paths, heads, strict=True):
             path.allocate(own, n_cells)
         for seq, (prompt, context) in enumerate(zip(self.prompts, self.contexts, strict=True)):
-            for caches in zip(*(path.caches for path in self.paths), strict=True):  # of K, then V
+            for caches in zip(*(path.caches for path in paths), strict=True):  # of K, then V
                 known = caches[0][seq, :, :prompt]  # [n_head_kv, prompt, dim]
                 size = np.float32(np.sqrt(np.mean(np.square(known, dtype=np.float64))))
                 shape = (known.shape[0], context - prompt, known.shape[2])
@@ -286,14 +287,16 @@ class Trial:
         return gauge.checks()
 
     def timing(self, name: str) -> Timing:
-        """One token of each sequence through the projections, and the last decode step again."""
+        """One token of each sequence through the projections, and one decode step."""
         x = self.activations(1)
         ways: dict[str, Callable[[], object]] = {
             "separate": functools.partial(self.plain.project, x),
             "fused": functools.partial(self.fused.project, x),
         }
         if self.modelled:
-            cells = [context + self.options.n_decode - 1 for context in self.contexts]
+            prompt = self.fused.project(self.activations(self.options.n_prompt))
+            self.fill_caches([self.fused], [self.fused.heads(prompt, self.positions)])
+            cells = self.contexts
             heads = self.fused.heads(self.fused.project(x), np.array(cells)[:, None])
             heads = self.fused.cached(heads, cells)
             for decode, way in self.decodes.items():
