@@ -323,9 +323,14 @@ def abort(files: Mapping[Source, OpenSource]) -> None:
         file.abort()
 
 
+def any_fetched(sources: Iterable[Source]) -> bool:
+    """Whether a read of one of them is a request, not one of a disk."""
+    return any(source.place is not None for source in sources)
+
+
 def pace(sources: Iterable[Source], block_bytes: int, threads: int) -> tuple[int, int]:
     """Bytes to read at once, and by how many threads: more of both where files are fetched."""
-    if all(source.place is None for source in sources):
+    if not any_fetched(sources):
         return block_bytes, threads
     return FETCH_BYTES, max(threads, FETCH_THREADS)
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gguf_fuse.format.source import OpenSource, Source, abort, in_turn, pace
+from gguf_fuse.format.source import OpenSource, Source, abort, any_fetched, in_turn, pace
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.place import Copy
 
@@ -86,7 +86,7 @@ def _groups(sources: Opened, copies: Iterable[Copy], most: int) -> Iterator[list
     those that lie beside each other.
     """
     blocks = iter_blocks(copies, most)
-    if all(source.place is None for source in sources):
+    if not any_fetched(sources):
         yield from ([block] for block in blocks)
         return
     order = {source: at for at, source in enumerate(sources)}

@@ -20,7 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gguf_fuse.format.source import BINARY, GGUFError, OtherBytes, Source, in_turn, opened
+from gguf_fuse.format.source import (
+    BINARY,
+    GGUFError,
+    OtherBytes,
+    Source,
+    any_fetched,
+    in_turn,
+    opened,
+)
 from gguf_fuse.progress import OnProgress
 from gguf_fuse.writing.copy import BLOCK_BYTES
 from gguf_fuse.writing.lines import Lines, open_lines
@@ -158,9 +166,7 @@ class Parts(Temporaries):
 
 
 def _is_fetched(placements: Iterable[Placement]) -> bool:
-    return any(
-        copy.source.place is not None for placement in placements for copy in placement.copies
-    )
+    return any_fetched(copy.source for placement in placements for copy in placement.copies)
 
 
 def _is_ours(path: Path) -> bool:
