@@ -29,9 +29,10 @@ def main() -> None:
         from gguf_fuse.cli.entry import run
 
         run(sys.argv[1:])
-    except (MemoryError, ImportError, SyntaxError) as error:
+    except (MemoryError, ImportError, SyntaxError, SystemError) as error:
         why = str(error).strip().rpartition("\n")[2]
-        # Of a module that the compiler had no memory for, it may say that its syntax is wrong.
+        # Of a module that the compiler had no memory for, it may say that its syntax is wrong; the
+        # interpreter, that loading it "returned NULL without setting an exception".
         if not isinstance(error, ImportError) or "map segment" in why:
             why = "not enough memory; see ulimit -v"
         _end(f"cannot start: {why}")
