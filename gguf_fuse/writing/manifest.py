@@ -8,15 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from gguf_fuse.format.manifest import FileHash, TensorHash, encode, encode_sums
 from gguf_fuse.format.source import AnyPath, GGUFError, Source, is_address
 from gguf_fuse.format.types import type_name
 from gguf_fuse.writing.hashing import Hashes, Range
 from gguf_fuse.writing.place import Placement
-
-if TYPE_CHECKING:
-    from gguf_fuse.format.manifest import FileHash
 
 STANDARD_OUTPUT = "-"
 
@@ -44,9 +41,6 @@ def contents(
     hashes: Sequence[Hashes],
 ) -> tuple[bytes, bytes]:
     """What the two files say. read: the sources; written: in the order of `hashes`."""
-    # Here, as most files are written without a manifest.
-    from gguf_fuse.format.manifest import encode, encode_sums
-
     files = [
         _file(_name(path, manifest), placement, found)
         for (path, placement), found in zip(written, hashes, strict=True)
@@ -55,8 +49,6 @@ def contents(
 
 
 def _file(name: str, placement: Placement, hashes: Hashes) -> FileHash:
-    from gguf_fuse.format.manifest import FileHash, TensorHash
-
     tensors = (
         TensorHash(tensor.name, type_name(tensor.type), tensor.ne, start, tensor.n_bytes, sha256)
         for (tensor, start), sha256 in zip(placement.tensors, hashes.ranges, strict=True)
