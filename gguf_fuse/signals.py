@@ -85,7 +85,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         import threading
 
         with contextlib.suppress(RuntimeError):  # no thread to be had
-            threading.Timer(0.01, signal.raise_signal, [number]).start()
+            threading.Timer(0.001, signal.raise_signal, [number]).start()
             return
     _heed(_ignore)
     raise Stopped(number)
